@@ -1,0 +1,92 @@
+"""Asynchronous reinforcement learning that is exact, bounded and never silently stuck.
+
+Layers. A module imports only lower ones, or its own without a cycle (tests/test_layering.py reads this table):
+
+    errors  events  lazy  seeding  segments  trees          records, errors, sources of chance  0
+    envs/  buffers/  returns  losses  networks  acting
+        normalise  pacing  ledger                           synchronous: no clock, no loop      1
+    algos/                                                  one file per algorithm              2
+    config  presets  policy  checkpoint  channel  offload
+        learning  report  metrics/                          what a run is made from             3
+    workers/                                                processes and shared memory         4
+    preflight  assembly  checkpointing  loops               checks, set-up, the four coroutines 5
+    run                                                     wires and owns everything           6
+    __main__  cli/  testing/                                the edge                            -
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "aiorl.config": ["Config"],
+    "aiorl.run": ["Result", "Run", "train"],
+    "aiorl.policy": ["LoadedPolicy", "load"],
+    "aiorl.algos.ppo": ["PPO"],
+    "aiorl.algos.dqn": ["DQN"],
+    "aiorl.algos.base": ["Algorithm", "Learner", "LearnerContext", "Policy"],
+    "aiorl.errors": [
+        "AiorlError", "CheckpointError", "ConfigError", "EnvError", "InvariantError", "TrainingError", "WorkerError",
+    ],
+    "aiorl.events": [
+        "AnyEvent", "CheckpointFailed", "Checkpointed", "Evaluated", "EvaluationSkipped", "Event", "Finished", "Lagged",
+        "Paused", "Progress", "Resumed", "SettingsChanged", "Started", "Status", "Updated", "Warned",
+    ],
+}  # fmt: skip
+_HOME = {name: module for module, names in _EXPORTS.items() for name in names}
+
+__all__ = [
+    "DQN", "PPO", "AiorlError", "Algorithm", "AnyEvent", "CheckpointError", "CheckpointFailed", "Checkpointed", "Config",
+    "ConfigError", "EnvError", "Evaluated", "EvaluationSkipped", "Event", "Finished", "InvariantError", "Lagged", "Learner",
+    "LearnerContext", "LoadedPolicy", "Paused", "Policy", "Progress", "Result", "Resumed", "Run", "SettingsChanged",
+    "Started", "Status", "TrainingError", "Updated", "Warned", "WorkerError", "load", "train",
+]  # fmt: skip
+
+if TYPE_CHECKING:
+    from aiorl.algos.base import Algorithm, Learner, LearnerContext, Policy
+    from aiorl.algos.dqn import DQN
+    from aiorl.algos.ppo import PPO
+    from aiorl.config import Config
+    from aiorl.errors import (
+        AiorlError,
+        CheckpointError,
+        ConfigError,
+        EnvError,
+        InvariantError,
+        TrainingError,
+        WorkerError,
+    )
+    from aiorl.events import (
+        AnyEvent,
+        CheckpointFailed,
+        Checkpointed,
+        Evaluated,
+        EvaluationSkipped,
+        Event,
+        Finished,
+        Lagged,
+        Paused,
+        Progress,
+        Resumed,
+        SettingsChanged,
+        Started,
+        Status,
+        Updated,
+        Warned,
+    )
+    from aiorl.policy import LoadedPolicy, load
+    from aiorl.run import Result, Run, train
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names at first use, so that `import aiorl` stays cheap."""
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'aiorl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,28 @@
+"""`python -m aiorl`: the command line. This process is the program's own, so what belongs to a process is set here."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def limit_threads() -> None:
+    """One BLAS thread unless the user says otherwise; has to happen before NumPy is imported.
+
+    Acting in this process (`--workers 0`) must give the same bits as in the workers, which have one thread each, and
+    busy workers need the cores that idle BLAS threads would spin on.
+    """
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+
+
+def main() -> int:
+    """Run the command that this process was started with; returns the exit code."""
+    limit_threads()
+    from aiorl.cli import main as cli
+
+    return cli(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""What a policy needs to act, in NumPy alone: networks, and choosing actions from their outputs.
+
+Weights are used in place, float32 throughout. Random numbers for a whole segment are drawn at once, so a step costs a few
+array operations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from aiorl.envs.spaces import Leaf
+from aiorl.segments import Array
+
+LOG_2PI = math.log(2 * math.pi)
+TINY = np.float32(1e-37)
+
+
+def relu(x: Array, out: Array) -> Array:
+    return np.maximum(x, 0, out=out)
+
+
+ACTIVATIONS: dict[str, Callable[..., Array]] = {"tanh": np.tanh, "relu": relu}
+
+
+class MLP:
+    """Forward pass of `networks.MLP` with the arrays `{name}.{i}.weight` [out, in] and `{name}.{i}.bias` [out].
+
+    The activation follows each layer but the last, or each one if `activate_last`.
+    """
+
+    def __init__(self, weights: Mapping[str, Array], name: str, activation: str, *, activate_last: bool = False) -> None:
+        self._layers: list[tuple[Array, Array]] = []
+        while (weight := weights.get(f"{name}.{len(self._layers)}.weight")) is not None:
+            self._layers.append((weight.T, weights[f"{name}.{len(self._layers)}.bias"]))
+        if not self._layers:
+            raise KeyError(f"{name}.0.weight")
+        self._activate = ACTIVATIONS[activation]
+        self._activated = len(self._layers) - (0 if activate_last else 1)
+
+    def __call__(self, x: Array) -> Array:
+        """[N, in] to [N, out], float32; a new array."""
+        for i, (weight, bias) in enumerate(self._layers):
+            x = x @ weight
+            x += bias
+            if i < self._activated:
+                self._activate(x, out=x)
+        return x
+
+
+class Categorical:
+    """One choice for each entry of `nvec` (Discrete, MultiDiscrete), sampled with Gumbel noise.
+
+    `outputs` [N, sum(nvec)] are logits, one block for each choice. Actions are int64 [N] for a Discrete space, else [N, k].
+    """
+
+    def __init__(self, leaf: Leaf) -> None:
+        self.size = sum(leaf.nvec)
+        self._flat = leaf.kind == "discrete"
+        ends = np.cumsum(leaf.nvec)
+        self._blocks = [slice(int(end) - n, int(end)) for end, n in zip(ends, leaf.nvec, strict=True)]
+
+    def noise(self, rng: np.random.Generator, steps: int, n: int) -> Array:
+        """Standard Gumbel noise, float32 [steps, n, sum(nvec)]."""
+        noise = rng.standard_exponential((steps, n, self.size), np.float32)
+        np.maximum(noise, TINY, out=noise)
+        np.log(noise, out=noise)
+        return np.negative(noise, out=noise)
+
+    def mode(self, outputs: Array) -> Array:
+        """The most likely actions."""
+        if self._flat:
+            return outputs.argmax(1)
+        return np.stack([outputs[:, block].argmax(1) for block in self._blocks], axis=1)
+
+    def sample(self, outputs: Array, noise: Array) -> tuple[Array, Array]:
+        """Actions for one step's noise [N, sum(nvec)], and their log-probabilities, float32 [N]."""
+        noisy = outputs + noise
+        if self._flat:
+            return _choose(outputs, noisy)
+        chosen = [_choose(outputs[:, block], noisy[:, block]) for block in self._blocks]
+        return np.stack([action for action, _ in chosen], axis=1), sum(log_prob for _, log_prob in chosen)  # type: ignore[return-value]
+
+
+def _choose(logits: Array, noisy: Array) -> tuple[Array, Array]:
+    actions = noisy.argmax(1)
+    shifted = logits - logits.max(1, keepdims=True)
+    chosen = shifted[np.arange(len(actions)), actions]
+    return actions, chosen - np.log(np.exp(shifted).sum(1))
+
+
+class Gaussian:
+    """Independent normal distributions with a standard deviation that does not depend on the state (Box).
+
+    `outputs` [N, k] are means, `log_std` [k]. Actions are float32 [N, k], not clipped into the space's bounds.
+    """
+
+    def __init__(self, leaf: Leaf) -> None:
+        self.size = leaf.size
+        self.load(np.zeros(leaf.size, np.float32))
+
+    def load(self, log_std: Array) -> None:
+        self._std = np.exp(log_std)
+        self._constant = np.float32(np.sum(log_std) + 0.5 * LOG_2PI * self.size)
+
+    def noise(self, rng: np.random.Generator, steps: int, n: int) -> Array:
+        """Standard normal noise, float32 [steps, n, k]."""
+        return rng.standard_normal((steps, n, self.size), np.float32)
+
+    def mode(self, outputs: Array) -> Array:
+        return outputs
+
+    def sample(self, outputs: Array, noise: Array) -> tuple[Array, Array]:
+        """Actions for one step's noise [N, k], and their log-densities, float32 [N]."""
+        actions = outputs + self._std * noise
+        z = (actions - outputs) / self._std  # not `noise`: the density of the action as rounded
+        return actions, np.float32(-0.5) * (z * z).sum(1) - self._constant
+
+
+def distribution(leaf: Leaf) -> Categorical | Gaussian:
+    """The distribution of actions for an action space."""
+    return Gaussian(leaf) if leaf.kind == "box" else Categorical(leaf)
+
+
+class NoiseTape:
+    """One step's noise after the other, drawn for whole segments."""
+
+    def __init__(self, draw: Callable[[np.random.Generator, int, int], Any]) -> None:
+        self._draw = draw
+        self.rewind(None, 0)
+
+    def rewind(self, rng: np.random.Generator | None, steps: int) -> None:
+        self._rng, self._steps = rng, max(1, steps)
+        self._at = self._steps
+        self._tape: Any = None
+
+    def next(self, n: int) -> Any:
+        """Noise [n, …] for the next step. More steps than announced get a further segment's worth."""
+        assert self._rng is not None
+        if self._at == self._steps:
+            self._tape, self._at = self._draw(self._rng, self._steps, n), 0
+        self._at += 1
+        return self._tape[self._at - 1]

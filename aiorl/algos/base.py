@@ -1,0 +1,135 @@
+"""What an algorithm is: a configuration that can build an acting half and a learning half.
+
+An algorithm lives in one file and is named by its configuration class, a frozen `msgspec.Struct` that follows
+`Algorithm`. `--algo pkg.mod:Class` is enough to use one from outside aiorl. The acting half (`Policy`) runs in the
+workers, one instance for each group of environments, and should need nothing heavier than NumPy. The learning half
+(`Learner`) runs on the one learner thread of the training process. Neither sees asyncio, queues, processes or clocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+
+from aiorl.envs.spaces import Spaces
+from aiorl.seeding import ACT, ENV, EVAL_ACT, EVAL_ENV, LEARNER
+from aiorl.segments import Array, Column, Rollout
+
+__all__ = [
+    "ACT", "ENV", "EVAL_ACT", "EVAL_ENV", "LEARNER", "Algorithm", "Learner", "LearnerContext", "Policy", "StateTree",
+    "Weights",
+]  # fmt: skip
+
+Weights = Mapping[str, Array]
+"""Named arrays that a policy acts with (network weights, normaliser statistics): fixed names, shapes and dtypes."""
+
+StateTree = dict[str, Any]
+"""Nested dicts with string keys; leaves are NumPy arrays, numbers, strings, None or lists of numbers."""
+
+
+@dataclass(frozen=True)
+class LearnerContext:
+    """What a learner may know about its run.
+
+    `env_steps_per_rollout` is T * B; `rollouts` is how many rollouts the run is planned to use (for schedules that are
+    functions of the rollout index). All randomness must come from `seed` through `rng`: never from a global generator.
+    """
+
+    seed: int
+    envs: int
+    segment_length: int
+    rollouts: int
+    off_policy_degree: int
+    warmup: int | None = None
+    device: str = "cpu"
+
+    @property
+    def env_steps_per_rollout(self) -> int:
+        return self.envs * self.segment_length
+
+    def rng(self, *key: int) -> np.random.Generator:
+        """An independent generator for `key`, e.g. (purpose, rollout index)."""
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(LEARNER, *key)))
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """The acting half. One instance serves one group, so it may keep state from one step to the next (recurrence, search)."""
+
+    def begin(self, weights: Weights, rollout: int, rng: np.random.Generator | None, steps: int) -> None:
+        """Start a segment of at most `steps` steps with these weights, which stay unchanged until the segment ends.
+
+        `rollout` is the index for exploration schedules. `rng` is the only source of randomness; None asks for the
+        deterministic policy (evaluation, play).
+        """
+        ...
+
+    def act(self, obs: Mapping[str, Array], first: Array) -> tuple[Array, Mapping[str, Array]]:
+        """Choose actions for observation leaves [N, …]; `first` [N] is True where an episode begins.
+
+        Returns actions as laid out by `Spaces.action` and the extra columns declared by `Algorithm.columns`, each [N, …]
+        (they may be left out when `rng` was None).
+        """
+        ...
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """The learning half. Every method is called on the learner thread, one call at a time."""
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        """Do everything that is owed for this rollout and return metrics.
+
+        Rollouts come in order, each exactly once. The metric `gradient_steps` is required (0 during warm-up). The
+        rollout's arrays are only valid during the call.
+        """
+        ...
+
+    def weights(self) -> Weights:
+        """The arrays that a policy needs, as they are now; copied by the caller before the next update."""
+        ...
+
+    def state_dict(self) -> StateTree:
+        """Everything needed to go on exactly, as copies: parameters, optimizer, targets, buffer, statistics, counters."""
+        ...
+
+    def load_state_dict(self, state: StateTree) -> None:
+        """Inverse of `state_dict`. Raises ValueError naming the first mismatch in name, shape or dtype."""
+        ...
+
+    def set(self, **changes: float) -> None:
+        """Change settings such as `learning_rate` between updates. Raises ValueError for an unknown name."""
+        ...
+
+
+@runtime_checkable
+class Algorithm(Protocol):
+    """The configuration of an algorithm, and the factory of its halves. Implement it as a frozen `msgspec.Struct`."""
+
+    name: ClassVar[str]
+    """Short name: `--algo NAME`, the `[NAME]` table of a TOML file, the `--NAME.field` flags."""
+
+    corrects_staleness: ClassVar[bool]
+    """Whether learning stays sound for rollouts that an older version collected (needed for off_policy_degree >= 1)."""
+
+    default_segment_length: ClassVar[int]
+    """Steps per segment when the configuration does not say."""
+
+    def check(self, spaces: Spaces) -> None:
+        """Raise ConfigError, naming the space, if the algorithm cannot act in these spaces."""
+        ...
+
+    def columns(self, spaces: Spaces) -> dict[str, Column]:
+        """Extra columns the policy returns with each action."""
+        ...
+
+    def policy(self, spaces: Spaces) -> Policy:
+        """A new acting half (called in the worker)."""
+        ...
+
+    def learner(self, spaces: Spaces, context: LearnerContext) -> Learner:
+        """A new learning half (called on the learner thread)."""
+        ...

@@ -1,0 +1,236 @@
+"""Putting the parts of a run together, and taking them apart again."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+
+from aiorl import loops, preflight
+from aiorl.algos.base import LearnerContext
+from aiorl.channel import Channel, Gate
+from aiorl.config import Config, env_name
+from aiorl.envs.cursor import GroupCursor
+from aiorl.errors import AiorlError, CheckpointError, ConfigError
+from aiorl.learning import Trainer
+from aiorl.ledger import Ledger
+from aiorl.metrics.curve import write_curve
+from aiorl.metrics.directory import RunFiles, write_atomically
+from aiorl.offload import OffloadThread
+from aiorl.pacing import Pacer
+from aiorl.preflight import EVAL_WIDTH, Preflight
+from aiorl.report import Report, Result
+from aiorl.workers.launch import Launcher
+from aiorl.workers.pool import InlineWorkers, ProcessWorkers, Workers, plan_stations
+from aiorl.workers.program import EVAL_EPISODES_MAX, StationSetup
+from aiorl.workers.weights import WeightLayout, WeightStore
+
+SPARE_BUFFERS = 3  # one being written, one being evaluated, one waiting for evaluation
+LEARNER_GRACE_S = 0.5
+
+
+@dataclass
+class Assembly:
+    """A wired run: what the coroutines share, and what has to be closed or written at the end."""
+
+    checked: Preflight
+    parts: loops.Parts
+    files: RunFiles
+    files_thread: OffloadThread
+    files_error: str | None = None
+
+    @property
+    def env_name(self) -> str:
+        return env_name(self.checked.config.env)
+
+    async def flush_files(self) -> str | None:
+        """Write what has gathered. A full disk does not stop the training: the first error is returned, once."""
+        try:
+            await self.files_thread.run(self.files.write, self.files.take())
+        except OSError as error:
+            first, self.files_error = self.files_error is None, str(error)
+            return self.files_error if first else None
+        return None
+
+    async def write_files(self, result: Result | None, error: BaseException | None) -> None:
+        """The last things in the run directory; closes the files' thread."""
+        with contextlib.suppress(OSError):
+            await self.flush_files()
+            await self.files_thread.run(_write_end, self.checked.directory, result, error)
+        await self.files_thread.aclose(1.0)
+
+    async def aclose(self) -> None:
+        """End workers and learner and give the shared memory back."""
+        parts = self.parts
+        await parts.workers.aclose()
+        parts.rollouts.close()
+        with contextlib.suppress(TimeoutError):
+            async with _timeout(LEARNER_GRACE_S):
+                await parts.learner_thread.run(parts.trainer.close)
+        await parts.learner_thread.aclose(0.1)
+        parts.weights.close()
+
+
+def _timeout(seconds: float) -> Any:
+    import asyncio
+
+    return asyncio.timeout(seconds)
+
+
+async def assemble(config: Config, resume: str | Path | None, report: Report) -> Assembly:
+    """Check, then build everything; workers are made but not started. On an error nothing is left behind."""
+    files_thread = OffloadThread("aiorl-files")
+    learner_thread = OffloadThread("aiorl-learner")
+    try:
+        checked = await files_thread.run(preflight.check, config, resume)
+        launcher = Launcher(import_main=checked.needs_main) if checked.config.workers else None
+        if launcher is not None:  # it loads its modules while this process imports torch
+            await files_thread.run(launcher.warm_up)
+        trainer = await learner_thread.run(_make_trainer, checked)
+        weights = await learner_thread.run(_make_weights, checked, trainer)
+        parts = _wire(checked, launcher, learner_thread, trainer, weights)
+        files = await files_thread.run(_begin_directory, checked)
+        if checked.saved is not None:
+            _restore_counters(checked, parts, report)
+        elif report.stop_return is None:
+            report.stop_return = checked.probe.reward_threshold
+    except BaseException:
+        await learner_thread.aclose(0.1)
+        await files_thread.aclose(0.1)
+        raise
+    return Assembly(checked, parts, files, files_thread)
+
+
+def _make_trainer(checked: Preflight) -> Trainer:
+    config = checked.config
+    context = LearnerContext(
+        seed=config.seed,
+        envs=config.envs,
+        segment_length=config.steps_per_segment,
+        rollouts=-(-config.total_steps // config.steps_per_rollout),
+        off_policy_degree=config.off_policy_degree,
+        warmup=config.warmup,
+        device=_choose_device(config.device),
+    )
+    ledger = Ledger(config.groups, cast(int, config.group_size))
+    trainer = Trainer(checked.algorithm, checked.spaces, context, ledger, config.torch_threads)
+    if checked.saved is not None:
+        try:
+            trainer.restore(checked.saved.parts)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{checked.saved.path} does not fit this run: {error}") from error
+    return trainer
+
+
+def _choose_device(device: str) -> str:
+    import torch
+
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ConfigError("device = cuda, but torch finds no CUDA device\n  use device = cpu or auto")
+    return "cuda" if device == "auto" and available else device.replace("auto", "cpu")
+
+
+def _make_weights(checked: Preflight, trainer: Trainer) -> WeightStore:
+    """The store with the newest version in it, and after a resume the older ones that coming rollouts act with."""
+    degree = checked.config.off_policy_degree
+    newest = trainer.learner.weights()
+    store = WeightStore(WeightLayout.of(newest), degree + 1 + SPARE_BUFFERS)
+    versions = {0: newest}
+    if checked.saved is not None:
+        commits = checked.saved.manifest.version
+        versions = {int(v): w for v, w in checked.saved.parts["run"].get("behaviour", {}).items()}
+        versions[commits] = newest
+        missing = [v for v in range(max(0, commits - degree), commits) if v not in versions]
+        if missing and checked.config.schedule == "ordered":
+            raise CheckpointError(
+                f"{checked.saved.path} was saved at a smaller off_policy_degree than {degree}: it lacks the weights of "
+                f"versions {missing}\n  resume with the degree it was made with"
+            )
+        versions = {v: w for v, w in versions.items() if v >= commits - degree}
+    for version in sorted(versions):
+        buffer = store.claim()
+        store.write(buffer, versions[version])
+        store.publish(buffer, version)
+    return store
+
+
+def _wire(
+    checked: Preflight, launcher: Launcher | None, learner_thread: OffloadThread, trainer: Trainer, weights: WeightStore
+) -> loops.Parts:
+    config = checked.config
+    group_size, groups = cast(int, config.group_size), config.groups
+    pacer = Pacer(
+        config.off_policy_degree,
+        groups,
+        total_steps=config.total_steps,
+        segment_steps=checked.segment.steps * group_size,
+        schedule=config.schedule,
+    )
+    cursors: dict[int, GroupCursor | None] = {g: trainer.ledger.cursor(g) for g in range(groups)}
+    common = StationSetup(
+        index=0,
+        env=checked.env,
+        spaces=checked.spaces,
+        algorithm=checked.algorithm,
+        seed=config.seed,
+        groups={},
+        slots=pacer.slots,
+        segment=checked.segment,
+        weights=weights.layout,
+        weight_block=weights.block,
+        block=weights.block,
+        eval_width=min(EVAL_WIDTH, config.eval_episodes, EVAL_EPISODES_MAX),
+    )
+    plan = plan_stations(common, groups, group_size, cast(int, config.workers), cursors)
+    workers: Workers
+    if launcher is None:
+        workers = InlineWorkers(plan)
+    else:
+        directory = str(checked.directory.resolve())
+        workers = ProcessWorkers(plan, launcher, directory, config.start_timeout_s, config.step_timeout_s)
+    gate = Gate()
+    return loops.Parts(
+        pacer=pacer,
+        workers=workers,
+        weights=weights,
+        learner_thread=learner_thread,
+        trainer=trainer,
+        gate=gate,
+        rollouts=Channel(config.off_policy_degree + 1),
+        due=loops.SnapshotBox(gate),
+    )
+
+
+def _restore_counters(checked: Preflight, parts: loops.Parts, report: Report) -> None:
+    assert checked.saved is not None
+    ledger, saved = parts.trainer.ledger, checked.saved
+    parts.pacer.resume(saved.manifest.version, ledger.segments_used(), ledger.stored)
+    try:
+        report.load_state_dict(saved.parts["run"]["report"], ledger.stored)
+    except (KeyError, ValueError, msgspec.ValidationError) as error:
+        raise CheckpointError(f"{saved.path} does not fit this run: {error}") from error
+    report.return_mean_100 = ledger.return_mean_100
+    if report.stop_return is None:
+        report.stop_return = checked.probe.reward_threshold
+
+
+def _begin_directory(checked: Preflight) -> RunFiles:
+    config = checked.config.replace(out=str(checked.directory))
+    write_atomically(checked.directory / "config.toml", config.to_toml().encode())
+    return RunFiles(checked.directory)
+
+
+def _write_end(directory: Path, result: Result | None, error: BaseException | None) -> None:
+    if error is not None:
+        text = "".join(traceback.format_exception(error))
+        detail = error.detail if isinstance(error, AiorlError) else ""
+        write_atomically(directory / "error.txt", f"{text}\n{detail}".encode())
+    if result is not None:
+        data = msgspec.json.format(msgspec.json.encode(result), indent=2)
+        write_atomically(directory / "summary.json", data)
+        write_curve(directory, directory / "curve.svg")

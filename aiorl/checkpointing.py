@@ -1,0 +1,148 @@
+"""When and what a run saves: periodic, requested, best and final checkpoints, written beside training."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from aiorl import checkpoint
+from aiorl.assembly import Assembly
+from aiorl.errors import TrainingError
+from aiorl.events import AnyEvent, Checkpointed, CheckpointFailed, Evaluated
+from aiorl.loops import Snapshot
+from aiorl.report import Report, library_versions
+
+FAILURES_MAX = 3  # in a row; then the run ends
+
+
+class Checkpointer:
+    """Captures a run between two updates and writes it on the files' thread, one checkpoint at a time."""
+
+    def __init__(self, made: Assembly, report: Report, emit: Callable[[AnyEvent], None]) -> None:
+        self._made, self._report, self._emit = made, report, emit
+        self._config = made.checked.config.to_dict()
+        self._libraries = library_versions()
+        self._writing: asyncio.Task[Path] | None = None
+        self._failures = 0
+        self._saved_version = -1
+        checkpoint.remove_leftovers(made.checked.directory)
+        checkpoint.remove_leftovers(self._directory)
+
+    @property
+    def _directory(self) -> Path:
+        return self._made.checked.directory / "checkpoints"
+
+    async def save_periodic(self) -> None:
+        """Called between two updates: capture now, write while training goes on."""
+        await self._settle()
+        self._writing = await self._begin("periodic")
+
+    async def save_requested(self) -> Path:
+        """Wait for the running update, capture, write; the checkpoint's path."""
+        parts = self._made.parts
+        await parts.gate.wait_for(lambda: not parts.updating)
+        writing = await self._begin("requested")
+        return await writing
+
+    async def save_final(self) -> None:
+        """After the last update: a checkpoint to go on from, and `final/` to act with."""
+        await self._settle()
+        parts = self._made.parts
+        version = parts.pacer.commits
+        if self._saved_version != version:
+            self._writing = await self._begin("final")
+            await self._settle()
+        buffer = parts.weights.acquire(version)
+        try:
+            await self._save_policy("final", version, self._report.stored, buffer, {})
+        finally:
+            parts.weights.release(buffer)
+
+    async def save_best(self, snapshot: Snapshot, event: Evaluated) -> None:
+        """`best/` becomes the very snapshot that was evaluated (its weight buffer is still held)."""
+        notes = {"evaluation": msgspec.to_builtins(event)}
+        await self._save_policy("best", snapshot.version, snapshot.env_steps, snapshot.buffer, notes)
+
+    # -- the work --------------------------------------------------------------------------------------------------
+
+    async def _begin(self, kind: str) -> asyncio.Task[Path]:
+        """Capture; no update can come in between, the learner thread does one thing after the other."""
+        parts = self._made.parts
+        manifest = self._manifest(kind, parts.pacer.commits, self._report.stored, {})
+        report_state = self._report.state_dict()
+        held = {v: parts.weights.acquire(v) for v in parts.weights.versions}
+        try:
+            behaviour = {v: parts.weights.arrays(b) for v, b in held.items() if v != manifest.version}
+            trees = await parts.learner_thread.run(parts.trainer.capture, behaviour)
+        finally:
+            for buffer in held.values():
+                parts.weights.release(buffer)
+        trees["run"]["report"] = report_state
+        return asyncio.get_running_loop().create_task(self._write(manifest, trees))
+
+    async def _write(self, manifest: checkpoint.Manifest, trees: dict[str, Any]) -> Path:
+        path = self._directory / f"{manifest.version:08d}"
+        await self._made.files_thread.run(checkpoint.save, path, manifest, trees)
+        await self._made.files_thread.run(self._remove_old)
+        self._saved_version = manifest.version
+        self._note_success(path, manifest)
+        return path
+
+    async def _settle(self) -> None:
+        """Wait for the write under way; a failure is reported, three in a row end the run."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            await writing
+        except OSError as error:
+            self._note_failure(error)
+
+    async def _save_policy(self, kind: str, version: int, env_steps: int, buffer: int, notes: dict[str, Any]) -> None:
+        weights = {name: array.copy() for name, array in self._made.parts.weights.arrays(buffer).items()}
+        path = self._made.checked.directory / kind
+        manifest = self._manifest(kind, version, env_steps, notes)
+        try:
+            await self._made.files_thread.run(checkpoint.save, path, manifest, {"policy": weights})
+        except OSError as error:
+            self._note_failure(error)
+        else:
+            self._note_success(path, manifest)
+
+    def _manifest(self, kind: str, version: int, env_steps: int, notes: dict[str, Any]) -> checkpoint.Manifest:
+        return checkpoint.Manifest(
+            schema=checkpoint.SCHEMA,
+            kind=kind,
+            version=version,
+            env_steps=env_steps,
+            config=self._config,
+            spaces=self._made.checked.spaces,
+            libraries=self._libraries,
+            notes=notes,
+        )
+
+    def _note_success(self, path: Path, manifest: checkpoint.Manifest) -> None:
+        self._failures = 0
+        place = {**self._place(), "version": manifest.version, "env_steps": manifest.env_steps}
+        self._emit(Checkpointed(**place, path=str(path), kind=manifest.kind))
+
+    def _note_failure(self, error: OSError) -> None:
+        self._failures += 1
+        reason = f"{error.strerror or error} ({error.filename or self._directory})"
+        self._emit(CheckpointFailed(**self._place(), reason=reason))
+        if self._failures >= FAILURES_MAX:
+            raise TrainingError(f"{FAILURES_MAX} checkpoints in a row could not be written: {reason}") from error
+
+    def _place(self) -> dict[str, Any]:
+        report = self._report
+        return {"seconds": report.seconds, "version": self._made.parts.pacer.commits, "env_steps": report.stored}
+
+    def _remove_old(self) -> None:
+        keep = self._made.checked.config.keep
+        for path in checkpoint.complete_checkpoints(self._directory)[:-keep]:
+            shutil.rmtree(path, ignore_errors=True)

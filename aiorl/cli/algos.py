@@ -1,0 +1,99 @@
+"""`python -m aiorl algos`: which algorithms there are and what each can do."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, get_origin
+
+import msgspec
+
+from aiorl.algos import ALGORITHMS, algorithm_class
+from aiorl.cli.flags import Parser, bare, description, members, show
+from aiorl.cli.text import oneline, table
+from aiorl.envs.spaces import Leaf, Spaces
+from aiorl.errors import ConfigError
+
+ACTIONS = {
+    "discrete": Leaf(name="action", kind="discrete", dtype="int64", nvec=(3,), start=(0,)),
+    "multi-discrete": Leaf(name="action", kind="multi_discrete", dtype="int64", shape=(2,), nvec=(3, 3), start=(0, 0)),
+    "multi-binary": Leaf(name="action", kind="multi_binary", dtype="int8", shape=(2,)),
+    "box": Leaf(name="action", kind="box", dtype="float32", shape=(2,), low=(-1.0,), high=(1.0,)),
+}
+"""One action space of each kind, to ask an algorithm whether it can act there."""
+
+OBSERVATION = Leaf(name="obs", kind="box", dtype="float32", shape=(4,))
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser("algos", "List algorithms and what they can do.", "[NAME]")
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="only this one, with its settings; pkg.mod:Class is fine"
+    )
+    given = parser.read(argv)
+    if given.pop("help", False):
+        print(parser.format_help(), end="")
+        return 0
+    if "name" in given:
+        print(details(algorithm_class(given["name"])))
+        return 0
+    heading = ("algorithm", "acts in", "stale data", "segment", "")
+    print(table([heading, *(_row(algorithm_class(name)) for name in ALGORITHMS)]))
+    return 0
+
+
+def _row(algorithm: Any) -> tuple[str, ...]:
+    segment = f"{algorithm.default_segment_length} steps"
+    return (
+        algorithm.name,
+        ", ".join(actions_of(algorithm)),
+        corrections(algorithm),
+        segment,
+        oneline(_doc(algorithm), 80),
+    )
+
+
+def details(algorithm: Any) -> str:
+    """Everything about one algorithm, with its settings and their defaults."""
+    lines = [
+        f"{algorithm.name}: {oneline(_doc(algorithm), 110)}",
+        f"  acts in     {', '.join(actions_of(algorithm))}",
+        f"  stale data  {corrections(algorithm)}",
+        f"  segment     {algorithm.default_segment_length} steps",
+        "",
+    ]
+    rows = [("setting", "default", "")]
+    for field in msgspec.structs.fields(algorithm):
+        default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory
+        value = default() if callable(default) else default
+        text = "–" if value is None or value is msgspec.NODEFAULT else show(value)
+        rows.append((f"--{algorithm.name}.{field.name.replace('_', '-')}", text, description(field.type)))
+    return "\n".join([*lines, table(rows)])
+
+
+def actions_of(algorithm: Any) -> list[str]:
+    """The kinds of action space that the algorithm says it can act in."""
+    found: list[str] = []
+    for kind, leaf in ACTIONS.items():
+        try:
+            algorithm().check(Spaces(observation=(OBSERVATION,), action=leaf))
+        except ConfigError:
+            continue
+        found.append(kind)
+    return found
+
+
+def corrections(algorithm: Any) -> str:
+    """How the algorithm deals with rollouts of older versions."""
+    choices = [
+        ", ".join(str(m) for m in members(field.type) if isinstance(m, str))
+        for field in msgspec.structs.fields(algorithm)
+        if "correction" in field.name and get_origin(bare(field.type)) is not None
+    ]
+    if not algorithm.corrects_staleness:
+        return "not corrected (degree 0 only)"
+    return f"corrected: {choices[0]}" if choices else "sound at any degree"
+
+
+def _doc(algorithm: Any) -> str:
+    return inspect.getdoc(algorithm) or ""

@@ -1,0 +1,181 @@
+"""From the words after `train` (and `resume`) to a checked Config: defaults < preset < --config file < flags."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast, get_args
+
+import msgspec
+
+from aiorl.algos import algorithm_class
+from aiorl.cli.flags import Parser, add_fields, field_value
+from aiorl.cli.progress import Mode
+from aiorl.config import Config, read_toml
+from aiorl.errors import ConfigError
+from aiorl.presets import preset
+
+GROUPS = {
+    "what to train": ("algo", "total_steps", "seed", "env_kwargs", "out", "device", "torch_threads", "memory_gb"),
+    "collecting": (
+        "envs", "group_size", "workers", "segment_length", "native_vector", "step_timeout_s", "start_timeout_s",
+    ),
+    "asynchrony": ("off_policy_degree", "schedule", "warmup", "allow_uncorrected"),
+    "evaluation and checkpoints": ("eval_every", "eval_episodes", "stop_at", "checkpoint_every", "keep"),
+}  # fmt: skip
+"""Where each field of Config appears in the help; fields not named here come last."""
+
+RESUMABLE = (
+    "total_steps", "workers", "eval_every", "eval_episodes", "stop_at", "checkpoint_every", "keep", "step_timeout_s",
+    "start_timeout_s", "device", "torch_threads", "memory_gb",
+)  # fmt: skip
+"""What may be changed when a run goes on: nothing that would make it another experiment."""
+
+MODES = get_args(Mode)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for. `preset` says whether a preset took part, `given` which fields came from flags."""
+
+    config: Config
+    preset: bool
+    progress: Mode
+    dry_run: bool
+    given: Mapping[str, Any]
+
+
+def read_train(argv: Sequence[str]) -> Request | str:
+    """The request, or the help text when that was asked for. Raises ConfigError for whatever cannot be understood."""
+    early, _ = _early_parser().parse_known_args(list(argv))
+    file = read_toml(early.config) if "config" in early else {}
+    name = getattr(early, "algo", file.get("algo", "ppo"))
+    if not isinstance(name, str):
+        raise ConfigError(f'{early.config}: algo = {name!r}: expected a text, for example algo = "ppo"')
+    algorithm = algorithm_class(name)
+    given = _train_parser(algorithm, {}).read(argv)
+    env = given.get("env", file.get("env"))
+    found = preset(name, env) if given.get("preset", True) and isinstance(env, str) else {}
+    base = merge(found, file)
+    if given.pop("help", False):
+        return _train_parser(algorithm, base).format_help()
+    if env is None:
+        raise ConfigError("no environment given\n  for example: python -m aiorl train CartPole-v1\n"
+                          "  `python -m aiorl envs` lists what is installed")  # fmt: skip
+    if file:
+        _check_file(file, early.config, algorithm)
+    progress = _mode(given.pop("progress", "auto"))
+    dry_run = given.pop("dry_run", False)
+    flags = _typed({k: v for k, v in given.items() if k not in ("config", "preset")}, algorithm)
+    config = Config.from_dict({**merge(base, flags), "algo": name, "env": env}, "configuration")
+    return Request(config, bool(found), progress, dry_run, flags)
+
+
+def read_resume(argv: Sequence[str]) -> tuple[str, dict[str, Any], Mode] | str:
+    """The run to go on with, the fields to change and how to show it; or the help text."""
+    parser = Parser("resume", "Go on with a run from its newest checkpoint.", "RUN [--steps N] [options]")
+    parser.add_argument("run", nargs="?", metavar="RUN", help="run directory, or one of its checkpoints")
+    add_fields(parser, parser.add_argument_group("what may change"), Config, RESUMABLE, {"total_steps": None})
+    _add_progress(parser)
+    given = parser.read(argv)
+    if given.pop("help", False):
+        return parser.format_help()
+    run = given.pop("run", None)
+    if run is None:
+        raise ConfigError("no run given\n  for example: python -m aiorl resume runs/CartPole-v1-ppo-0")
+    progress = _mode(given.pop("progress", "auto"))
+    return run, _typed(given, None), progress
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested tables as one; where both have a value, `above` has its way."""
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping) and key != "env_kwargs"
+        result[key] = merge(cast("dict[str, Any]", old), cast("dict[str, Any]", value)) if both else value
+    return result
+
+
+def _early_parser() -> Parser:
+    """Finds what decides which flags there are."""
+    parser = Parser("train", "")
+    parser.add_argument("--algo")
+    parser.add_argument("--config")
+    return parser
+
+
+def _train_parser(algorithm: Any, base: Mapping[str, Any]) -> Parser:
+    parser = Parser(
+        "train",
+        "Train an agent. A preset for the algorithm and environment goes over the defaults, --config over that, and "
+        "flags over all.",
+        "ENV [--algo NAME] [--steps N] [options]",
+        f"Numbers may be written 200k, 1.5M, 1e6 or 200_000. The [{algorithm.name}] options change with --algo.",
+    )
+    parser.add_argument("env", nargs="?", metavar="ENV", help="gymnasium id such as CartPole-v1, or module:callable")
+    named = {name for names in GROUPS.values() for name in names} | {"env"}
+    other = tuple(f.name for f in msgspec.structs.fields(Config) if f.name not in named)
+    for title, names in {**GROUPS, "other": other}.items():
+        if names:
+            add_fields(parser, parser.add_argument_group(title), Config, names, base)
+    own = tuple(f.name for f in msgspec.structs.fields(algorithm))
+    table = cast("Mapping[str, Any]", base.get(algorithm.name, {}))
+    group = parser.add_argument_group(f"{algorithm.name} options")
+    add_fields(parser, group, algorithm, own, table, f"{algorithm.name}.")
+    command = _add_progress(parser)
+    command.add_argument("--config", metavar="FILE", help="TOML file with any of these, such as config.toml of a run")
+    command.add_argument("--preset", action=argparse.BooleanOptionalAction, help="use the preset (default: yes)")
+    command.add_argument("--dry-run", action="store_true", help="print the resolved configuration as TOML and exit")
+    return parser
+
+
+def _add_progress(parser: Parser) -> Any:
+    group = parser.add_argument_group("command")
+    group.add_argument("--progress", metavar="|".join(MODES), help="how to show progress (default: auto)")
+    group.add_argument("--debug", action="store_true", help="show Python tracebacks")
+    return group
+
+
+def _mode(text: str) -> Mode:
+    if text not in MODES:
+        raise ConfigError(f"--progress {text}: expected one of {', '.join(MODES)}")
+    return cast(Mode, text)
+
+
+def _typed(given: Mapping[str, Any], algorithm: Any) -> dict[str, Any]:
+    """Flags as a nested table of values of the right types."""
+    kinds = {f.name: f.type for f in msgspec.structs.fields(Config)}
+    result: dict[str, Any] = {}
+    for key, text in given.items():
+        table, _, name = key.rpartition(".")
+        if table:
+            own = {f.name: f.type for f in msgspec.structs.fields(algorithm)}
+            result.setdefault(table, {})[name] = field_value(key, text, own[name])
+        elif key != "env":
+            result[key] = field_value(key, text, kinds[key])
+    return result
+
+
+def _check_file(file: Mapping[str, Any], path: str, algorithm: Any) -> None:
+    """Each key of a file on its own, so that a mistake is reported with the file's name and not as one of the flags."""
+    _check_table(path, "", {k: v for k, v in file.items() if k != algorithm.name}, Config)
+    own = file.get(algorithm.name, {})
+    if not isinstance(own, Mapping):
+        raise ConfigError(f"{path}: {algorithm.name} = {own!r}: expected a table [{algorithm.name}]")
+    _check_table(path, f"{algorithm.name}.", cast("Mapping[str, Any]", own), algorithm)
+
+
+def _check_table(path: str, prefix: str, table: Mapping[str, Any], struct: type[msgspec.Struct]) -> None:
+    kinds = {f.name: f.type for f in msgspec.structs.fields(struct)}
+    for key, value in table.items():
+        if key not in kinds:
+            near = difflib.get_close_matches(key, list(kinds), 1)
+            hint = f"did you mean `{prefix}{near[0]}`?" if near else f"known keys: {', '.join(kinds)}"
+            raise ConfigError(f"{path}: unknown key `{prefix}{key}`\n  {hint}")
+        try:
+            msgspec.convert(value, kinds[key])
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{path}: {prefix}{key} = {value!r}: {error}") from None

@@ -1,0 +1,104 @@
+"""`python -m aiorl plot RUN…`: learning curves as SVG (no plotting library needed) or PNG (with matplotlib)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from aiorl.cli.flags import Parser
+from aiorl.errors import ConfigError
+from aiorl.metrics.curve import Curve, read_curve, write_svg
+from aiorl.metrics.svg import COLOURS, short_number
+
+AXES = ("steps", "time")
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser("plot", "Draw the learning curves of runs into one picture.", "RUN… [--x steps|time] [--out FILE]")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run directories")
+    parser.add_argument("--x", metavar="|".join(AXES), help="what lies along the picture (default: steps)")
+    parser.add_argument("--out", metavar="FILE", help=".svg or .png (default: RUN/curve.svg, curves.svg for several)")
+    given = parser.read(argv)
+    if given.pop("help", False):
+        print(parser.format_help(), end="")
+        return 0
+    runs = [Path(run) for run in given.get("runs", [])]
+    if not runs:
+        raise ConfigError("no run given\n  for example: python -m aiorl plot runs/CartPole-v1-ppo-0")
+    x = given.get("x", "steps")
+    if x not in AXES:
+        raise ConfigError(f"--x {x}: expected one of {', '.join(AXES)}")
+    out = Path(given.get("out", runs[0] / "curve.svg" if len(runs) == 1 else "curves.svg"))
+    if out.suffix.lower() not in (".svg", ".png"):
+        raise ConfigError(f"--out {out}: expected a file that ends in .svg or .png")
+    names, curves = _read(runs)
+    try:
+        if out.suffix.lower() == ".png":
+            write_png(curves, out, x, names)
+        else:
+            write_svg(curves, out, x, names)
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror}") from None
+    print(out)
+    return 0
+
+
+def _read(runs: Sequence[Path]) -> tuple[list[str], list[Curve]]:
+    """Curves with their labels. Directories without events are named and left out, unless there is nothing else."""
+    found: list[tuple[str, Curve]] = []
+    for run in runs:
+        try:
+            found.append((run.name or str(run), read_curve(run)))
+        except ConfigError as error:
+            if len(runs) == 1:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+    if not found:
+        raise ConfigError("none of these is a run directory\n  `python -m aiorl runs` lists runs")
+    return [name for name, _ in found], [curve for _, curve in found]
+
+
+def write_png(curves: Sequence[Curve], path: Path, x: str, labels: Sequence[str]) -> None:
+    """The same picture with matplotlib. Raises ConfigError naming the extra if that is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter
+    except ImportError:
+        raise ConfigError(
+            f"{path}: PNG needs matplotlib, which is not installed\n"
+            f'  pip install "aiorl[plot]", or use --out {path.stem}.svg'
+        ) from None
+    figure = Figure(figsize=(8.6, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    single = len(curves) == 1
+    for index, (curve, label) in enumerate(zip(curves, labels, strict=True)):
+        thin = curve.thinned(x)
+        colour = COLOURS[index % len(COLOURS)][0]
+        evaluated = COLOURS[1][0] if single else colour
+        if single:
+            axes.plot([p.x(x) for p in thin.rollouts], [p.value for p in thin.rollouts], color=colour, alpha=0.3, lw=1)
+        axes.plot(
+            [p.x(x) for p in thin.smooth], [p.value for p in thin.smooth], color=colour, lw=2,
+            label="mean of the last 100 episodes" if single else label,
+        )  # fmt: skip
+        at = [p.x(x) for p in thin.evaluations]
+        low, high = ([p.value + side * p.spread for p in thin.evaluations] for side in (-1, 1))
+        axes.fill_between(at, low, high, color=evaluated, alpha=0.12, lw=0)
+        axes.plot(
+            at, [p.value for p in thin.evaluations], "o-" if single else "o:", color=evaluated, ms=4, lw=1.4,
+            label="evaluation ± one std" if single else None,
+        )  # fmt: skip
+    for goal in sorted({c.stop_at for c in curves if c.stop_at is not None}):
+        axes.axhline(goal, color="#3f7d20", ls="--", lw=1)
+    if x == "steps":
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    axes.set(xlabel="wall time, s" if x == "time" else "env steps", ylabel="return")
+    if single:
+        axes.set_title(curves[0].title)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)

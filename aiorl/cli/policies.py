@@ -1,0 +1,50 @@
+"""What `eval` and `play` have in common: a saved policy and the environment it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from aiorl.algos import algorithm_class
+from aiorl.cli.flags import Parser
+from aiorl.envs.spec import EnvSpec, resolve_env
+from aiorl.errors import CheckpointError, ConfigError
+from aiorl.policy import LoadedPolicy, find, load
+
+WHICH = ("best", "final", "latest")
+
+
+def policy_parser(verb: str, description: str, usage: str) -> Parser:
+    """A parser with the arguments that say which policy and environment are meant."""
+    parser = Parser(verb, description, usage)
+    parser.add_argument("run", nargs="?", metavar="RUN", help="run directory, or one of its checkpoints")
+    parser.add_argument("--which", metavar="|".join(WHICH), help="which one of a run (default: the first there is)")
+    parser.add_argument("--env", metavar="ENV", help="another environment, or the trusted name of the recorded one")
+    parser.add_argument("--algo", metavar="NAME", help="pkg.mod:Class of an algorithm that is not part of aiorl")
+    return parser
+
+
+def read_policy(given: Mapping[str, Any], verb: str) -> tuple[LoadedPolicy, EnvSpec, str]:
+    """The policy, its environment (not made yet) and the path it came from. Raises ConfigError.
+
+    Neither an algorithm nor an environment is imported because a file says so: names that are not in a registry have to
+    be given on the command line.
+    """
+    if "run" not in given:
+        raise ConfigError(f"no run given\n  for example: python -m aiorl {verb} runs/CartPole-v1-ppo-0")
+    which = given.get("which")
+    if which is not None and which not in WHICH:
+        raise ConfigError(f"--which {which}: expected one of {', '.join(WHICH)}")
+    path = find(given["run"], which)
+    algo = algorithm_class(given["algo"]) if "algo" in given else None
+    policy = load(path, algo=algo)
+    env, kwargs = policy.config.get("env"), policy.config.get("env_kwargs", {})
+    if "env" in given:
+        kwargs = kwargs if given["env"] == env else {}
+        env = given["env"]
+    elif not isinstance(env, str) or ":" in env:
+        raise CheckpointError(
+            f"the policy was trained on {env}, which is not an environment of gymnasium's\n"
+            f"  a file must not decide what is imported: say so with --env {env}"
+        )
+    return policy, resolve_env(env, kwargs, in_process=True, native=False), str(path)

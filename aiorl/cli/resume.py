@@ -1,0 +1,40 @@
+"""`python -m aiorl resume RUN`: goes on from the newest checkpoint of a run, or from the checkpoint that is named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from aiorl.cli.parse import read_resume
+from aiorl.config import Config
+from aiorl.errors import ConfigError
+
+
+def main(argv: Sequence[str]) -> int:
+    request = read_resume(argv)
+    if isinstance(request, str):
+        print(request, end="")
+        return 0
+    run, changes, progress = request
+    config, checkpoint = prepare(Path(run), changes)
+    from aiorl.cli.session import carry_out
+
+    return carry_out(config, progress, resume=checkpoint)
+
+
+def prepare(run: Path, changes: dict[str, Any]) -> tuple[Config, Path]:
+    """The configuration to go on with and the checkpoint. Raises ConfigError when there is nothing left to do."""
+    from aiorl.checkpoint import load_manifest
+    from aiorl.policy import find
+    from aiorl.preflight import resumed_config
+
+    checkpoint = find(run, "latest")
+    config = resumed_config(run, **changes)
+    done = load_manifest(checkpoint).env_steps
+    if done >= config.total_steps:
+        raise ConfigError(
+            f"{run} is finished: its checkpoint has {done:,} of {config.total_steps:,} env steps\n"
+            f"  to train longer, give a larger total: --steps {2 * config.total_steps}"
+        )
+    return config, checkpoint

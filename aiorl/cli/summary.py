@@ -1,0 +1,57 @@
+"""The few lines that say how a run ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from aiorl.cli.text import count, duration, number, plural, rate, share, spread
+
+LABEL = 11
+
+
+def summary_lines(result: Mapping[str, Any], directory: Path) -> list[str]:
+    """Three to seven lines from the fields of summary.json (see Result)."""
+    seconds = result["wall_seconds"]
+    took = f"{seconds:.1f} s" if seconds < 100 else duration(seconds)
+    lines = [
+        _line(
+            result["status"],
+            f"{result['env_steps']:,} env steps in {took} ({rate(result['env_steps_per_second'])} steps/s), "
+            f"{plural(result['updates'], 'update')}, {plural(result['episodes'], 'episode')}",
+        )
+    ]
+    if result.get("train_return_mean_100") is not None:
+        lines.append(_line("return", f"{number(result['train_return_mean_100'])} over the last 100 training episodes"))
+    if (evaluation := _evaluation(result)) is not None:
+        lines.append(_line("evaluation", evaluation))
+    if (reached := result.get("first_evaluation_at_stop_return")) is not None:
+        when = f"first at {count(reached['env_steps'])} env steps, {number(reached['seconds'])} s"
+        lines.append(_line("reached", f"the return to stop at, {when}"))
+    lines.append(_line("staleness", _staleness(result)))
+    lines.append(_line("files", f"{directory}/ (curve.svg, summary.json, best/, final/)"))
+    return lines
+
+
+def _evaluation(result: Mapping[str, Any]) -> str | None:
+    final, best = result.get("final_evaluation"), result.get("best")
+    shown = final or best
+    if not shown:
+        return None
+    kind = "final" if final else "best"
+    text = f"{spread(shown['mean_return'], shown['std_return'])} ({kind}, {plural(shown['episodes'], 'episode')})"
+    if final and best and best["mean_return"] > final["mean_return"]:
+        text += f", best {number(best['mean_return'])} at {count(best['env_steps'])} env steps"
+    return text
+
+
+def _staleness(result: Mapping[str, Any]) -> str:
+    degree, seen = result["off_policy_degree"], result["staleness"]
+    text = f"mean {seen['mean']:.2f}, max {seen['max']} (degree {degree})"
+    busy = ", ".join(f"{name} {share(part)}" for name, part in result.get("busy", {}).items())
+    return f"{text}; busy: {busy}" if busy else text
+
+
+def _line(label: str, text: str) -> str:
+    return f"{label:<{LABEL}} {text}"

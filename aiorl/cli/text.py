@@ -1,0 +1,98 @@
+"""Numbers, durations and little graphs as people read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """412.3; fewer digits for large values, more for small ones, a dash for none."""
+    if value is None or not math.isfinite(value):
+        return "–" if value is None else str(value)
+    if abs(value) >= 10_000:
+        digits = 0
+    elif 0 < abs(value) < 1:
+        digits = 3
+    return f"{value:,.{digits}f}"
+
+
+def count(value: float) -> str:
+    """12,345 up to 99,999, then 123k, 1.23M."""
+    if abs(value) < 100_000:
+        return f"{value:,.0f}"
+    size, unit = (1e9, "G") if abs(value) >= 1e9 else (1e6, "M") if abs(value) >= 1e6 else (1e3, "k")
+    return f"{value / size:.2f}".rstrip("0").rstrip(".") + unit if unit != "k" else f"{value / size:.0f}k"
+
+
+def rate(per_second: float) -> str:
+    """Steps per second: 812, 9.7k, 33.0k, 1.20M."""
+    if per_second < 1000:
+        return f"{per_second:.0f}" if per_second >= 10 else f"{per_second:.1f}"
+    return f"{per_second / 1e3:.1f}k" if per_second < 1e6 else f"{per_second / 1e6:.2f}M"
+
+
+def duration(seconds: float) -> str:
+    """0:07, 12:05, 1:02:03, 2d 03:04."""
+    whole = max(0, round(seconds))
+    minutes, s = divmod(whole, 60)
+    hours, m = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24}d {hours % 24:02d}:{m:02d}"
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+def share(part: float) -> str:
+    return f"{100 * part:.0f} %"
+
+
+def plural(n: int, word: str) -> str:
+    return f"{n:,} {word}" if n == 1 else f"{n:,} {word}s"
+
+
+def spread(mean: float, std: float) -> str:
+    """475.0 ± 12.3."""
+    return f"{number(mean)} ± {number(std)}"
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The course of `values` in at most `width` characters; neighbours share one when there are more of them."""
+    finite = [v for v in values if math.isfinite(v)]
+    if not finite or width < 1:
+        return ""
+    if len(finite) > width:
+        edges = [len(finite) * i // width for i in range(width + 1)]
+        finite = [sum(finite[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(finite), max(finite)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BARS[round((v - low) * scale)] for v in finite)
+
+
+def fit(parts: Sequence[str], width: int, separator: str = " · ") -> str:
+    """As many of `parts` as fit into `width`, the first ones first; empty ones are left out."""
+    kept = [p for p in parts if p]
+    while len(kept) > 1 and len(separator.join(kept)) > width:
+        kept.pop()
+    line = separator.join(kept)
+    return line if len(line) <= width else line[: max(0, width - 1)] + "…"
+
+
+def table(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) -> str:
+    """Rows in aligned columns, the first one being the heading; columns in `right` are flush right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines: list[str] = []
+    for row in rows:
+        cells = [
+            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def oneline(text: str, width: int = 160) -> str:
+    """The first line of a text, cut to `width`."""
+    line = text.strip().split("\n", 1)[0]
+    return line if len(line) <= width else line[: width - 1] + "…"

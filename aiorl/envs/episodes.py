@@ -1,0 +1,149 @@
+"""Whole episodes with a fixed policy: what evaluation and play count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aiorl.envs.make import make_env, make_vector
+from aiorl.envs.single import CheckedEnv
+from aiorl.envs.spaces import Spaces
+from aiorl.envs.spec import EnvSpec
+from aiorl.envs.vector import CheckedVector
+from aiorl.errors import EnvError
+from aiorl.seeding import evaluation_seed
+from aiorl.segments import Array
+
+if TYPE_CHECKING:
+    from aiorl.algos.base import Policy
+
+
+def run_episodes(
+    envs: EnvSpec | Sequence[Any] | Any,
+    spaces: Spaces,
+    policy: Policy,
+    episodes: int,
+    seed: int,
+    width: int,
+    *,
+    on_step: Callable[[int], None] | None = None,
+    on_frame: Callable[[Any], None] | None = None,
+) -> tuple[Array, Array]:
+    """Run `episodes` episodes, `width` at a time; returns (returns float64, lengths int64), each [episodes].
+
+    Episode e runs in slot e % width and is seeded by (seed, e), and the policy always acts on the whole batch, so the
+    result is a function of the policy, `seed`, `episodes` and `width` alone. A slot that is through is shown its last
+    observation. A vector environment resets in its own way: each slot contributes its first episodes, as many as it
+    owes, so that short episodes are not favoured.
+
+    `envs` is made from a spec and closed, or given: `width` single environments, or a vector environment. `policy.begin`
+    has been called. `on_step(t)` follows each step of the batch and may raise to stop; `on_frame(env)` follows each reset
+    and step of slot 0. Raises EnvError.
+    """
+    if isinstance(envs, EnvSpec):
+        made = make_vector(envs, width) if envs.vector_only else [make_env(envs) for _ in range(width)]
+        try:
+            return run_episodes(made, spaces, policy, episodes, seed, width, on_step=on_step, on_frame=on_frame)
+        finally:
+            for env in made if isinstance(made, list) else [made]:
+                env.close()
+    tally = _Tally(episodes, width)
+    if isinstance(envs, Sequence):
+        _run_single([CheckedEnv(env, spaces, i) for i, env in enumerate(envs)], policy, spaces, seed, tally, on_step, on_frame)
+    else:
+        vector = CheckedVector(envs, spaces, width, lambda i, e: evaluation_seed(seed, i + e * width))
+        _run_vector(vector, policy, spaces, tally, on_step, on_frame)
+    return tally.returns, tally.lengths
+
+
+class _Tally:
+    """Which episode each slot is at, and what has come of it so far."""
+
+    def __init__(self, episodes: int, width: int) -> None:
+        self.returns = np.zeros(episodes)
+        self.lengths = np.zeros(episodes, np.int64)
+        self.episode = np.arange(width)
+        self.active = self.episode < episodes
+
+    def add(self, slot: int, reward: float, ended: bool) -> None:
+        episode = self.episode[slot]
+        self.returns[episode] += reward
+        self.lengths[episode] += 1
+        if ended:
+            self.episode[slot] += len(self.episode)
+            self.active[slot] = self.episode[slot] < len(self.returns)
+
+
+def _batch(spaces: Spaces, width: int) -> dict[str, Array]:
+    return {name: np.zeros((width, *c.shape), c.dtype) for name, c in spaces.obs_columns.items()}
+
+
+def _copied(spaces: Spaces, obs: Sequence[Array]) -> dict[str, Array]:
+    return {leaf.name: value.copy() for leaf, value in zip(spaces.observation, obs, strict=True)}
+
+
+def _run_single(
+    envs: list[CheckedEnv], policy: Policy, spaces: Spaces, seed: int, tally: _Tally,
+    on_step: Callable[[int], None] | None, on_frame: Callable[[Any], None] | None,
+) -> None:  # fmt: skip
+    def begin(slot: int) -> None:
+        episode = int(tally.episode[slot])
+        envs[slot].reset(evaluation_seed(seed, episode), episode, rows, slot)
+        if slot == 0 and on_frame is not None:
+            on_frame(envs[0].env)
+
+    batch, first = _batch(spaces, len(envs)), np.ones(len(envs), bool)
+    rows = list(batch.values())
+    for slot in np.flatnonzero(tally.active).tolist():
+        begin(slot)
+    t = 0
+    while tally.active.any():
+        actions, _ = policy.act(batch, first)
+        batch = {name: leaf.copy() for name, leaf in batch.items()}  # the policy may keep what it was shown
+        rows, first = list(batch.values()), np.zeros(len(envs), bool)
+        taken = spaces.env_actions(actions)
+        for slot in np.flatnonzero(tally.active).tolist():
+            reward, terminated, truncated = envs[slot].step(taken[slot], rows, slot)
+            if slot == 0 and on_frame is not None:
+                on_frame(envs[0].env)
+            tally.add(slot, reward, terminated or truncated)
+            if (terminated or truncated) and tally.active[slot]:
+                begin(slot)
+                first[slot] = True
+        if on_step is not None:
+            on_step(t)
+        t += 1
+    _check_finite(tally)
+
+
+def _run_vector(
+    vector: CheckedVector, policy: Policy, spaces: Spaces, tally: _Tally,
+    on_step: Callable[[int], None] | None, on_frame: Callable[[Any], None] | None,
+) -> None:  # fmt: skip
+    n = vector.n
+    batch, first = _copied(spaces, vector.reset()), np.ones(n, bool)
+    t = 0
+    while tally.active.any():
+        actions, _ = policy.act(batch, first)
+        step = vector.step(actions)
+        batch = _copied(spaces, step.obs)
+        ended = step.terminated | step.truncated
+        first = ~step.valid
+        for i, _ in step.finals:
+            first[i] = True
+        for slot in np.flatnonzero(tally.active & step.valid).tolist():
+            tally.add(slot, float(step.reward[slot]), bool(ended[slot]))
+        if on_frame is not None:
+            on_frame(vector.env)
+        if on_step is not None:
+            on_step(t)
+        t += 1
+    _check_finite(tally)
+
+
+def _check_finite(tally: _Tally) -> None:
+    bad = np.flatnonzero(~np.isfinite(tally.returns))
+    if len(bad):
+        raise EnvError(f"evaluation episode {bad[0]}: the return is {tally.returns[bad[0]]}, expected finite rewards")

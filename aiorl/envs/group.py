@@ -1,0 +1,52 @@
+"""What a group of environments is: it fills segments, and can be brought back to where a cursor says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from aiorl.envs.cursor import GroupCursor, advance
+from aiorl.envs.single import SingleGroup
+from aiorl.envs.spaces import Spaces
+from aiorl.envs.spec import EnvSpec
+from aiorl.envs.vector import VectorGroup
+from aiorl.segments import Segment
+
+if TYPE_CHECKING:
+    from aiorl.algos.base import Policy
+
+__all__ = ["Group", "GroupCursor", "advance", "make_group"]
+
+
+class Group(Protocol):
+    """A fixed set of environments that act as one batch."""
+
+    envs: range
+    """Global indices of its environments."""
+
+    def open(self, cursor: GroupCursor | None) -> None:
+        """Make and reset the environments, or bring back the open episodes of `cursor` exactly.
+
+        Raises EnvError if an environment cannot be made, breaks its contract, or does not reproduce.
+        """
+        ...
+
+    def collect(
+        self, policy: Policy, segment: Segment, steps: int, on_step: Callable[[int], None] | None = None
+    ) -> None:
+        """Fill rows 0 to `steps` - 1 of `segment`; `policy.begin` has been called. `on_step(t)` follows each row.
+
+        Raises EnvError if an environment raises or breaks its contract, TrainingError if the policy does. The group is
+        of no use after an error.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close the environments. May be called twice, and before `open`."""
+        ...
+
+
+def make_group(spec: EnvSpec, spaces: Spaces, envs: range, seed: int) -> Group:
+    """A group for the global environment indices `envs`, to be opened. `spec` comes from `probe`, `seed` is the root."""
+    kind = VectorGroup if spec.native else SingleGroup
+    return kind(spec, spaces, envs, seed)

@@ -1,0 +1,234 @@
+"""Making environments, and the look at one that settles how a run uses them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+from aiorl.envs.contract import CRASHES, crashed
+from aiorl.envs.spaces import Spaces, spaces_of
+from aiorl.envs.spec import EnvSpec
+from aiorl.envs.state import StateCapture, reproduces
+from aiorl.errors import ConfigError, EnvError
+
+if TYPE_CHECKING:
+    import gymnasium
+
+
+NEXT_STEP, SAME_STEP, DISABLED = "NEXT_STEP", "SAME_STEP", "DISABLED"
+
+
+def autoreset_mode(env: Any) -> str:
+    """When a vector environment resets: "NEXT_STEP", "SAME_STEP" or "DISABLED". Raises EnvError if it does not tell."""
+    mode = env.metadata.get("autoreset_mode")
+    name = getattr(mode, "name", mode)
+    if name not in (NEXT_STEP, SAME_STEP, DISABLED):
+        raise EnvError(
+            f"the vector environment {type(env.unwrapped).__name__} does not say when it resets (autoreset_mode = {mode!r})"
+            '\n  set metadata["autoreset_mode"] to a gymnasium.vector.AutoresetMode'
+        )
+    return name
+
+
+def make_env(spec: EnvSpec) -> gymnasium.Env[Any, Any]:
+    """A new single environment, without gymnasium's own checker. Raises EnvError."""
+    made = _make(spec, None)
+    if not _is_env(made):
+        raise EnvError(f"{spec.name} made a {type(made).__name__}, expected a gymnasium.Env\n  {_advice(made)}")
+    return made
+
+
+def make_vector(spec: EnvSpec, n: int) -> gymnasium.vector.VectorEnv[Any, Any, Any]:
+    """A new vector environment of `n`. Raises EnvError."""
+    made = _make(spec, n)
+    if not _is_vector(made):
+        raise EnvError(f"{spec.name} made a {type(made).__name__}, expected a gymnasium.vector.VectorEnv")
+    if made.num_envs != n:
+        made.close()
+        raise EnvError(
+            f"{spec.name} made a vector of {made.num_envs} environments, expected {n}\n"
+            "  let it take the keyword num_envs"
+        )
+    return made
+
+
+def _make(spec: EnvSpec, n: int | None) -> Any:
+    """What the environment's maker returns; `n` asks for a vector."""
+    import gymnasium
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module="gymnasium")
+            if spec.registration is None:
+                target = spec.target if callable(spec.target) else _named(cast("str", spec.target))
+                sized = {} if n is None or "num_envs" not in _parameters(target) else {"num_envs": n}
+                return target(**{**spec.kwargs, **sized})
+            if n is None:
+                return gymnasium.make(spec.registration, disable_env_checker=True, **spec.kwargs)
+            mode = gymnasium.VectorizeMode.VECTOR_ENTRY_POINT
+            return gymnasium.make_vec(spec.registration, n, vectorization_mode=mode, **spec.kwargs)
+    except CRASHES as error:
+        raise crashed(spec.name, "making the environment", error) from error
+
+
+def _named(name: str) -> Callable[..., Any]:
+    module, _, attribute = name.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in attribute.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(target).parameters
+    except (ValueError, TypeError):
+        return {}
+
+
+def _is_env(made: Any) -> bool:
+    import gymnasium
+
+    return isinstance(made, gymnasium.Env)
+
+
+def _is_vector(made: Any) -> bool:
+    import gymnasium
+
+    return isinstance(made, gymnasium.vector.VectorEnv)
+
+
+def _advice(made: Any) -> str:
+    if _is_vector(made):
+        return "a vector environment can train, but not stand in for a single one"
+    if any(c.__module__.partition(".")[0] == "gym" for c in type(made).__mro__):
+        return "it is made for gym, the predecessor of gymnasium: update it, or wrap it with shimmy"
+    return "let it be, or return, a subclass of gymnasium.Env"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What making one environment tells.
+
+    `spec` is settled on native or single environments: make groups from it. `why_single` says why a vector
+    implementation that exists is not used. `exact`: as far as a look can tell, open episodes can be brought back exactly
+    (a single environment shows that when it is done); else `why_inexact`. `state_bytes` is room for the state of a native
+    group of the probed size.
+    """
+
+    spec: EnvSpec
+    spaces: Spaces
+    autoreset_mode: str | None = None
+    why_single: str = ""
+    why_inexact: str = ""
+    state_bytes: int = 0
+    reward_threshold: float | None = None
+    max_episode_steps: int | None = None
+
+    @property
+    def native(self) -> bool:
+        return self.spec.native
+
+    @property
+    def exact(self) -> bool:
+        return not self.why_inexact
+
+
+def probe(spec: EnvSpec, group_size: int = 1) -> Probe:
+    """Make an environment (and a vector of `group_size` where there is one), read its spaces and close it.
+
+    A vector implementation is used if its spaces are those of the single environment and its state can be captured, or
+    if there is no other. Runs the environment's own code, so call it in a thread. Raises ConfigError.
+    """
+    try:
+        single = None if spec.vector_only else _probe_single(spec)
+        if single is not None and not spec.native:
+            return single
+        try:
+            vector = _probe_vector(spec, group_size)
+        except EnvError as error:
+            if single is None:
+                raise
+            return replace(single, why_single=str(error).partition("\n")[0])
+        return vector if single is None else _choose(single, vector)
+    except EnvError as error:
+        raise ConfigError(str(error), detail=error.detail) from error
+
+
+def _choose(single: Probe, vector: Probe) -> Probe:
+    if vector.spaces != single.spaces:
+        return replace(single, why_single="the vector implementation has other spaces than the single environment")
+    if not vector.exact:
+        return replace(single, why_single=vector.why_inexact)
+    return replace(
+        vector, spec=replace(vector.spec, vector_only=False),
+        reward_threshold=single.reward_threshold, max_episode_steps=single.max_episode_steps,
+    )  # fmt: skip
+
+
+def _probe_single(spec: EnvSpec) -> Probe | None:
+    """None if the maker only makes vector environments."""
+    if spec.registration is None and _needs_num_envs(spec):
+        return None
+    made = _make(spec, None)
+    if _is_vector(made):
+        made.close()
+        return None
+    if not _is_env(made):
+        raise EnvError(f"{spec.name} made a {type(made).__name__}, expected a gymnasium.Env\n  {_advice(made)}")
+    try:
+        spaces = _spaces(spec, made, "observation_space", "action_space")
+        known = made.spec
+    finally:
+        made.close()
+    return Probe(
+        replace(spec, native=False), spaces,
+        reward_threshold=getattr(known, "reward_threshold", None),
+        max_episode_steps=getattr(known, "max_episode_steps", None),
+    )  # fmt: skip
+
+
+def _needs_num_envs(spec: EnvSpec) -> bool:
+    target = spec.target if callable(spec.target) else _named(cast("str", spec.target))
+    parameter = _parameters(target).get("num_envs")
+    return parameter is not None and parameter.default is inspect.Parameter.empty and "num_envs" not in spec.kwargs
+
+
+def _probe_vector(spec: EnvSpec, n: int) -> Probe:
+    made = make_vector(spec, n)
+    try:
+        spaces = _spaces(spec, made, "single_observation_space", "single_action_space")
+        mode = autoreset_mode(made)
+        known = made.spec
+    finally:
+        made.close()
+    why_inexact = reproduces(lambda: make_vector(spec, n), spaces, n)
+    return Probe(
+        replace(spec, native=True, vector_only=True), spaces, autoreset_mode=mode, why_inexact=why_inexact,
+        state_bytes=0 if why_inexact else _state_bytes(spec, n),
+        reward_threshold=getattr(known, "reward_threshold", None),
+        max_episode_steps=getattr(known, "max_episode_steps", None),
+    )  # fmt: skip
+
+
+def _state_bytes(spec: EnvSpec, n: int) -> int:
+    """Room for a captured state: numbers and generators take a few bytes more or less from step to step."""
+    env = make_vector(spec, n)
+    try:
+        env.reset(seed=0)
+        return len(StateCapture(env).capture()) * 5 // 4 + 4096
+    finally:
+        env.close()
+
+
+def _spaces(spec: EnvSpec, made: Any, observation: str, action: str) -> Spaces:
+    try:
+        return spaces_of(getattr(made, observation), getattr(made, action))
+    except AttributeError as error:
+        raise EnvError(f"{spec.name} has no {error.name}\n  set it in __init__") from None
+    except ConfigError as error:
+        raise ConfigError(f"{spec.name}: {error}") from None

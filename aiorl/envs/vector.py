@@ -1,0 +1,243 @@
+"""A group that is one native gymnasium vector environment. Whatever its autoreset mode, the stored stream is the same."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from aiorl.envs.contract import (
+    CRASHES,
+    BrokenContract,
+    ChoiceWriter,
+    ObsReader,
+    check_segment,
+    crashed,
+    reset_obs,
+    step_parts,
+)
+from aiorl.envs.cursor import GroupCursor
+from aiorl.envs.make import NEXT_STEP, SAME_STEP, autoreset_mode, make_vector
+from aiorl.envs.spaces import Spaces
+from aiorl.envs.state import CannotCapture, StateCapture
+from aiorl.errors import EnvError
+from aiorl.seeding import episode_seed
+from aiorl.segments import Array, Segment
+
+if TYPE_CHECKING:
+    from aiorl.algos.base import Policy
+    from aiorl.envs.spec import EnvSpec
+
+class VectorStep(NamedTuple):
+    """What one step of all environments gave.
+
+    `obs`: leaves [n, …] to act on next. `valid` [n] is False where the step was spent on a reset. `finals`: for
+    each environment that was reset within the step, the last observation of its episode.
+    """
+
+    obs: list[Array]
+    reward: Array
+    terminated: Array
+    truncated: Array
+    valid: Array
+    finals: Sequence[tuple[int, list[Array]]]
+
+
+class CheckedVector:
+    """A vector environment whose every answer is checked, with one way of stepping for the three autoreset modes.
+
+    `seed_of(i, episode)` gives the seed of an episode of environment i. Environments that take a list of seeds get one
+    for each; they are used for the first episodes and, in DISABLED mode, for all. Others get the first alone.
+    """
+
+    def __init__(self, env: Any, spaces: Spaces, n: int, seed_of: Callable[[int, int], int], first_env: int = 0) -> None:
+        self.env, self.n = env, n
+        self.ended = np.zeros(n, bool)  # the last step ended an episode, and the next one is spent on the reset
+        self.episodes = np.zeros(n, np.int64)
+        self._mode, self._seed_of, self._label = autoreset_mode(env), seed_of, f"environments {first_env}-{first_env + n - 1}"
+        self._batch, self._one = ObsReader(spaces.observation, (n,)), ObsReader(spaces.observation)
+        self._spaces, self._takes_lists, self._steps = spaces, True, 0
+        self._all = np.ones(n, bool)
+        self._all.flags.writeable = False
+
+    @property
+    def where(self) -> str:
+        return f"{self._label}, step {self._steps}"
+
+    def reset(self) -> list[Array]:
+        """Begin the first episodes. Raises EnvError."""
+        seeds = [self._seed_of(i, 0) for i in range(self.n)]
+        try:
+            result = self.env.reset(seed=seeds)
+        except Exception:  # most implementations take one number only; a true fault shows again
+            self._takes_lists = False
+            try:
+                result = self.env.reset(seed=seeds[0])
+            except CRASHES as error:
+                raise crashed(self.where, f"reset(seed={seeds[0]})", error) from error
+        try:
+            return self._batch.read(reset_obs(result))
+        except BrokenContract as error:
+            raise EnvError(f"{self.where}: {error}") from None
+
+    def step(self, actions: Array) -> VectorStep:
+        """Step all environments with stored actions [n, …]. Raises EnvError."""
+        self._steps += 1
+        batch = self._spaces.env_actions(actions)
+        try:
+            result = self.env.step(batch)
+        except CRASHES as error:
+            raise crashed(self.where, "step()", error) from error
+        try:
+            raw_obs, reward, terminated, truncated, info = step_parts(result)
+            obs = self._batch.read(raw_obs)
+            reward = _numbers("reward", reward, self.n)
+            terminated, truncated = _flags("terminated", terminated, self.n), _flags("truncated", truncated, self.n)
+            return self._normalise(obs, reward, terminated, truncated, info)
+        except BrokenContract as error:
+            raise EnvError(f"{self.where}: {error}") from None
+
+    def _normalise(self, obs: list[Array], reward: Array, terminated: Array, truncated: Array, info: Any) -> VectorStep:
+        ended = terminated | truncated
+        any_ended = np.count_nonzero(ended) > 0
+        if self._mode == NEXT_STEP:
+            spent, valid = self.ended, self._all
+            if np.count_nonzero(spent):
+                if np.count_nonzero(ended[spent]) or np.count_nonzero(reward[spent]):
+                    raise BrokenContract("a step spent on a reset expected reward 0 and no end of an episode")
+                valid = ~spent
+            self.ended = ended
+            if any_ended:
+                self.episodes += ended
+            return VectorStep(obs, reward, terminated, truncated, valid, ())
+        if not any_ended:
+            return VectorStep(obs, reward, terminated, truncated, self._all, ())
+        self.episodes += ended
+        where = np.flatnonzero(ended)
+        if self._mode == SAME_STEP:
+            finals = [(int(i), self._final_obs(info, int(i))) for i in where]
+        else:
+            finals = [(int(i), [leaf[i].copy() for leaf in obs]) for i in where]
+            obs = self._reset_where(ended, obs)
+        return VectorStep(obs, reward, terminated, truncated, self._all, finals)
+
+    def _final_obs(self, info: Any, i: int) -> list[Array]:
+        """The last observation of the episode that environment `i` ended: one object for each, or all in a batch."""
+        final = info.get("final_obs") if isinstance(info, Mapping) else None
+        if final is None:
+            raise BrokenContract("info expected 'final_obs' where a SAME_STEP environment ended an episode, got none")
+        if isinstance(final, np.ndarray) and final.dtype == object:
+            return self._one.read(final[i])
+        return [leaf[i] for leaf in self._batch.read(final)]
+
+    def _reset_where(self, ended: Array, obs: list[Array]) -> list[Array]:
+        """Reset the environments that `ended`; the others keep their observation."""
+        seeds = [self._seed_of(i, int(e)) for i, e in enumerate(self.episodes)] if self._takes_lists else None
+        obs = [leaf.copy() for leaf in obs]
+        try:
+            result = self.env.reset(seed=seeds, options={"reset_mask": ended.copy()})
+        except CRASHES as error:
+            raise crashed(self.where, "reset(options={'reset_mask': …})", error) from error
+        for leaf, fresh in zip(obs, self._batch.read(reset_obs(result)), strict=True):
+            leaf[ended] = fresh[ended]
+        return obs
+
+    def close(self) -> None:
+        # Nothing can be lost any more.
+        with contextlib.suppress(Exception):
+            self.env.close()
+
+
+def _numbers(name: str, value: Any, n: int) -> Array:
+    array = np.array(value)  # a copy, for the environment may write into its buffers when it is reset
+    if array.shape != (n,) or array.dtype.kind not in "biuf":
+        raise BrokenContract(f"{name} expected ({n},) real numbers, got {array.shape} {array.dtype}")
+    return array
+
+
+def _flags(name: str, value: Any, n: int) -> Array:
+    array = np.array(value)
+    if array.dtype == bool and array.shape == (n,):
+        return array
+    if array.shape != (n,) or array.dtype.kind not in "iu" or not np.isin(array, (0, 1)).all():
+        raise BrokenContract(f"{name} expected ({n},) bool, got {array.shape} {array.dtype}")
+    return array.astype(bool)
+
+
+class VectorGroup:
+    """The group of environments `envs` as one native vector environment. See `aiorl.envs.group.Group`."""
+
+    def __init__(self, spec: EnvSpec, spaces: Spaces, envs: range, seed: int) -> None:
+        self.envs = envs
+        self._spec, self._spaces, self._seed = spec, spaces, seed
+        self._vector: CheckedVector | None = None
+        self._capture: StateCapture | None = None
+        self._obs: list[Array] = []
+        self._first = np.ones(len(envs), bool)
+
+    def open(self, cursor: GroupCursor | None) -> None:
+        """Make and reset the environments; with a cursor, set their state. Raises EnvError."""
+        n = len(self.envs)
+        vector = CheckedVector(make_vector(self._spec, n), self._spaces, n, self._seed_of, self.envs.start)
+        self._vector, self._capture = vector, StateCapture(vector.env)
+        self._obs = [leaf.copy() for leaf in vector.reset()]
+        if cursor is None:
+            return
+        if not cursor.env_state:
+            raise EnvError(
+                f"the open episodes of environments {self.envs.start}-{self.envs.stop - 1} cannot be brought back: the state "
+                f"of the vector environment {self._spec.name} could not be captured\n  set native_vector = false"
+            )
+        self._capture.restore(cursor.env_state)
+        self._obs = [cursor.obs[leaf.name].copy() for leaf in self._spaces.observation]
+        self._first = cursor.first
+        vector.ended, vector.episodes = cursor.done.copy(), cursor.episodes.copy()
+
+    def _seed_of(self, i: int, episode: int) -> int:
+        return episode_seed(self._seed, self.envs[i], episode)
+
+    def collect(
+        self, policy: Policy, segment: Segment, steps: int, on_step: Callable[[int], None] | None = None
+    ) -> None:
+        """Fill the first `steps` rows of `segment`. `on_step(t)` is called after each. Raises EnvError, TrainingError."""
+        assert self._vector is not None
+        assert self._capture is not None
+        leaves = {leaf.name: segment.obs[leaf.name] for leaf in self._spaces.observation}
+        columns, choices, first = segment.columns, ChoiceWriter(segment), self._first
+        reward, valid, terminated, truncated = (columns[n] for n in ("reward", "valid", "terminated", "truncated"))
+        segment.clear()
+        valid[steps:] = terminated[steps:] = truncated[steps:] = False
+        for leaf, value in zip(leaves.values(), self._obs, strict=True):
+            leaf[0] = value
+        for t in range(steps):
+            actions, extras = policy.act({name: leaf[t] for name, leaf in leaves.items()}, first)
+            step = self._vector.step(choices.write(t, actions, extras))
+            for leaf, value in zip(leaves.values(), step.obs, strict=True):
+                leaf[t + 1] = value
+            reward[t], valid[t], terminated[t], truncated[t] = step.reward, step.valid, step.terminated, step.truncated
+            first = ~step.valid
+            for i, final in step.finals:
+                segment.add_final(t, i, dict(zip(leaves, final, strict=True)))
+                first[i] = True
+            if on_step is not None:
+                on_step(t)
+        self._first = first
+        self._obs = [leaf[steps].copy() for leaf in leaves.values()]
+        check_segment(self._spaces, segment, steps, self.envs.start)
+        self._put_state(segment)
+
+    def _put_state(self, segment: Segment) -> None:
+        assert self._capture is not None
+        try:
+            state = self._capture.capture()
+        except CannotCapture:
+            state = b""
+        segment.put_env_state(state if len(state) <= len(segment.state) else b"")
+
+    def close(self) -> None:
+        """Close the environments; may be called twice."""
+        if self._vector is not None:
+            self._vector.close()
+            self._vector = None

@@ -1,0 +1,159 @@
+"""The books of a run: what was stored, which episodes ended, and where each environment stands.
+
+The ledger advances with the updates, not with arrivals, so its state after update k is exactly what a checkpoint after
+update k needs: the counters, and for every environment the open episode with its actions, by which it is brought back.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from aiorl.envs.cursor import GroupCursor, advance
+from aiorl.pacing import Grant
+from aiorl.segments import Array, Segment
+
+
+class Episode(NamedTuple):
+    """One finished episode: `total` is the sum of its stored rewards (float64), `length` its env steps."""
+
+    env: int
+    total: float
+    length: int
+    terminated: bool
+
+
+@dataclass
+class GroupBooks:
+    """Where one group stands after the last update that used it. `cursor` is None before the first."""
+
+    first_env: int
+    segments: int
+    totals: Array  # [n] float64, reward of the open episode so far
+    lengths: Array  # [n] its env steps
+    cursor: GroupCursor | None = None
+
+
+class Ledger:
+    """Books for `groups` groups of `group_size` environments each."""
+
+    def __init__(self, groups: int, group_size: int) -> None:
+        self.stored = 0
+        self.episodes = 0
+        self.recent: deque[float] = deque(maxlen=100)
+        self._books = [
+            GroupBooks(g * group_size, 0, np.zeros(group_size, np.float64), np.zeros(group_size, np.int64))
+            for g in range(groups)
+        ]
+
+    @property
+    def return_mean_100(self) -> float | None:
+        """Mean return of the last 100 finished episodes."""
+        return float(np.mean(self.recent)) if self.recent else None
+
+    def store(self, parts: tuple[Grant, ...], segments: tuple[Segment, ...]) -> list[Episode]:
+        """Enter the segments of one rollout; returns the episodes that ended in it."""
+        ended: list[Episode] = []
+        for part, segment in zip(parts, segments, strict=True):
+            ended += self._enter(self._books[part.group], segment)
+        self.episodes += len(ended)
+        self.recent.extend(e.total for e in ended)
+        return ended
+
+    def _enter(self, books: GroupBooks, segment: Segment) -> list[Episode]:
+        columns = segment.columns
+        valid, reward = columns["valid"], columns["reward"]
+        done = (columns["terminated"] | columns["truncated"]) & valid
+        ended: list[Episode] = []
+        for env in range(segment.envs):
+            begin = 0
+            for end in np.flatnonzero(done[:, env]).tolist():
+                ended.append(self._close_episode(books, segment, env, begin, end + 1))
+                begin = end + 1
+            rows = valid[begin:, env]
+            books.totals[env] = _add_up(books.totals[env], reward[begin:, env][rows])
+            books.lengths[env] += np.count_nonzero(rows)
+        self.stored += int(np.count_nonzero(valid))
+        books.segments += 1
+        books.cursor = advance(books.cursor, segment)
+        return ended
+
+    def _close_episode(self, books: GroupBooks, segment: Segment, env: int, begin: int, end: int) -> Episode:
+        columns = segment.columns
+        rows = columns["valid"][begin:end, env]
+        total = _add_up(books.totals[env], columns["reward"][begin:end, env][rows])
+        length = int(books.lengths[env] + np.count_nonzero(rows))
+        books.totals[env], books.lengths[env] = 0.0, 0
+        return Episode(books.first_env + env, total, length, bool(columns["terminated"][end - 1, env]))
+
+    def cursor(self, group: int) -> GroupCursor | None:
+        """Where the group goes on; None if it has not begun."""
+        return self._books[group].cursor
+
+    def segments_used(self) -> list[int]:
+        """How many segments of each group have been learned from."""
+        return [books.segments for books in self._books]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything above as a tree of arrays and numbers (copies)."""
+        groups: dict[str, Any] = {}
+        for index, books in enumerate(self._books):
+            groups[str(index)] = {
+                "segments": books.segments,
+                "totals": books.totals.copy(),
+                "lengths": books.lengths.copy(),
+                "cursor": _cursor_tree(books.cursor),
+            }
+        return {
+            "stored": self.stored,
+            "episodes": self.episodes,
+            "recent": np.array(self.recent, np.float64),
+            "groups": groups,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        groups = state["groups"]
+        if len(groups) != len(self._books):
+            raise ValueError(f"ledger has {len(groups)} groups, expected {len(self._books)}")
+        self.stored, self.episodes = int(state["stored"]), int(state["episodes"])
+        self.recent = deque(state["recent"].tolist(), maxlen=100)
+        for index, books in enumerate(self._books):
+            saved = groups[str(index)]
+            if saved["totals"].shape != books.totals.shape:
+                raise ValueError(f"group {index} has {len(saved['totals'])} environments, expected {len(books.totals)}")
+            books.segments = int(saved["segments"])
+            books.totals, books.lengths = saved["totals"], saved["lengths"]
+            books.cursor = _cursor_from(saved["cursor"])
+
+
+def _cursor_tree(cursor: GroupCursor | None) -> dict[str, Any]:
+    if cursor is None:
+        return {}
+    return {
+        "episodes": cursor.episodes.copy(),
+        "actions": {str(env): actions for env, actions in enumerate(cursor.actions)},
+        "done": cursor.done.copy(),
+        "obs": dict(cursor.obs),
+        "env_state": np.frombuffer(cursor.env_state, np.uint8).copy(),
+    }
+
+
+def _cursor_from(tree: dict[str, Any]) -> GroupCursor | None:
+    if not tree:
+        return None
+    return GroupCursor(
+        episodes=tree["episodes"],
+        actions=tuple(tree["actions"][str(env)] for env in range(len(tree["actions"]))),
+        done=tree["done"],
+        obs=tree["obs"],
+        env_state=tree["env_state"].tobytes(),
+    )
+
+
+def _add_up(start: float, values: Array) -> float:
+    """start + values[0] + values[1] + …, in that order (np.sum adds pairwise, which rounds differently)."""
+    return float(np.cumsum(np.concatenate([[start], values]))[-1])

@@ -1,0 +1,1 @@
+"""What a run writes and shows: event fan-out, the run directory, the learning curve."""

@@ -1,0 +1,167 @@
+"""The learning curve of a run: read from its events, drawn as one self-contained SVG without any plotting library.
+
+    write_curve("runs/CartPole-v1-ppo-0", "curve.svg")
+
+The picture shows the training return (each rollout pale, the mean of the last 100 episodes solid), the evaluations with
+a band of one standard deviation, and the return at which the run was asked to stop. Several runs can share a picture.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from aiorl.errors import ConfigError
+from aiorl.metrics.svg import draw
+
+POINTS = 400
+"""Most points a line is drawn with: more cannot be told apart at the size of the picture."""
+
+
+class _Row(msgspec.Struct, frozen=True):
+    """The fields of an event that a curve needs; whatever else the event has is skipped."""
+
+    event: str
+    seconds: float
+    env_steps: int
+    env: str = ""
+    algo: str = ""
+    seed: int = 0
+    off_policy_degree: int = 0
+    return_mean: float | None = None
+    train_return_mean_100: float | None = None
+    mean_return: float = 0.0
+    std_return: float = 0.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value with both of its abscissae. `spread` is a standard deviation (0 where there is none)."""
+
+    env_steps: float
+    seconds: float
+    value: float
+    spread: float = 0.0
+
+    def x(self, axis: str) -> float:
+        return self.seconds if axis == "time" else self.env_steps
+
+
+@dataclass
+class Curve:
+    """What a picture shows of one run: training returns by rollout and smooth, and evaluations with their spread."""
+
+    env: str = ""
+    algo: str = ""
+    seed: int = 0
+    off_policy_degree: int = 0
+    stop_at: float | None = None
+    rollouts: list[Point] = field(default_factory=list["Point"])
+    smooth: list[Point] = field(default_factory=list["Point"])
+    evaluations: list[Point] = field(default_factory=list["Point"])
+    end: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def title(self) -> str:
+        return f"{self.env} · {self.algo} · seed {self.seed}"
+
+    def thinned(self, axis: str) -> Curve:
+        """A copy with at most `POINTS` points a line (each the mean of its neighbours along `axis`)."""
+        return replace(self, rollouts=thin(self.rollouts, axis), smooth=thin(self.smooth, axis))
+
+
+def read_curve(source: str | Path | Iterable[Any], stop_at: float | None = None) -> Curve:
+    """The curve of a run directory, or of a sequence of events.
+
+    A run that was resumed goes on where its checkpoint was: points after it, which were done again, are left out.
+    Raises ConfigError when the directory holds no events.
+    """
+    if isinstance(source, (str, Path)):
+        directory = Path(source)
+        rows, stop_at = _read_rows(directory), _read_stop_at(directory) if stop_at is None else stop_at
+    else:
+        rows = (msgspec.convert(event.to_dict(), _Row) for event in source)
+    curve = Curve(stop_at=stop_at)
+    shift = 0.0
+    for row in rows:
+        if row.event == "started":
+            shift = _begin(curve, row)
+        steps, seconds = float(row.env_steps), row.seconds + shift
+        curve.end = (max(curve.end[0], steps), max(curve.end[1], seconds))
+        if row.event == "updated":
+            if row.return_mean is not None:
+                curve.rollouts.append(Point(steps, seconds, row.return_mean))
+            if row.train_return_mean_100 is not None:
+                curve.smooth.append(Point(steps, seconds, row.train_return_mean_100))
+        elif row.event == "evaluated":
+            curve.evaluations.append(Point(steps, seconds, row.mean_return, row.std_return))
+    curve.evaluations.sort(key=lambda point: point.env_steps)
+    return curve
+
+
+def write_curve(source: str | Path | Iterable[Any], path: str | Path, x: str = "steps") -> None:
+    """Draw the curve of a run directory or of a sequence of events into an SVG file. `x` is "steps" or "time"."""
+    write_svg([read_curve(source)], path, x)
+
+
+def write_svg(curves: Sequence[Curve], path: str | Path, x: str = "steps", labels: Sequence[str] = ()) -> None:
+    """Draw several curves into one SVG file, each under its label."""
+    Path(path).write_text(draw([curve.thinned(x) for curve in curves], x, labels), encoding="utf-8")
+
+
+def thin(points: Sequence[Point], axis: str, most: int = POINTS) -> list[Point]:
+    """At most `most` points: the means of equal slices of the axis. Few points are returned as they are."""
+    if len(points) <= most:
+        return list(points)
+    first, last = points[0].x(axis), points[-1].x(axis)
+    width = (last - first) / most or 1.0
+    bins: dict[int, list[Point]] = {}
+    for point in points:
+        bins.setdefault(min(most - 1, int((point.x(axis) - first) / width)), []).append(point)
+    return [_mean(bins[index]) for index in sorted(bins)]
+
+
+def _mean(points: Sequence[Point]) -> Point:
+    n = len(points)
+    return Point(
+        sum(p.env_steps for p in points) / n, sum(p.seconds for p in points) / n, sum(p.value for p in points) / n
+    )
+
+
+def _begin(curve: Curve, row: _Row) -> float:
+    """Take the run's name; at a resume also cut what was done again. Returns what to add to later seconds."""
+    curve.env, curve.algo, curve.seed = row.env, row.algo, row.seed
+    curve.off_policy_degree = row.off_policy_degree
+    if not curve.end[1]:
+        return 0.0
+    for name in ("rollouts", "smooth", "evaluations"):
+        setattr(curve, name, [p for p in getattr(curve, name) if p.env_steps <= row.env_steps])
+    known = [p.seconds for p in (*curve.rollouts, *curve.smooth, *curve.evaluations)]
+    curve.end = (float(row.env_steps), max(known, default=0.0))
+    return max(0.0, curve.end[1] - row.seconds)
+
+
+def _read_rows(directory: Path) -> Iterator[_Row]:
+    path = directory / "events.jsonl"
+    if not path.is_file():
+        raise ConfigError(f"{directory} is not a run directory: it has no events.jsonl")
+    decode = msgspec.json.Decoder(_Row).decode
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                yield decode(line)
+            except (msgspec.DecodeError, msgspec.ValidationError):
+                continue  # the line a killed run was writing
+
+
+def _read_stop_at(directory: Path) -> float | None:
+    try:
+        value = tomllib.loads((directory / "config.toml").read_text(encoding="utf-8")).get("stop_at")
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+        return None
+    return float(value) if isinstance(value, (int, float)) else None

@@ -1,0 +1,42 @@
+"""How late the event loop is: the sin of an asyncio program is to hold its host's loop."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+
+INTERVAL_S = 0.02
+KEEP = 30_000  # ten minutes; older samples give way
+
+
+class LagMeter:
+    """Sleeps a fixed time again and again and notes by how much it woke up late."""
+
+    def __init__(self) -> None:
+        self._late_ms: list[float] = []
+        self._next = 0
+        self.max_ms = 0.0
+
+    async def measure(self) -> None:
+        """Run until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + INTERVAL_S
+            await asyncio.sleep(INTERVAL_S)
+            self.note(max(0.0, loop.time() - due) * 1000)
+
+    def note(self, late_ms: float) -> None:
+        self.max_ms = max(self.max_ms, late_ms)
+        if len(self._late_ms) < KEEP:
+            self._late_ms.append(late_ms)
+        else:
+            self._late_ms[self._next % KEEP] = late_ms
+            self._next += 1
+
+    def percentiles(self) -> dict[str, float]:
+        """p50, p99 and max in milliseconds (0 before the first sample)."""
+        if not self._late_ms:
+            return {"p50": 0.0, "p99": 0.0, "max": 0.0}
+        p50, p99 = np.percentile(self._late_ms, (50, 99))
+        return {"p50": round(float(p50), 3), "p99": round(float(p99), 3), "max": round(self.max_ms, 3)}

@@ -1,0 +1,87 @@
+"""Blocking work on one thread of its own, awaited from the event loop.
+
+Not the loop's default executor: its threads are joined at exit, so a stuck call would take three Ctrl-Cs, and other
+users of it could starve the learner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class OffloadThread:
+    """A daemon thread that runs one call after the other. Make and use it in one event loop."""
+
+    def __init__(self, name: str, initializer: Callable[[], Any] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._done = asyncio.Event()
+        self._closing = False
+        self.busy_s = 0.0
+        self._thread = threading.Thread(target=self._serve, args=(initializer,), name=name, daemon=True)
+        self._thread.start()
+
+    async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run `function` on the thread. If the caller is cancelled the call still ends by itself, unheard."""
+        if self._closing:
+            raise RuntimeError(f"{self._thread.name} is closed")
+        result: asyncio.Future[R] = self._loop.create_future()
+
+        def call() -> None:
+            begun = time.perf_counter()
+            try:
+                value = function(*args, **kwargs)
+            except BaseException as error:
+                self._post(_set_exception, result, error)
+            else:
+                self._post(_set_result, result, value)
+            finally:
+                self.busy_s += time.perf_counter() - begun
+
+        self._calls.put(call)
+        return await result
+
+    async def aclose(self, timeout_s: float) -> bool:
+        """Let the thread end after what it is doing now; False if it is still busy after `timeout_s`."""
+        if not self._closing:
+            self._closing = True
+            self._calls.put(None)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._done.wait()
+        except TimeoutError:
+            return False
+        self._thread.join(0.1)
+        return True
+
+    def _serve(self, initializer: Callable[[], Any] | None) -> None:
+        if initializer is not None:
+            initializer()
+        while (call := self._calls.get()) is not None:
+            call()
+            del call  # else the last call's arguments live until the next one
+        self._post(self._done.set)
+
+    def _post(self, function: Callable[..., Any], *args: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:
+            pass  # the host closed its loop while the call was running: nobody is left to hear
+
+
+def _set_result(future: asyncio.Future[Any], value: Any) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def _set_exception(future: asyncio.Future[Any], error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)

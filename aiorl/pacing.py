@@ -1,0 +1,231 @@
+"""When collecting and learning may go on: `off_policy_degree` as a pure state machine.
+
+Vocabulary. Rollout k takes one segment from each of the `G` groups (`ordered`) or the next `G` segments to arrive (`eager`).
+Update k learns from rollout k and publishes version k + 1. b_k is the oldest version that acted in rollout k.
+
+Invariants, checked at every call (a violation raises InvariantError, it is never logged and passed over):
+
+    staleness        0 <= k - b_k <= D for every rollout that is learned from
+    data causality   update k starts only after all of rollout k has arrived
+    run-ahead        rollouts admitted <= updates done + D + 1
+    exactly once     each granted segment arrives once and is part of exactly one rollout
+
+`ordered`: rollout k is always collected by version b_k = max(0, k - D), which exists when the rollout is admitted (update
+k - D - 1 is done). Everything but the timing is decided beforehand, so the result does not depend on it; every degree is
+reproducible, and degree 0 is the sequential loop.
+
+`eager`: an idle group gets the newest version at once, and segments are used in the order they arrive. A straggler may be
+overtaken, so it is not enough to bound each segment when it starts: it also limits what may be admitted after it. A segment
+acted by version b lands, at the latest, behind everything admitted so far; keeping admitted <= (b + D + 1) * G for the
+oldest b in flight keeps its rollout index within b + D.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from aiorl.errors import ConfigError, InvariantError
+
+
+class Grant(NamedTuple):
+    """Leave to collect one segment: the group's `ordinal`-th, into `slot`, acting with `version`."""
+
+    group: int
+    ordinal: int
+    slot: int
+    version: int
+
+
+class RolloutPlan(NamedTuple):
+    """Rollout `index` and the grants that make it up, in the order they are put side by side."""
+
+    index: int
+    parts: tuple[Grant, ...]
+
+    @property
+    def behaviour_version(self) -> int:
+        """b_k: the oldest version that acted."""
+        return min(part.version for part in self.parts)
+
+    @property
+    def staleness(self) -> int:
+        return self.index - self.behaviour_version
+
+
+class Pacer:
+    """Decides who may do what next. It owns no task and reads no clock.
+
+    `degree` is off_policy_degree, `segment_steps` the most transitions one segment can hold, `total_steps` the budget:
+    a rollout is admitted only if it is needed however few valid steps the outstanding ones turn out to hold, so none
+    is collected in vain.
+    """
+
+    def __init__(self, degree: int, groups: int, *, total_steps: int, segment_steps: int, schedule: str = "ordered") -> None:
+        if degree < 0:
+            raise ConfigError(f"off_policy_degree = {degree}: expected 0 or more")
+        if groups < 1 or segment_steps < 1 or total_steps < 1:
+            raise ConfigError(
+                f"nothing could ever be collected: groups = {groups}, segment_steps = {segment_steps}, "
+                f"total_steps = {total_steps}; all must be at least 1"
+            )
+        if schedule not in ("ordered", "eager"):
+            raise ConfigError(f"schedule = {schedule!r}: expected ordered or eager")
+        self.degree, self.groups, self.schedule = degree, groups, schedule
+        self.segment_steps, self.total_steps = segment_steps, total_steps
+        self.slots = degree + 1
+        self.commits = 0  # updates done = the newest version
+        self.started = 0  # updates begun
+        self.steps = 0  # transitions in all arrived segments
+        self.stopped = self.paused = False
+        self._decided = 0  # rollouts that are known to be needed
+        self._ordinals = [0] * groups  # next segment of each group
+        self._flying: list[list[Grant]] = [[] for _ in range(groups)]  # granted, not arrived, oldest first
+        self._landed: list[list[Grant]] = [[] for _ in range(groups)]  # ordered: arrived, not yet in a rollout
+        self._arrivals: list[Grant] = []  # eager: the same, in order of arrival
+        self._planned = 0  # rollouts made up so far
+        self._in_use: dict[int, RolloutPlan] = {}  # made up and not yet learned from
+        self._free = [set(range(self.slots)) for _ in range(groups)]
+
+    # -- admission -------------------------------------------------------------------------------------------------
+
+    def grant(self, group: int) -> Grant | None:
+        """The next grant for `group`, claimed at once, or None if it must wait."""
+        if self.stopped or self.paused or not self._free[group]:
+            return None
+        ordinal = self._ordinals[group]
+        self._decide()
+        if self.schedule == "ordered":
+            if ordinal >= self._decided:
+                return None
+            version = max(0, ordinal - self.degree)
+        else:
+            version = self.commits
+            if self._flying[group] or not self._may_admit_eagerly(version):
+                return None
+        if version > self.commits:
+            raise InvariantError(f"rollout {ordinal} needs version {version}, but only {self.commits} updates are done")
+        slot = min(self._free[group])
+        self._free[group].remove(slot)
+        granted = Grant(group, ordinal, slot, version)
+        self._ordinals[group] += 1
+        self._flying[group].append(granted)
+        return granted
+
+    def _decide(self) -> None:
+        """Admit further rollouts while the bound on run-ahead allows and the budget needs them."""
+        while self._decided <= self.commits + self.degree:
+            outstanding = self._decided * self.groups - self._arrived
+            if self.steps + outstanding * self.segment_steps >= self.total_steps:
+                return
+            self._decided += 1
+
+    def _may_admit_eagerly(self, version: int) -> bool:
+        admitted = sum(self._ordinals)
+        oldest = min([version, *(g.version for flying in self._flying for g in flying)])
+        return admitted < min(self._decided, oldest + self.degree + 1) * self.groups
+
+    @property
+    def _arrived(self) -> int:
+        """Segments that have arrived since rollout 0."""
+        waiting = len(self._arrivals) + sum(len(landed) for landed in self._landed)
+        return self._planned * self.groups + waiting
+
+    # -- arrival and learning --------------------------------------------------------------------------------------
+
+    def arrived(self, group: int, slot: int, env_steps: int) -> list[RolloutPlan]:
+        """A granted segment is complete; returns the rollouts that this makes ready, in order."""
+        flying = self._flying[group]
+        if not flying or flying[0].slot != slot:
+            raise InvariantError(f"group {group} delivered slot {slot} without a grant; outstanding: {flying}")
+        granted = flying.pop(0)
+        self.steps += env_steps
+        if self.schedule == "eager":
+            self._arrivals.append(granted)
+            return self._plan_arrivals()
+        self._landed[group].append(granted)
+        return self._plan_in_order()
+
+    def _plan_arrivals(self) -> list[RolloutPlan]:
+        plans: list[RolloutPlan] = []
+        while len(self._arrivals) >= self.groups:
+            plans.append(self._plan(tuple(self._arrivals[: self.groups])))
+            del self._arrivals[: self.groups]
+        return plans
+
+    def _plan_in_order(self) -> list[RolloutPlan]:
+        plans: list[RolloutPlan] = []
+        while all(self._landed):
+            plans.append(self._plan(tuple(landed.pop(0) for landed in self._landed)))
+            if self.schedule == "ordered" and any(p.ordinal != plans[-1].index for p in plans[-1].parts):
+                raise InvariantError(f"rollout {plans[-1].index} was made of segments {plans[-1].parts}")
+        return plans
+
+    def _plan(self, parts: tuple[Grant, ...]) -> RolloutPlan:
+        plan = RolloutPlan(self._planned, parts)
+        if not 0 <= plan.staleness <= self.degree:
+            raise InvariantError(f"rollout {plan.index} has staleness {plan.staleness}, the bound is {self.degree}")
+        self._planned += 1
+        self._in_use[plan.index] = plan
+        return plan
+
+    def begin_update(self, plan: RolloutPlan) -> None:
+        """Update `plan.index` starts. Updates start in order, one at a time, each after all of its rollout arrived."""
+        if plan.index != self.started or self.started != self.commits or plan.index not in self._in_use:
+            raise InvariantError(f"update {plan.index} must not start: {self.started} begun, {self.commits} done")
+        self.started += 1
+
+    def commit(self) -> int:
+        """The running update is done: its slots are free again. Returns the new version."""
+        if self.started != self.commits + 1:
+            raise InvariantError(f"no update to commit: {self.started} begun, {self.commits} done")
+        for part in self._in_use.pop(self.commits).parts:
+            self._free[part.group].add(part.slot)
+        self.commits += 1
+        return self.commits
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """The budget is used up and every rollout has been learned from."""
+        self._decide()
+        return self.commits == self._decided
+
+    @property
+    def in_flight(self) -> int:
+        """Segments granted and not yet arrived."""
+        return sum(len(flying) for flying in self._flying)
+
+    @property
+    def waiting(self) -> int:
+        """Rollouts complete and not yet begun."""
+        return self._planned - self.started
+
+    @property
+    def oldest_needed_version(self) -> int:
+        """No later grant asks for an older version than this, also after a resume from the newest update."""
+        return max(0, self.commits - self.degree)
+
+    def unused(self) -> tuple[list[Grant], list[Grant]]:
+        """What no update has used: (grants still in flight, segments that have arrived)."""
+        flying = [g for flying in self._flying for g in flying]
+        loose = [g for landed in self._landed for g in landed] + self._arrivals
+        whole = [part for plan in self._in_use.values() if plan.index >= self.started for part in plan.parts]
+        return flying, whole + loose
+
+    def resume(self, commits: int, ordinals: list[int], steps: int) -> None:
+        """Go on after `commits` updates that stored `steps` transitions and used `ordinals[g]` segments of each group."""
+        if self.commits or self.in_flight or len(ordinals) != self.groups or sum(ordinals) != commits * self.groups:
+            raise InvariantError(f"cannot resume at update {commits} with segments {ordinals} of {self.groups} groups")
+        self.commits = self.started = self._planned = self._decided = commits
+        self.steps, self._ordinals = steps, list(ordinals)
+
+    def statistics(self) -> dict[str, Any]:
+        """Counters, for status and error messages."""
+        return {
+            "updates_done": self.commits,
+            "updates_started": self.started,
+            "rollouts_admitted": self._decided,
+            "rollouts_waiting": self.waiting,
+            "segments_in_flight": self.in_flight,
+        }

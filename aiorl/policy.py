@@ -1,0 +1,107 @@
+"""A trained policy by itself: no environment, no run, no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from aiorl import checkpoint
+from aiorl.algos import algorithm_class
+from aiorl.algos.base import Algorithm, Weights
+from aiorl.config import convert
+from aiorl.envs.spaces import Spaces
+from aiorl.errors import CheckpointError
+from aiorl.segments import Array
+
+Which = Literal["best", "final", "latest"]
+
+
+class LoadedPolicy:
+    """`policy(obs) -> action` for one observation as the environment gives it; deterministic.
+
+    `config` is the run's configuration as plain data, `spaces` what it observes and does, `version` the number of updates
+    it had, `notes` what was recorded with it (for a best policy its evaluation).
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        spaces: Spaces,
+        weights: Weights,
+        version: int,
+        config: dict[str, Any] | None = None,
+        notes: dict[str, Any] | None = None,
+    ) -> None:
+        self.algorithm, self.spaces, self.version = algorithm, spaces, version
+        self.config, self.notes = config or {}, notes or {}
+        self.weights = {name: np.array(array) for name, array in weights.items()}
+        self._policy = algorithm.policy(spaces)
+        self._policy.begin(self.weights, 0, None, 0)
+        self._first = np.ones(1, np.bool_)
+
+    def reset(self) -> None:
+        """An episode begins (only policies with memory care)."""
+        self._first[:] = True
+
+    def __call__(self, obs: Any) -> Any:
+        """The action for one observation, in the form `env.step` takes."""
+        leaves = {name: np.asarray(leaf)[None] for name, leaf in self.spaces.flatten_obs(obs).items()}
+        action, _ = self._policy.act(leaves, self._first)
+        self._first[:] = False
+        return self.spaces.env_action(action[0])
+
+    def act(self, obs: dict[str, Array]) -> Array:
+        """Actions [N, …], as stored, for a batch of observation leaves [N, …]."""
+        return self._policy.act(obs, np.zeros(len(next(iter(obs.values()))), np.bool_))[0]
+
+
+def load(path: str | Path, *, which: Which | None = None, algo: type[Any] | None = None) -> LoadedPolicy:
+    """Load a policy from a run directory (`which`: best, final or latest; by default the first there is) or a checkpoint.
+
+    Only algorithms that ship with aiorl are looked up by the name in the file; pass `algo`, the class, for your own: a file
+    must not decide what gets imported. Raises CheckpointError.
+    """
+    path = find(Path(path), which)
+    manifest, parts = checkpoint.load(path, ("policy",))
+    algorithm = algorithm_of(manifest, algo)
+    try:
+        return LoadedPolicy(
+            algorithm, manifest.spaces, parts["policy"], manifest.version, manifest.config, manifest.notes
+        )
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{path} does not fit its own description: {error!r}") from error
+
+
+def find(path: Path, which: Which | None = None) -> Path:
+    """The checkpoint meant by a run directory or by a checkpoint directory itself."""
+    if (path / checkpoint.MANIFEST).is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"there is no run or checkpoint at {path}")
+    for kind in (which,) if which else ("best", "final", "latest"):
+        if kind == "latest":
+            found = checkpoint.complete_checkpoints(path / "checkpoints")
+            if found:
+                return found[-1]
+        elif (path / str(kind) / checkpoint.MANIFEST).is_file():
+            return path / str(kind)
+    raise CheckpointError(f"{path} holds no {which or ''} checkpoint yet".replace("  ", " "))
+
+
+def algorithm_of(manifest: checkpoint.Manifest, algo: type[Any] | None = None) -> Algorithm:
+    """The configured algorithm that a manifest describes."""
+    name = str(manifest.config.get("algo", ""))
+    if algo is None:
+        if ":" in name:
+            raise CheckpointError(
+                f"the policy was trained with {name}, which is not part of aiorl\n"
+                "  a file must not decide what is imported: pass algo=YourClass"
+            )
+        algo = algorithm_class(name)
+    fields = manifest.config.get(getattr(algo, "name", ""), {})
+    if not issubclass(algo, msgspec.Struct):
+        raise CheckpointError(f"algo must be a configuration class, got {algo!r}")
+    return convert(fields, algo, "checkpoint")

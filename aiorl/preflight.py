@@ -1,0 +1,194 @@
+"""Everything that can be refused is refused here, before any process is started."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+
+from aiorl import checkpoint, policy
+from aiorl.algos.base import Algorithm
+from aiorl.config import Config, env_name
+from aiorl.envs.spaces import Spaces
+from aiorl.envs.make import Probe, probe
+from aiorl.envs.spec import EnvSpec, main_is_guarded, resolve_env
+from aiorl.errors import CheckpointError, ConfigError
+from aiorl.metrics.directory import choose_directory, make_writable
+from aiorl.segments import Column, SegmentLayout
+from aiorl.workers.memory import available_bytes
+
+EVAL_WIDTH = 10  # environments an evaluation runs side by side
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A checked configuration and what it means: the environment, its spaces, the memory layout of a segment."""
+
+    config: Config
+    algorithm: Algorithm
+    env: EnvSpec
+    probe: Probe
+    segment: SegmentLayout
+    directory: Path
+    saved: Saved | None = None
+
+    @property
+    def spaces(self) -> Spaces:
+        return self.probe.spaces
+
+    @property
+    def needs_main(self) -> bool:
+        """Whether workers must import the program that is running: its environment or algorithm is defined there."""
+        return self.env.name.startswith("__main__:") or type(self.algorithm).__module__ == "__main__"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint to go on from."""
+
+    path: Path
+    manifest: checkpoint.Manifest
+    parts: dict[str, checkpoint.Tree]
+
+
+def check(config: Config, resume: str | Path | None = None, *, write: bool = True) -> Preflight:
+    """Check a configuration against this machine, the environment and, when resuming, the checkpoint.
+
+    Makes one environment, so call it on a thread of its own. With `write` the run directory is created. Raises ConfigError.
+    """
+    saved = None
+    if resume is not None:
+        saved = read_saved(Path(resume))
+    config = config.resolve()
+    algorithm = cast(Algorithm, config.algorithm)
+    spec = resolve_env(
+        config.env, config.env_kwargs, in_process=config.workers == 0, native=config.native_vector
+    )
+    found = probe(spec, cast(int, config.group_size))
+    algorithm.check(found.spaces)
+    _check_importable(algorithm, cast(int, config.workers))
+    segment = segment_layout(config, algorithm, found)
+    _check_memory(config, segment)
+    _check_descriptors(cast(int, config.workers))
+    if saved is not None:
+        _check_fits(saved, config, found.spaces)
+        directory = saved.path.parent.parent
+    else:
+        directory = choose_directory(config, env_name(config.env), algorithm.name)
+    if write:
+        make_writable(directory)
+        if saved is None and (directory / "summary.json").exists():
+            raise ConfigError(f"{directory} already holds a run's summary\n  choose another out")
+    return Preflight(config, algorithm, found.spec, found, segment, directory, saved)
+
+
+def _check_importable(algorithm: Algorithm, workers: int) -> None:
+    """Workers import the algorithm by name."""
+    kind = type(algorithm)
+    if workers == 0:
+        return
+    if "<locals>" in kind.__qualname__ or (kind.__module__ == "__main__" and not main_is_guarded()):
+        raise ConfigError(
+            f"workers cannot import the algorithm {kind.__qualname__} from {kind.__module__}\n"
+            "  put it at the top level of a module (or guard the program with `if __name__ == \"__main__\":`), "
+            "or set workers = 0"
+        )
+
+
+def segment_layout(config: Config, algorithm: Algorithm, found: Probe) -> SegmentLayout:
+    spaces = found.spaces
+    columns = {
+        "action": spaces.action_column,
+        "reward": Column((), "float64"),
+        "terminated": Column((), "bool"),
+        "truncated": Column((), "bool"),
+        "valid": Column((), "bool"),
+    }
+    own = algorithm.columns(spaces)
+    if clash := own.keys() & columns.keys():
+        raise ConfigError(f"{algorithm.name} declares columns that exist already: {', '.join(sorted(clash))}")
+    return SegmentLayout(
+        steps=config.steps_per_segment,
+        envs=cast(int, config.group_size),
+        obs=spaces.obs_columns,
+        columns={**columns, **own},
+        state_bytes=found.state_bytes,
+    )
+
+
+def _check_memory(config: Config, segment: SegmentLayout) -> None:
+    """Refuse what cannot fit. Slots are what grows with the environments: groups x (degree + 1) segments."""
+    need = config.groups * (config.off_policy_degree + 1) * segment.touched_nbytes
+    if config.memory_gb is not None:
+        limit, source = int(config.memory_gb * 2**30), f"memory_gb = {config.memory_gb:g}"
+    else:
+        available = available_bytes()
+        if available is None:
+            return
+        limit, source = int(available * 0.8), "80 % of the memory available"
+    if need > limit:
+        fits = max(1, config.envs * limit // need)
+        raise ConfigError(
+            f"{config.envs} environments need {need / 2**30:.2f} GiB of shared memory, the limit is {limit / 2**30:.2f} GiB "
+            f"({source})\n  use at most {fits} environments, a shorter segment_length (now {segment.steps}) "
+            "or a smaller off_policy_degree"
+        )
+
+
+def _check_descriptors(workers: int) -> None:
+    if sys.platform == "win32" or workers == 0:
+        return
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = 8 * (workers + 1) + 64
+    if need > soft:
+        raise ConfigError(
+            f"{workers} workers need about {need} open files, the limit is {soft}\n"
+            f"  raise it (ulimit -n {need}) or use at most {max(1, (soft - 64) // 8 - 1)} workers"
+        )
+
+
+# -- resuming ----------------------------------------------------------------------------------------------------------
+
+
+def read_saved(path: Path) -> Saved:
+    """The checkpoint to resume: a checkpoint directory, or the newest one of a run directory."""
+    found = policy.find(path, "latest")
+    manifest, parts = checkpoint.load(found, ("policy", "learner", "run"))
+    return Saved(found, manifest, parts)
+
+
+def resumed_config(path: str | Path, **changes: Any) -> Config:
+    """The configuration that a checkpoint was made with, read from its run's config.toml, with `changes` on top."""
+    found = policy.find(Path(path), "latest")
+    source = found.parent.parent / "config.toml"
+    config = Config.from_toml(source)
+    return config.replace(out=str(source.parent), **changes)
+
+
+_FIXED = ("seed", "envs", "group_size", "segment_length")  # a resumed run must agree in these with its checkpoint
+
+
+def _check_fits(saved: Saved, config: Config, spaces: Spaces) -> None:
+    """Name the first thing in which a checkpoint and a configuration disagree."""
+    made = saved.manifest.config
+    now = msgspec.to_builtins(config.to_dict())
+    for key in ("env", "algo", *_FIXED):
+        if made.get(key) != now.get(key):
+            raise CheckpointError(
+                f"{saved.path} was made with {key} = {made.get(key)!r}, the configuration says {now.get(key)!r}\n"
+                "  resume with the same value, or start a new run"
+            )
+    if saved.manifest.spaces != spaces:
+        raise CheckpointError(
+            f"{saved.path} was made for other spaces than {config.env} has now\n"
+            f"  saved: {_describe(saved.manifest.spaces)}\n  now:   {_describe(spaces)}"
+        )
+
+
+def _describe(spaces: Spaces) -> str:
+    leaves = ", ".join(f"{leaf.name} {leaf.kind}{list(leaf.shape)}" for leaf in spaces.observation)
+    return f"{leaves} -> {spaces.action.kind}{list(spaces.action.shape)}"

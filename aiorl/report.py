@@ -1,0 +1,244 @@
+"""What a run knows about itself: counters on the way, `Status` at any moment, `Result` at the end."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import deque
+from typing import Any
+
+import msgspec
+
+from aiorl.events import Evaluated, Status
+from aiorl.learning import Outcome
+from aiorl.pacing import RolloutPlan
+
+LIBRARIES = ("torch", "numpy", "gymnasium", "aiomultiprocess", "uvloop", "msgspec", "safetensors")
+
+
+class EvaluationRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One evaluation as in summary.json. `seconds` is when it ended, since the start."""
+
+    version: int
+    env_steps: int
+    seconds: float
+    episodes: int
+    mean_return: float
+    std_return: float
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """How a run ended: the contents of summary.json.
+
+    `wall_seconds` is all the time since the start, `start_seconds` what passed until the workers were ready, and
+    `train_seconds` from then to the last update; the rates are over `train_seconds`. Counters of a resumed run go on from
+    its checkpoint; seconds and rates are of this session, except in `evaluations`.
+    """
+
+    status: str
+    error: str | None
+    env: str
+    algo: str
+    seed: int
+    versions: dict[str, str]
+    env_steps: int
+    episodes: int
+    updates: int
+    gradient_steps: int
+    wall_seconds: float
+    start_seconds: float
+    train_seconds: float
+    env_steps_per_second: float
+    gradient_steps_per_second: float
+    train_return_mean_100: float | None
+    evaluations: list[EvaluationRecord]
+    stop_return: float | None
+    first_evaluation_at_stop_return: dict[str, float] | None
+    best: EvaluationRecord | None
+    final_evaluation: EvaluationRecord | None
+    off_policy_degree: int
+    staleness: dict[str, Any]
+    dropped: dict[str, int]
+    restarts: int
+    ledger: dict[str, int]
+    busy: dict[str, float]
+    waiting: dict[str, float]
+    event_loop_lag_ms: dict[str, float]
+    queue: dict[str, int]
+    params_sha256: str
+    directory: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return msgspec.to_builtins(self)
+
+
+class Report:
+    """Adds up what happens in a run. Belongs to the event loop's thread."""
+
+    def __init__(self, stop_return: float | None) -> None:
+        self.begun_s = time.perf_counter()
+        self.ready_s: float | None = None
+        self.trained_s: float | None = None
+        self.stop_return = stop_return
+        self.gradient_steps = 0
+        self.stored = 0  # transitions the learner has been given
+        self.session_steps = 0
+        self.session_gradient_steps = 0
+        self.episodes = 0
+        self.staleness: dict[int, int] = {}
+        self.evaluations: list[EvaluationRecord] = []
+        self.final_evaluation: EvaluationRecord | None = None
+        self.returns: deque[float] = deque(maxlen=60)
+        self.return_mean_100: float | None = None
+        self.metrics: dict[str, float] = {}
+        self.dropped: dict[str, int] = {}
+        self.busy_s = {"collect": 0.0, "train": 0.0, "evaluate": 0.0}
+        self.paused_s = 0.0
+        self._earlier_s = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Since the start; goes on from the checkpoint's time in a resumed run."""
+        return self._earlier_s + time.perf_counter() - self.begun_s
+
+    def ready(self) -> None:
+        self.ready_s = time.perf_counter()
+
+    def updated(self, plan: RolloutPlan, outcome: Outcome, return_mean_100: float | None) -> None:
+        """One update is done."""
+        self.gradient_steps += outcome.gradient_steps
+        self.session_gradient_steps += outcome.gradient_steps
+        self.stored = outcome.stored
+        self.session_steps += outcome.env_steps
+        self.episodes += len(outcome.episodes)
+        self.staleness[plan.staleness] = self.staleness.get(plan.staleness, 0) + 1
+        self.busy_s["train"] += outcome.update_seconds
+        self.busy_s["collect"] += outcome.collected_seconds
+        self.return_mean_100 = return_mean_100
+        if outcome.episodes:
+            self.returns.append(sum(e.total for e in outcome.episodes) / len(outcome.episodes))
+        if outcome.metrics:
+            self.metrics = outcome.metrics
+
+    def evaluated(self, event: Evaluated) -> None:
+        record = EvaluationRecord(
+            version=event.version,
+            env_steps=event.env_steps,
+            seconds=event.seconds,
+            episodes=event.episodes,
+            mean_return=event.mean_return,
+            std_return=event.std_return,
+        )
+        self.evaluations.append(record)
+        self.busy_s["evaluate"] += event.eval_seconds
+        if event.final:
+            self.final_evaluation = record
+
+    @property
+    def best(self) -> EvaluationRecord | None:
+        """The evaluation with the highest mean; of equals the earlier version."""
+        return max(self.evaluations, key=lambda e: (e.mean_return, -e.version), default=None)
+
+    def drop(self, reason: str, env_steps: int) -> None:
+        if env_steps:
+            self.dropped[reason] = self.dropped.get(reason, 0) + env_steps
+
+    def ledger(self, in_flight: int) -> dict[str, int]:
+        """Where every transition is: produced = stored + dropped + in_flight."""
+        dropped = sum(self.dropped.values())
+        return {
+            "produced": self.stored + dropped + in_flight,
+            "stored": self.stored,
+            "dropped": dropped,
+            "in_flight": in_flight,
+        }
+
+    def train_seconds(self) -> float:
+        if self.ready_s is None:
+            return 0.0
+        return (self.trained_s or time.perf_counter()) - self.ready_s
+
+    def rates(self) -> tuple[float, float]:
+        """(env steps, gradient steps) per second of training in this session."""
+        seconds = max(self.train_seconds(), 1e-9)
+        return self.session_steps / seconds, self.session_gradient_steps / seconds
+
+    def busy(self, workers: int) -> dict[str, float]:
+        """Share of the training time each part was at work; `collect` is the mean over the workers."""
+        seconds = max(self.train_seconds(), 1e-9)
+        shares = {"collect": self.busy_s["collect"] / max(1, workers)}
+        shares |= {"train": self.busy_s["train"], "evaluate": self.busy_s["evaluate"]}
+        return {name: round(min(1.0, s / seconds), 4) for name, s in shares.items()}
+
+    def staleness_summary(self) -> dict[str, Any]:
+        count = sum(self.staleness.values())
+        mean = sum(s * n for s, n in self.staleness.items()) / count if count else 0.0
+        return {
+            "mean": round(mean, 4),
+            "max": max(self.staleness, default=0),
+            "histogram": {str(s): n for s, n in sorted(self.staleness.items())},
+        }
+
+    def status(self, **given: Any) -> Status:
+        """A `Status` from the counters here and what only the run knows."""
+        per_second, gradients_per_second = self.rates()
+        staleness = self.staleness_summary()
+        best = self.best
+        return Status(
+            seconds=self.seconds,
+            env_steps=self.stored,
+            episodes=self.episodes,
+            gradient_steps=self.gradient_steps,
+            env_steps_per_second=per_second,
+            gradient_steps_per_second=gradients_per_second,
+            train_return_mean_100=self.return_mean_100,
+            recent_returns=tuple(self.returns),
+            last_evaluation=self.evaluations[-1].mean_return if self.evaluations else None,
+            best_evaluation=best.mean_return if best else None,
+            staleness_mean=staleness["mean"],
+            staleness_max=staleness["max"],
+            dropped=dict(self.dropped),
+            restarts=0,
+            metrics=self.metrics,
+            **given,
+        )
+
+    def first_at_stop_return(self) -> dict[str, float] | None:
+        if self.stop_return is None:
+            return None
+        for record in self.evaluations:
+            if record.mean_return >= self.stop_return:
+                return {"env_steps": record.env_steps, "seconds": record.seconds}
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters that a resumed run goes on with."""
+        return {
+            "seconds": self.seconds,
+            "gradient_steps": self.gradient_steps,
+            "episodes": self.episodes,
+            "staleness": {str(s): n for s, n in self.staleness.items()},
+            "evaluations": msgspec.to_builtins(self.evaluations),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], stored: int) -> None:
+        self._earlier_s = float(state["seconds"])
+        self.gradient_steps, self.episodes = int(state["gradient_steps"]), int(state["episodes"])
+        self.staleness = {int(s): int(n) for s, n in state.get("staleness", {}).items()}
+        self.evaluations = msgspec.convert(state["evaluations"], list[EvaluationRecord])
+        self.stored = stored
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python, aiorl and what it stands on."""
+    from importlib import metadata
+
+    import aiorl
+
+    versions = {"python": platform.python_version(), "aiorl": aiorl.__version__}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

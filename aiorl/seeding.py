@@ -1,0 +1,23 @@
+"""Where randomness comes from: one root seed, and a key that says what each stream is for. No global generator is used."""
+
+from __future__ import annotations
+
+import numpy as np
+
+LEARNER, ENV, ACT, EVAL_ENV, EVAL_ACT = 1, 2, 3, 4, 5
+"""First elements of all spawn keys: what the randomness is for."""
+
+
+def env_seed(root: int, *key: int) -> int:
+    """A seed for `env.reset`, from 0 to 2**31 - 1 (simulators written in C often take no more)."""
+    return int(np.random.SeedSequence(root, spawn_key=key).generate_state(1)[0]) >> 1
+
+
+def episode_seed(root: int, env: int, episode: int) -> int:
+    """The seed that training episode number `episode` of environment number `env` is reset with."""
+    return env_seed(root, ENV, env, episode)
+
+
+def evaluation_seed(root: int, episode: int) -> int:
+    """The seed of evaluation episode number `episode`."""
+    return env_seed(root, EVAL_ENV, episode)

@@ -1,0 +1,1 @@
+"""Worker processes: launching them, the memory shared with them, the program they run, and watching over them."""

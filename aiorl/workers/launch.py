@@ -1,0 +1,137 @@
+"""Starting a worker process: `aiomultiprocess.Process` on a fork server of our own.
+
+Why not `aiomultiprocess.Process` as it is: its constructor starts a Manager (a pickle server, 200 ms on the loop), and if
+that dies no process can be started any more. So the unit of work is built here, without a namespace.
+
+Why a fork server, and why our own: one that has NumPy and gymnasium loaded starts a worker in milliseconds instead of half a
+second, and its memory is shared. Python's global one belongs to the host, which may have set it up otherwise; ours ends with
+the run.
+
+This module leans on four things that Python and aiomultiprocess do not document; tests/test_launch.py holds them.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from multiprocessing import context, forkserver, popen_forkserver, reduction, spawn, util
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import aiomultiprocess
+from aiomultiprocess.types import Unit
+
+
+class Launcher:
+    """Starts processes; owns the fork server they come from. Its methods block: call them off the event loop."""
+
+    def __init__(self, *, import_main: bool = False, method: str = "forkserver") -> None:
+        """`import_main`: workers import the host's `__main__` (needed only for environments defined there)."""
+        self._server = forkserver.ForkServer()
+        self._server.set_forkserver_preload(["aiorl.workers.preload"])
+        self._import_main = import_main
+        self._method = method
+
+    def process(
+        self,
+        name: str,
+        target: Callable[..., Any],
+        args: Sequence[Any],
+        initializer: Callable[..., Any],
+        initargs: Sequence[Any],
+    ) -> WorkerProcess:
+        return WorkerProcess(self, name, target, args, initializer, initargs)
+
+    def launch(self, process: BaseProcess) -> Any:
+        """The multiprocessing side of a started process."""
+        popen = _SpawnPopen if self._method == "spawn" else _ForkServerPopen
+        return popen(process, self._server, self._import_main)
+
+    def warm_up(self) -> None:
+        """Start the fork server, so that it loads its modules while other things are being prepared."""
+        if self._method == "forkserver":
+            self._server.ensure_running()
+
+    def close(self) -> None:
+        """End the fork server. Call it when all its processes have ended, else this waits for them."""
+        self._server._stop()  # type: ignore[attr-defined]
+
+
+class WorkerProcess(aiomultiprocess.Process):
+    """An aiomultiprocess process made without a Manager."""
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        name: str,
+        target: Callable[..., Any],
+        args: Sequence[Any],
+        initializer: Callable[..., Any],
+        initargs: Sequence[Any],
+    ) -> None:
+        self.unit = Unit(
+            target=target, args=args, kwargs={}, namespace=None, initializer=initializer, initargs=initargs
+        )  # fmt: skip
+        self.aio_process: Any = _Process(launcher, name, self.unit)
+
+    @property
+    def sentinel(self) -> int:
+        """A descriptor that becomes readable when the process has ended."""
+        return self.aio_process.sentinel
+
+
+class _Process(BaseProcess):
+    """A multiprocessing process whose start is the launcher's business."""
+
+    _start_method = None  # the child keeps Python's own default for processes that an environment may start
+
+    def __init__(self, launcher: Launcher, name: str, unit: Unit) -> None:
+        super().__init__(target=aiomultiprocess.Process.run_async, args=(unit,), name=name, daemon=True)
+        self._launcher: Launcher | None = launcher
+
+    def _Popen(self, process_obj: BaseProcess) -> Any:  # type: ignore[override]  # noqa: N802
+        launcher, self._launcher = self._launcher, None  # the child must not get it
+        assert launcher is not None
+        return launcher.launch(process_obj)
+
+
+class _ForkServerPopen(popen_forkserver.Popen):
+    """As the standard one, but from the given fork server and importing `__main__` only where that is needed."""
+
+    def __init__(self, process_obj: BaseProcess, server: Any, import_main: bool) -> None:
+        self._server, self._import_main = server, import_main
+        super().__init__(process_obj)
+
+    def _launch(self, process_obj: BaseProcess) -> None:
+        data = spawn.get_preparation_data(process_obj.name)
+        if not self._import_main:
+            data = {k: v for k, v in data.items() if not k.startswith("init_main")}
+        buffer = io.BytesIO()
+        context.set_spawning_popen(self)
+        try:
+            reduction.dump(data, buffer)
+            reduction.dump(process_obj, buffer)
+        finally:
+            context.set_spawning_popen(None)
+        self.sentinel, write_fd = self._server.connect_to_new_process(self._fds)  # type: ignore[attr-defined]
+        # A second write end, held by this process only: it closes when we die, which is how a worker notices.
+        parent_fd = os.dup(write_fd)
+        self.finalizer = util.Finalize(self, util.close_fds, (parent_fd, self.sentinel))
+        with open(write_fd, "wb") as file:
+            file.write(buffer.getbuffer())
+        self.pid = forkserver.read_signed(self.sentinel)  # type: ignore[attr-defined]
+
+
+def _spawn_popen() -> Any:
+    from multiprocessing import popen_spawn_posix
+
+    class SpawnPopen(popen_spawn_posix.Popen):
+        def __init__(self, process_obj: BaseProcess, server: Any, import_main: bool) -> None:
+            super().__init__(process_obj)
+
+    return SpawnPopen
+
+
+_SpawnPopen: Any = _spawn_popen() if sys.platform != "win32" else None

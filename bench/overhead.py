@@ -1,0 +1,179 @@
+"""What asynchrony costs: handing a segment over, publishing weights, starting workers, event-loop lag, importing.
+
+    python -m bench.overhead [--only handoff publish start lag import] [--workers 1 8 32] [--json FILE]
+
+Lag and latency are of this machine as it is: other programs on its cores show in the maxima.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+import aiorl
+from aiorl.assembly import Assembly, assemble
+from aiorl.metrics.lag import LagMeter
+from aiorl.offload import OffloadThread
+from aiorl.pacing import Grant
+from aiorl.report import Report
+from aiorl.segments import SegmentHeader
+from aiorl.workers.pool import ProcessWorkers
+from aiorl.workers.weights import WeightLayout, WeightStore
+from bench.blank import ENVS, Idle
+from bench.common import percentile, print_machine, summarise, write_json
+
+SEGMENTS = 300
+
+
+@contextlib.asynccontextmanager
+async def assembled(**changes: Any) -> AsyncIterator[Assembly]:
+    """The parts of a run that does not run, with workers made and not started."""
+    with tempfile.TemporaryDirectory() as out:
+        config = aiorl.Config(env="bench.blank:Blank", algo=Idle(), total_steps=10**9, out=f"{out}/run", **changes)
+        made = await assemble(config, None, Report(None))
+        try:
+            yield made
+        finally:
+            await made.aclose()
+            await made.files_thread.aclose(1.0)
+
+
+async def handoff() -> dict[str, Any]:
+    """From "the last row is written" in the worker to "here it is" on this event loop; this process's CPU for it."""
+    async with assembled(envs=ENVS, group_size=ENVS, workers=1) as made:
+        workers, buffer = made.parts.workers, made.parts.weights.acquire(0)
+        await workers.start()
+        latencies: list[float] = []
+        segment = workers.segment(0, 0)
+        cpu_s = time.process_time()
+        for ordinal in range(SEGMENTS):
+            workers.collect(Grant(0, ordinal, 0, 0), buffer)
+            await workers.arrivals.get()
+            latencies.append((time.monotonic() - float(segment.header[SegmentHeader.ENDED_S])) * 1e6)
+        cpu_us = (time.process_time() - cpu_s) / SEGMENTS * 1e6
+        size = made.checked.segment.touched_nbytes
+    figures = {
+        "segment_bytes": size,
+        "latency_us": {f"p{p}": round(percentile(latencies, p), 1) for p in (50, 99)},
+        "main_cpu_us_per_segment": round(cpu_us, 1),
+    }
+    print(f"hand-off of {size / 1e6:.2f} MB: {figures['latency_us']} us, main CPU {cpu_us:.0f} us a segment")
+    return figures
+
+
+async def publish(megabytes: int = 100) -> dict[str, Any]:
+    """Copying weights on the learner thread and making them known on the loop; how long the loop was held meanwhile."""
+    weights = {"w": np.ones(megabytes * 250_000, np.float32)}
+    store, thread, meter = WeightStore(WeightLayout.of(weights), 2), OffloadThread("learner"), LagMeter()
+    lag = asyncio.create_task(meter.measure())
+    copy_ms: list[float] = []
+    loop_ms: list[float] = []
+    for version in range(20):
+        buffer = store.claim()
+        begun = time.perf_counter()
+        await thread.run(store.write, buffer, weights)
+        copied = time.perf_counter()
+        store.publish(buffer, version)
+        store.retire(version + 1)
+        loop_ms.append((time.perf_counter() - copied) * 1e3)
+        copy_ms.append((copied - begun) * 1e3)
+        await asyncio.sleep(0.02)
+    lag.cancel()
+    await thread.aclose(1.0)
+    figures = {"copy_ms": summarise(copy_ms)._asdict(), "on_loop_ms": max(loop_ms), "lag_ms": meter.percentiles()}
+    print(f"publishing {megabytes} MB: copy {summarise(copy_ms).text()} ms on the learner thread, "
+          f"{max(loop_ms):.3f} ms on the loop, lag {meter.percentiles()} ms")  # fmt: skip
+    store.close()
+    return figures
+
+
+async def start(counts: list[int]) -> dict[str, Any]:
+    """From the request until all workers are ready, their private memory, and what they use when idle."""
+    figures: dict[str, Any] = {}
+    for method in ("forkserver", "spawn"):
+        for count in counts:
+            begun = time.perf_counter()
+            async with assembled(envs=count, group_size=1, workers=count, segment_length=8) as made:
+                workers = cast(ProcessWorkers, made.parts.workers)
+                workers._launcher._method = method  # pyright: ignore[reportPrivateUsage]
+                prepared = time.perf_counter()
+                await workers.start()
+                ready_s, all_s = time.perf_counter() - prepared, time.perf_counter() - begun
+                used_s, memory = _cpu_s(workers.pids), [_private_mib(pid) for pid in workers.pids]
+                await asyncio.sleep(2)
+                idle = (_cpu_s(workers.pids) - used_s) / 2
+            figures[f"{method} {count}"] = {"ready_s": ready_s, "with_preparation_s": all_s, "idle_cpu_share": idle}
+            figures[f"{method} {count}"]["private_mib"] = max(memory)
+            print(f"{count:3} workers + 1 for evaluation, {method:10}: ready in {ready_s:.2f} s, with preparation "
+                  f"{all_s:.2f} s; {max(memory):.0f} MiB private each; idle CPU {idle:.1%}", flush=True)  # fmt: skip
+    return figures
+
+
+async def lag() -> dict[str, Any]:
+    """Event-loop lag while PPO trains beside it with two workers."""
+    with tempfile.TemporaryDirectory() as out:
+        result = await aiorl.train(aiorl.Config.preset("CartPole-v1", total_steps=100_000, workers=2, out=f"{out}/run"))
+    print(f"event-loop lag while training: {result.event_loop_lag_ms} ms")
+    return dict(result.event_loop_lag_ms)
+
+
+async def importing() -> dict[str, Any]:
+    """`import aiorl` and `python -m aiorl --help` as new processes, less an empty one."""
+    figures: dict[str, Any] = {}
+    empty = _process_ms("-c", "pass")
+    for name, arguments in {"import aiorl": ("-c", "import aiorl"), "--help": ("-m", "aiorl", "--help")}.items():
+        figures[name] = round(_process_ms(*arguments) - empty, 1)
+        print(f"{name}: {figures[name]:.0f} ms over an empty process ({empty:.0f} ms)")
+    return figures
+
+
+def _process_ms(*arguments: str) -> float:
+    times: list[float] = []
+    for _ in range(7):
+        begun = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+        times.append((time.perf_counter() - begun) * 1e3)
+    return min(times)
+
+
+def _cpu_s(pids: list[int]) -> float:
+    """CPU seconds of processes so far, where /proc tells."""
+    ticks = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13] for pid in pids]
+    return sum(int(user) + int(system) for user, system in ticks) / 100
+
+
+def _private_mib(pid: int) -> float:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ("handoff", "publish", "start", "lag", "import")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--workers", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--json", help="write the figures to this file")
+    options = parser.parse_args()
+    print_machine()
+    measure = {
+        "handoff": handoff,
+        "publish": publish,
+        "start": lambda: start(options.workers),
+        "lag": lag,
+        "import": importing,
+    }
+    write_json(options.json, {part: await measure[part]() for part in options.only})
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
