@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import msgspec
 
@@ -69,26 +70,21 @@ class Assembly:
         await parts.workers.aclose()
         parts.rollouts.close()
         with contextlib.suppress(TimeoutError):
-            async with _timeout(LEARNER_GRACE_S):
+            async with asyncio.timeout(LEARNER_GRACE_S):
                 await parts.learner_thread.run(parts.trainer.close)
         await parts.learner_thread.aclose(0.1)
         parts.weights.close()
-
-
-def _timeout(seconds: float) -> Any:
-    import asyncio
-
-    return asyncio.timeout(seconds)
 
 
 async def assemble(config: Config, resume: str | Path | None, report: Report) -> Assembly:
     """Check, then build everything; workers are made but not started. On an error nothing is left behind."""
     files_thread = OffloadThread("aiorl-files")
     learner_thread = OffloadThread("aiorl-learner")
+    launcher: Launcher | None = None
     try:
         checked = await files_thread.run(preflight.check, config, resume)
-        launcher = Launcher(import_main=checked.needs_main) if checked.config.workers else None
-        if launcher is not None:  # it loads its modules while this process imports torch
+        if checked.config.workers:
+            launcher = Launcher(import_main=checked.needs_main)  # it loads its modules while this process imports torch
             await files_thread.run(launcher.warm_up)
         trainer = await learner_thread.run(_make_trainer, checked)
         weights = await learner_thread.run(_make_weights, checked, trainer)
@@ -99,6 +95,8 @@ async def assemble(config: Config, resume: str | Path | None, report: Report) ->
         elif report.stop_return is None:
             report.stop_return = checked.probe.reward_threshold
     except BaseException:
+        if launcher is not None:
+            await files_thread.run(launcher.close)
         await learner_thread.aclose(0.1)
         await files_thread.aclose(0.1)
         raise

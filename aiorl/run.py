@@ -87,10 +87,12 @@ class Run:
         self._task = loop.create_task(self._main(), name="aiorl-run")
         try:
             await asyncio.shield(self._ready)
-        except BaseException:
+        except asyncio.CancelledError:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.wait([self._task])
+            raise
+        except Exception:
+            await asyncio.wait([self._task])  # it is clearing up
             raise
         return self
 
@@ -134,8 +136,7 @@ class Run:
             if not self._ready.done():
                 self._ready.set_exception(self._error)
         finally:
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._close(status)
+            await _uninterrupted(self._close(status))
 
     def _begin(self, made: Assembly) -> None:
         self._report.ready()
@@ -523,6 +524,15 @@ async def train(config: Config, *, resume: str | Path | None = None) -> Result:
     """Run to the end and return the result. Raises what made it fail; cancelling it stops the run."""
     async with Run(config, resume=resume) as run:
         return await run.wait()
+
+
+async def _uninterrupted(closing: Coroutine[Any, Any, None]) -> None:
+    """Await to the end even if cancelled meanwhile: what is being ended here must not be left half ended."""
+    task = asyncio.ensure_future(closing)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([task])
+    task.result()
 
 
 def _is_due(every: int | None, before: int, now: int) -> bool:

@@ -18,7 +18,10 @@ from typing import Any, NamedTuple
 import aiorl
 from bench.common import print_machine, summarise, write_json
 
-WAYS = {"async": {"workers": 2, "off_policy_degree": 1}, "twin": {"workers": 0, "off_policy_degree": 0}}
+WAYS: dict[str, dict[str, Any]] = {
+    "async": {"workers": 2, "off_policy_degree": 1},
+    "twin": {"workers": 0, "off_policy_degree": 0},
+}
 
 
 class Rates(NamedTuple):

@@ -18,7 +18,7 @@ import aiorl
 Obs = dict[str, np.ndarray[Any, np.dtype[np.float32]]]
 
 
-class GoToGoal(gymnasium.Env[Obs, np.int64]):
+class GoToGoal(gymnasium.Env[Any, np.int64]):
     """A point on a line walks left, right or stays. -0.1 a step, +1 at the goal, cut off after `max_steps`."""
 
     def __init__(self, size: int = 10, max_steps: int = 40) -> None:

@@ -33,7 +33,7 @@ VERBS = {
     "algos": Verb("aiorl.cli.algos", "list algorithms and what they can do", "algos"),
 }  # fmt: skip
 
-ABOUT = "Asynchronous reinforcement learning that is exact, bounded and never silently stuck."
+ABOUT = "Asynchronous reinforcement learning: exact, bounded, never silently stuck."
 
 DONE, FAILED, BAD_USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
@@ -61,7 +61,7 @@ def overview() -> str:
     lines = ["usage: python -m aiorl VERB …", "", ABOUT, ""]
     for name, verb in VERBS.items():
         lines += [f"  {name:<{width}}  {verb.summary}", f"  {'':<{width}}    python -m aiorl {verb.example}"]
-    lines += ["", "`python -m aiorl VERB --help` explains a verb. `--debug` shows Python tracebacks."]
+    lines += ["", "`python -m aiorl VERB --help` explains a verb; `--debug` shows tracebacks."]
     return "\n".join(lines)
 
 

@@ -90,10 +90,11 @@ def corrections(algorithm: Any) -> str:
         for field in msgspec.structs.fields(algorithm)
         if "correction" in field.name and get_origin(bare(field.type)) is not None
     ]
-    if not algorithm.corrects_staleness:
+    if not algorithm().corrects_staleness:
         return "not corrected (degree 0 only)"
     return f"corrected: {choices[0]}" if choices else "sound at any degree"
 
 
 def _doc(algorithm: Any) -> str:
-    return inspect.getdoc(algorithm) or ""
+    """What the algorithm is: an algorithm has a file of its own, whose first line says it."""
+    return inspect.getdoc(inspect.getmodule(algorithm)) or inspect.getdoc(algorithm) or ""

@@ -197,9 +197,10 @@ def _takes_numbers(kind: Any) -> bool:
 
 
 def description(kind: Any) -> str:
-    """The `Meta` description of an annotated type."""
-    metas = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
-    return next((m.description for m in metas if isinstance(m, msgspec.Meta) and m.description), "")
+    """The `Meta` description of an annotated type, or of an annotated part of a union."""
+    inside = get_args(kind)
+    own = [part.description for part in inside if isinstance(part, msgspec.Meta) and part.description]
+    return own[0] if own else next((text for part in inside if (text := description(part))), "")
 
 
 def wanted(kind: Any) -> str:

@@ -44,7 +44,10 @@ class Panel:
             self._status = event.status
             self._draw()
         elif isinstance(event, Started):
-            self._print(Text(header(event, self._notes, self.console.width), style="bold"))
+            line = header(event, self._notes, self.console.width)
+            self._print(Text(line, style="bold"))
+            if event.out not in line:
+                self._print(Text(f"→ {event.out}", style="bold"))
         elif (line := event_line(event)) is not None:
             if isinstance(event, Evaluated):
                 self._evaluated = event

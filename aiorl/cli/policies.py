@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from aiorl.algos import algorithm_class
@@ -35,7 +36,7 @@ def read_policy(given: Mapping[str, Any], verb: str) -> tuple[LoadedPolicy, EnvS
     which = given.get("which")
     if which is not None and which not in WHICH:
         raise ConfigError(f"--which {which}: expected one of {', '.join(WHICH)}")
-    path = find(given["run"], which)
+    path = find(Path(given["run"]), which)
     algo = algorithm_class(given["algo"]) if "algo" in given else None
     policy = load(path, algo=algo)
     env, kwargs = policy.config.get("env"), policy.config.get("env_kwargs", {})

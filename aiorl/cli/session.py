@@ -97,10 +97,10 @@ class Signals:
     is nothing to save yet.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], end: Callable[[int], None] = os._exit) -> None:
         self.code: int | None = None
         self.run: Run | None = None
-        self._say = say
+        self._say, self._end = say, end
         self._task: asyncio.Task[Any] | None = None
         self._checkpoints: set[asyncio.Task[Any]] = set()
         self._leaving = False
@@ -129,7 +129,7 @@ class Signals:
 
     def _stop(self, code: int) -> None:
         if self._leaving:
-            os._exit(self.code or code)
+            self._end(self.code or code)
         if self.code is None and self.run is not None:
             self.code = code
             self.run.stop(final_evaluation=False)
@@ -137,7 +137,7 @@ class Signals:
             return
         self.code = self.code or code
         self._leaving = True
-        last_resort = threading.Timer(GRACE_S, os._exit, [self.code])
+        last_resort = threading.Timer(GRACE_S, self._end, [self.code])
         last_resort.daemon = True
         last_resort.start()
         if self._task is not None:

@@ -112,7 +112,7 @@ def _coerce(leaf: Leaf, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any]
     integers = dtype.kind in "biu"
     if integers and isinstance(value, int | list | tuple) and not (shape and isinstance(value, int)):
         array = _from_python(value)
-    elif not shape and type(value) is float:
+    elif not integers and not shape and type(value) is float:
         array = np.asarray(value, dtype)
     else:
         array = np.asarray(value) if isinstance(value, np.ndarray | np.generic) else None

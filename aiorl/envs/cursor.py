@@ -14,8 +14,8 @@ class GroupCursor:
     """The state of a group between two segments; `n` is the number of its environments.
 
     `episodes` [n] int64 is the index of each environment's open episode (0, 1, …) and `actions` the stored actions taken
-    in it so far, one array [t, …] for each environment. `done` [n] bool: the last row ended an episode, which matters
-    where the reset takes a row of its own (NEXT_STEP). `obs`, leaves [n, …], is what the environments showed last; it is
+    in it so far, one array [t, …] for each environment. `done` [n] bool: the last row ended an episode and the reset is
+    still to come, in a row of its own (NEXT_STEP vector environments). `obs`, leaves [n, …], is what the environments showed last; it is
     compared after restoring, unless it is empty. `env_state` is a native vector environment's state, b"" otherwise.
     """
 
@@ -48,10 +48,13 @@ def advance(cursor: GroupCursor | None, segment: Segment, steps: int | None = No
             taken = np.concatenate([cursor.actions[env], taken])
         actions.append(taken)
     episodes = ended.sum(axis=0)
+    done = ended[-1].copy()
+    reset_at = segment.final_at[: segment.finals]
+    done[reset_at[reset_at // segment.envs == steps - 1] % segment.envs] = False
     return GroupCursor(
         episodes=episodes if cursor is None else cursor.episodes + episodes,
         actions=tuple(actions),
-        done=ended[-1].copy(),
+        done=done,
         obs={name: leaf[steps].copy() for name, leaf in segment.obs.items()},
         env_state=segment.env_state,
     )

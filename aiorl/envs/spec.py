@@ -65,7 +65,7 @@ def resolve_env(
         found = _import(module, env)
         if not _is_registered(attribute):
             return _from_name(env, found, attribute, kwargs, native)
-    return _from_id(env, kwargs, native)
+    return _from_id(env, kwargs, in_process, native)
 
 
 _FORMS = 'give a gymnasium id ("CartPole-v1"), "module:callable", or a callable that makes an environment'
@@ -80,7 +80,7 @@ def _is_registered(name: str) -> bool:
     return name in gymnasium.registry
 
 
-def _from_id(env: str, kwargs: dict[str, Any], native: bool) -> EnvSpec:
+def _from_id(env: str, kwargs: dict[str, Any], in_process: bool, native: bool) -> EnvSpec:
     import gymnasium
 
     name = env.rpartition(":")[2]
@@ -96,8 +96,11 @@ def _from_id(env: str, kwargs: dict[str, Any], native: bool) -> EnvSpec:
     _check_packages(env, registration)
     entry, vector_entry = registration.entry_point, registration.vector_entry_point
     if entry is not None:
-        known = {"max_episode_steps", "render_mode", "disable_env_checker"}
+        known = {"max_episode_steps", "render_mode"}
         _check_kwargs(env, _load(env, entry), {**registration.kwargs, **kwargs}, known)
+    for target in (entry, vector_entry):
+        if callable(target) and not in_process:
+            _check_importable(target, f"{env}, registered as ")
     return EnvSpec(
         env, kwargs, registration=registration,
         native=vector_entry is not None and (native or entry is None), vector_only=entry is None,
@@ -166,21 +169,27 @@ def _from_callable(env: Callable[..., Any], kwargs: dict[str, Any], in_process: 
     while isinstance(plain, functools.partial) and not plain.args:
         merged = {**plain.keywords, **merged}
         plain = plain.func
-    name = _import_name(plain)
     if in_process:
-        shown = f"{getattr(plain, '__module__', '?')}:{getattr(plain, '__qualname__', type(plain).__qualname__)}"
-        return _checked(EnvSpec(name or shown, kwargs, env), env, native)
+        name = f"{getattr(plain, '__module__', '?')}:{getattr(plain, '__qualname__', type(plain).__qualname__)}"
+        return _checked(EnvSpec(_import_name(plain) or name, kwargs, env), env, native)
+    name = _check_importable(plain, "")
+    return _checked(EnvSpec(name, merged, name), plain, native)
+
+
+def _check_importable(target: Callable[..., Any], prefix: str) -> str:
+    """The name that workers import `target` by. Raises ConfigError if they cannot."""
+    name = _import_name(target)
     if name is None:
         raise ConfigError(
-            f"workers cannot import {_described(plain)}\n  put it at the top level of a module and use "
+            f"workers cannot import {prefix}{_described(target)}\n  put it at the top level of a module and use "
             "env='module:callable', or set workers = 0"
         )
-    if name.startswith("__main__:") and not main_is_guarded():
+    if name.startswith("__main__:") and not _main_is_guarded():
         raise ConfigError(
-            f"workers cannot import {name.partition(':')[2]} from this program: they would run it again\n  start the "
-            "training under `if __name__ == \"__main__\":`, or use env='module:callable', or set workers = 0"
+            f"workers cannot import {prefix}{name.partition(':')[2]} from this program: they would run it again\n  start "
+            "the training under `if __name__ == \"__main__\":`, or use env='module:callable', or set workers = 0"
         )
-    return _checked(EnvSpec(name, merged, name), plain, native)
+    return name
 
 
 def _import_name(target: Any) -> str | None:

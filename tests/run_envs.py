@@ -1,0 +1,101 @@
+"""Environments for tests of whole runs; workers import them by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+
+class Counting(gymnasium.Env[Any, Any]):
+    """Observes (episode's seed fraction, step); an episode takes 7 steps and pays 1 for action 1."""
+
+    observation_space = gymnasium.spaces.Box(-1e6, 1e6, (2,), np.float32)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def __init__(self, length: int = 7) -> None:
+        self._length = length
+        self._t = 0
+        self._mark = 0.0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._t, self._mark = 0, float(self.np_random.random())
+        return self._observe(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self._t += 1
+        return self._observe(), float(action), self._t >= self._length, False, {}
+
+    def _observe(self) -> Any:
+        return np.array([self._mark, self._t], np.float32)
+
+
+class Unseeded(Counting):
+    """Ignores its seed: what it shows cannot be reproduced."""
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        return super().reset(seed=int.from_bytes(os.urandom(4), "little"))
+
+
+class Faulty(Counting):
+    """Does `fault` at env step `at` (counted over all episodes): raise, exit, kill, hang, nan, unpicklable."""
+
+    def __init__(self, fault: str = "raise", at: int = 50) -> None:
+        super().__init__()
+        self._fault, self._at, self._steps = fault, at, 0
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self._steps += 1
+        if self._steps == self._at:
+            self._go_wrong()
+        return super().step(action)
+
+    def _go_wrong(self) -> None:
+        if self._fault == "raise":
+            raise ZeroDivisionError("the physics broke")
+        if self._fault == "unpicklable":
+
+            class Local(Exception):
+                def __init__(self, a: int, b: int) -> None:
+                    self.lock = object()
+                    super().__init__(f"local trouble {a} {b}")
+
+            raise Local(1, 2)
+        if self._fault == "exit":
+            os._exit(3)
+        if self._fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self._fault == "hang":
+            while True:
+                time.sleep(3600)  # the fault itself
+
+
+class BadStart(Counting):
+    """Cannot be made in a worker (but in the process that looks at its spaces first)."""
+
+    def __init__(self, pid: int = 0) -> None:
+        super().__init__()
+        if os.getpid() != pid:
+            raise FileNotFoundError("no licence file")
+
+
+class DelayedStart(Counting):
+    """Takes for ever to be made in a worker."""
+
+    def __init__(self, pid: int = 0) -> None:
+        super().__init__()
+        if os.getpid() != pid:
+            time.sleep(3600)  # the fault itself
+
+
+class Jittery(Counting):
+    """Steps take a random time, so segments arrive in any order."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        time.sleep((time.perf_counter_ns() % 1000) * 2e-6)  # the fault itself: uneven speed
+        return super().step(action)

@@ -1,0 +1,264 @@
+"""The pacer: its invariants after every event of random histories, and its plain behaviour."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from aiorl.errors import ConfigError, InvariantError
+from aiorl.pacing import Grant, Pacer, RolloutPlan
+
+SEGMENT_STEPS = 10
+
+
+def make(degree: int = 1, groups: int = 2, rollouts: int = 5, schedule: str = "ordered") -> Pacer:
+    return Pacer(
+        degree, groups, total_steps=rollouts * groups * SEGMENT_STEPS, segment_steps=SEGMENT_STEPS, schedule=schedule
+    )
+
+
+class Histories(RuleBasedStateMachine):
+    """Groups that take any time, updates that take any time, pauses, a stop and a resume from a checkpoint."""
+
+    @initialize(
+        degree=st.integers(0, 4),
+        groups=st.integers(1, 4),
+        rollouts=st.integers(1, 12),
+        schedule=st.sampled_from(["ordered", "eager"]),
+    )
+    def begin(self, degree: int, groups: int, rollouts: int, schedule: str) -> None:
+        self.arguments = (degree, groups, rollouts, schedule)
+        self.pacer = make(*self.arguments)
+        self.flying: list[Grant] = []
+        self.ready: list[RolloutPlan] = []
+        self.running: RolloutPlan | None = None
+        self.grants_seen: set[tuple[int, int]] = set()
+        self.used: list[Grant] = []
+        self.used_steps = 0
+        self.steps_of: dict[tuple[int, int], int] = {}
+
+    @rule(data=st.data())
+    def grant(self, data: st.DataObject) -> None:
+        group = data.draw(st.integers(0, self.pacer.groups - 1))
+        granted = self.pacer.grant(group)
+        if granted is None:
+            return
+        assert (granted.group, granted.ordinal) not in self.grants_seen, "granted twice"
+        self.grants_seen.add((granted.group, granted.ordinal))
+        assert granted.version <= self.pacer.commits
+        if self.pacer.schedule == "ordered":
+            assert granted.version == max(0, granted.ordinal - self.pacer.degree)
+        self.flying.append(granted)
+
+    @precondition(lambda self: self.flying)
+    @rule(data=st.data())
+    def arrive(self, data: st.DataObject) -> None:
+        firsts = {g.group: g for g in reversed(self.flying)}  # a group's segments arrive in order
+        granted = data.draw(st.sampled_from(sorted(firsts.values())))
+        steps = data.draw(st.integers(SEGMENT_STEPS // 2, SEGMENT_STEPS))
+        self.flying.remove(granted)
+        self.steps_of[granted.group, granted.ordinal] = steps
+        self.ready += self.pacer.arrived(granted.group, granted.slot, steps)
+
+    @precondition(lambda self: self.ready and self.running is None)
+    @rule()
+    def begin_update(self) -> None:
+        self.running = self.ready.pop(0)
+        self.pacer.begin_update(self.running)
+
+    @precondition(lambda self: self.running is not None)
+    @rule()
+    def commit(self) -> None:
+        assert self.running is not None
+        assert self.pacer.commit() == self.running.index + 1
+        self.used += self.running.parts
+        self.used_steps += sum(self.steps_of[p.group, p.ordinal] for p in self.running.parts)
+        self.running = None
+
+    @rule(paused=st.booleans())
+    def pause(self, paused: bool) -> None:
+        self.pacer.paused = paused
+        if paused:
+            assert all(self.pacer.grant(g) is None for g in range(self.pacer.groups))
+
+    @precondition(lambda self: self.running is None)
+    @rule()
+    def crash_and_resume(self) -> None:
+        """All that was not learned from is lost and granted again under the same names."""
+        commits = self.pacer.commits
+        ordinals = [sum(p.group == g for p in self.used) for g in range(self.pacer.groups)]
+        self.pacer = make(*self.arguments)
+        self.pacer.resume(commits, ordinals, self.used_steps)
+        self.flying, self.ready = [], []
+        self.grants_seen = {(p.group, p.ordinal) for p in self.used}
+
+    @invariant()
+    def bounds_hold(self) -> None:
+        if not hasattr(self, "pacer"):
+            return
+        pacer = self.pacer
+        statistics = pacer.statistics()
+        assert pacer.commits <= pacer.started <= pacer.commits + 1
+        assert statistics["rollouts_admitted"] <= pacer.commits + pacer.degree + 1
+        assert pacer.waiting == len(self.ready)
+        assert pacer.in_flight == len(self.flying)
+        for plan in [*self.ready, *([self.running] if self.running else [])]:
+            assert 0 <= plan.staleness <= pacer.degree
+            assert len(plan.parts) == pacer.groups
+        for group in range(pacer.groups):
+            slots = [g.slot for g in self.flying if g.group == group]
+            slots += [p.slot for plan in self.ready for p in plan.parts if p.group == group]
+            assert len(slots) == len(set(slots)) <= pacer.slots, "two segments in one slot"
+
+    @invariant()
+    def something_can_happen(self) -> None:
+        """No deadlock: with nothing under way and nothing ready, somebody may begin, unless the budget is used up."""
+        if not hasattr(self, "pacer") or self.pacer.paused:
+            return
+        if not (self.flying or self.ready or self.running or self.pacer.finished):
+            granted = [g for g in map(self.pacer.grant, range(self.pacer.groups)) if g is not None]
+            assert granted, f"stuck: {self.pacer.statistics()}"
+            for g in granted:
+                self.grants_seen.add((g.group, g.ordinal))
+                self.flying.append(g)
+
+    def teardown(self) -> None:
+        """Whatever happened, the rest runs to the end."""
+        if not hasattr(self, "pacer"):
+            return
+        pacer = self.pacer
+        pacer.paused = False
+        for _ in range(10_000):
+            if pacer.finished and self.running is None and not self.flying:
+                break
+            self.flying += [g for g in map(pacer.grant, range(pacer.groups)) if g is not None]
+            if self.running is not None:
+                self.commit()
+            elif self.ready:
+                self.begin_update()
+            elif self.flying:
+                granted = self.flying.pop(0)
+                self.steps_of[granted.group, granted.ordinal] = SEGMENT_STEPS
+                self.ready += pacer.arrived(granted.group, granted.slot, SEGMENT_STEPS)
+        assert pacer.finished, f"did not end: {pacer.statistics()}"
+        assert pacer.unused() == ([], []), "something was collected in vain"
+        assert pacer.steps == self.used_steps >= pacer.total_steps, "the budget was not used up"
+        assert pacer.steps < pacer.total_steps + pacer.groups * SEGMENT_STEPS, "more than one rollout too many"
+
+
+TestHistories = Histories.TestCase
+TestHistories.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)
+
+
+def simulate(degree: int, groups: int, schedule: str, rng: random.Random) -> list[RolloutPlan]:
+    """Run to the end with random durations on a virtual clock; returns the rollouts in order of use."""
+    pacer = make(degree, groups, 20, schedule)
+    now, events = 0.0, []
+    speeds = [rng.choice([0.2, 1.0, 5.0]) for _ in range(groups)]
+    ready: list[RolloutPlan] = []
+    used: list[RolloutPlan] = []
+    running: RolloutPlan | None = None
+    busy_until = [0.0] * groups
+    while not (pacer.finished and running is None):
+        for group in range(groups):
+            while (granted := pacer.grant(group)) is not None:
+                busy_until[group] = max(busy_until[group], now) + speeds[group] * rng.lognormvariate(0, 1)
+                events.append((busy_until[group], "arrive", granted))
+        if running is None and ready:
+            running = ready.pop(0)
+            pacer.begin_update(running)
+            events.append((now + rng.lognormvariate(0, 1), "commit", running))
+        assert events, f"deadlock: {pacer.statistics()}"
+        events.sort(key=lambda e: e[0])
+        now, what, item = events.pop(0)
+        if what == "arrive":
+            ready += pacer.arrived(item.group, item.slot, SEGMENT_STEPS)
+        else:
+            pacer.commit()
+            used.append(item)
+            running = None
+    return used
+
+
+@pytest.mark.parametrize("schedule", ["ordered", "eager"])
+def test_no_deadlock_and_no_violation_in_many_timings(schedule: str) -> None:
+    rng = random.Random(7)
+    worst = 0
+    for _ in range(1500):
+        degree, groups = rng.randrange(5), rng.randrange(1, 6)
+        used = simulate(degree, groups, schedule, rng)
+        assert [plan.index for plan in used] == list(range(20))
+        assert all(0 <= plan.staleness <= degree for plan in used)
+        worst = max(worst, max(plan.staleness for plan in used))
+    assert worst == 4, "the bound should be met somewhere, else this test proves little"
+
+
+def test_ordered_rollouts_do_not_depend_on_timing() -> None:
+    runs = [simulate(2, 3, "ordered", random.Random(seed)) for seed in range(20)]
+    summaries = {tuple((p.index, tuple((g.group, g.ordinal, g.version) for g in p.parts)) for p in run) for run in runs}
+    assert len(summaries) == 1
+    eager = {
+        tuple((p.index, tuple((g.group, g.ordinal, g.version) for g in p.parts)) for p in run)
+        for run in (simulate(2, 3, "eager", random.Random(seed)) for seed in range(20))
+    }
+    assert len(eager) > 1, "arrival order should matter in the eager schedule, else the first half proves nothing"
+
+
+def test_degree_0_alternates() -> None:
+    pacer = make(degree=0, groups=1)
+    for k in range(3):
+        granted = pacer.grant(0)
+        assert granted == Grant(0, k, 0, k)
+        assert pacer.grant(0) is None, "a second segment before the update would be stale"
+        (plan,) = pacer.arrived(0, 0, SEGMENT_STEPS)
+        pacer.begin_update(plan)
+        assert pacer.grant(0) is None, "the update is still running"
+        pacer.commit()
+
+
+def test_a_straggler_does_not_break_the_bound_in_the_eager_schedule() -> None:
+    pacer = make(degree=1, groups=2, rollouts=50, schedule="eager")
+    slow = pacer.grant(0)
+    assert slow is not None
+    commits = 0
+    while True:
+        fast = pacer.grant(1)
+        if fast is None:
+            break
+        for plan in pacer.arrived(1, fast.slot, SEGMENT_STEPS):
+            pacer.begin_update(plan)
+            pacer.commit()
+            commits += 1
+    assert commits == 1, "the fast group goes on until the straggler would become too stale, no further"
+    plans = pacer.arrived(0, slow.slot, SEGMENT_STEPS)
+    assert [plan.staleness for plan in plans] == [1]
+
+
+def test_wrong_calls_are_refused() -> None:
+    pacer = make()
+    with pytest.raises(InvariantError, match="without a grant"):
+        pacer.arrived(0, 0, 1)
+    with pytest.raises(InvariantError, match="must not start"):
+        pacer.begin_update(RolloutPlan(0, (Grant(0, 0, 0, 0),)))
+    with pytest.raises(InvariantError, match="no update"):
+        pacer.commit()
+    with pytest.raises(InvariantError, match="cannot resume"):
+        pacer.resume(3, [3, 2], 10)
+
+
+@pytest.mark.parametrize(
+    ("degree", "groups", "steps", "schedule", "message"),
+    [
+        (-1, 1, 1, "ordered", "off_policy_degree = -1"),
+        (0, 0, 1, "ordered", "groups = 0"),
+        (0, 1, 0, "ordered", "segment_steps = 0"),
+        (0, 1, 1, "newest", "schedule = 'newest'"),
+    ],
+)
+def test_limits_that_could_not_work_are_refused(degree: int, groups: int, steps: int, schedule: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Pacer(degree, groups, total_steps=10, segment_steps=steps, schedule=schedule)

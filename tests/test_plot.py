@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import math
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiorl.cli import main
+from aiorl.errors import ConfigError
+from aiorl.metrics.curve import Curve, Point, read_curve, thin, write_curve
+from aiorl.metrics.svg import draw, interpolate, nice_ticks, nice_times, short_number, short_time
+from tests.cli_events import evaluated, run_events, started, updated, write_run
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def texts(svg: str) -> list[str]:
+    return [e.text or "" for e in ET.fromstring(svg).iter(f"{SVG}text")]
+
+
+def test_curve_holds_what_the_events_say():
+    curve = read_curve(run_events(20), stop_at=150.0)
+    assert (curve.env, curve.algo, curve.seed, curve.stop_at) == ("CartPole-v1", "ppo", 3, 150.0)
+    assert [p.value for p in curve.smooth] == [10.0 * v for v in range(1, 21)]
+    assert [(p.env_steps, p.value, p.spread) for p in curve.evaluations] == [(1000 * v, 10 * v, 5) for v in (5, 10, 15, 20)]
+    assert curve.end == (20_000, 21.5)
+
+
+def test_rollouts_in_which_no_episode_ended_leave_no_point():
+    curve = read_curve([started(), updated(1, None), updated(2, 7.0)])
+    assert [(p.env_steps, p.value) for p in curve.rollouts] == [(2000, 7.0)]
+
+
+def test_directory_and_events_give_the_same_curve(tmp_path: Path):
+    run = write_run(tmp_path / "run", config="stop_at = 150.0\n")
+    assert read_curve(run) == read_curve(run_events(), stop_at=150.0)
+
+
+def test_line_a_killed_run_was_writing_is_ignored(tmp_path: Path):
+    run = write_run(tmp_path / "run")
+    with (run / "events.jsonl").open("ab") as file:
+        file.write(b'{"event":"updated","seconds":3')
+    assert read_curve(run) == read_curve(run_events())
+
+
+def test_resumed_run_has_no_point_twice():
+    first = [started(), *(updated(v, 1.0) for v in (1, 2, 3)), evaluated(3, 1.0)]
+    again = [started(seconds=9.0, env_steps=2000, version=2, resumed_from=2), updated(3, 2.0, 9.5), updated(4, 2.0, 10.0)]
+    curve = read_curve([*first, *again])
+    assert [(p.env_steps, p.value) for p in curve.smooth] == [(1000, 1), (2000, 1), (3000, 2), (4000, 2)]
+    assert curve.evaluations == []
+    times = [p.seconds for p in curve.smooth]
+    assert times == sorted(times)
+
+
+def test_time_goes_on_where_a_resumed_run_counts_from_zero():
+    curve = read_curve([started(), updated(1, 1.0, 5.0), started(seconds=0.1, env_steps=1000), updated(2, 2.0, 1.1)])
+    assert [p.seconds for p in curve.smooth] == [5.0, 6.0]
+
+
+def test_svg_is_well_formed_and_says_what_it_shows(tmp_path: Path):
+    run = write_run(tmp_path / "run", config="stop_at = 150.0\n")
+    write_curve(run, tmp_path / "curve.svg")
+    svg = (tmp_path / "curve.svg").read_text(encoding="utf-8")
+    shown = texts(svg)
+    assert "CartPole-v1 · ppo · seed 3" in shown
+    assert any("last evaluation 200.0 ± 5.0" in text for text in shown)
+    assert {"env steps", "return", "stop at 150", "mean of the last 100 episodes", "evaluation ± one std"} <= set(shown)
+    assert {"0", "5k", "20k", "10 s"} <= set(shown)
+    root = ET.fromstring(svg)
+    assert len(list(root.iter(f"{SVG}polyline"))) == 3
+    assert len(list(root.iter(f"{SVG}polygon"))) == 1
+    assert "prefers-color-scheme: dark" in svg
+
+
+def test_all_points_lie_within_the_picture():
+    curve = read_curve(run_events(), stop_at=-50.0)
+    root = ET.fromstring(draw([curve]))
+    width, height = (float(root.attrib[a]) for a in ("width", "height"))
+    for line in [*root.iter(f"{SVG}polyline"), *root.iter(f"{SVG}polygon")]:
+        for pair in line.attrib["points"].split():
+            x, y = map(float, pair.split(","))
+            assert 0 <= x <= width
+            assert 0 <= y <= height
+
+
+def test_several_runs_share_a_picture_with_a_legend():
+    curves = [read_curve(run_events(n)) for n in (10, 20)]
+    shown = texts(draw(curves, "time", ["first", "second"]))
+    assert {"first", "second", "wall time"} <= set(shown)
+    assert "CartPole-v1 · ppo · 2 runs" in shown
+
+
+@pytest.mark.parametrize("events", [[], [started()], [started(), updated(1, 5.0)], [started(), evaluated(1, 5.0)]])
+def test_hardly_anything_to_show_is_still_a_picture(events: list):
+    assert ET.fromstring(draw([read_curve(events)])).tag == f"{SVG}svg"
+
+
+def test_names_are_escaped():
+    assert "<b>" not in draw([Curve(env="<b>&", algo="x")])
+
+
+def test_nan_returns_do_not_spoil_the_axis():
+    curve = Curve(env="E", rollouts=[Point(1, 1, 1.0), Point(2, 2, math.nan), Point(3, 3, 3.0)], end=(3, 3))
+    assert "nan" not in " ".join(texts(draw([curve])))
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(-1e3, 1e3)), min_size=1, max_size=300), st.integers(1, 50))
+def test_thinning_keeps_ends_mean_and_limit(pairs: list, most: int):
+    points = [Point(x, x, y) for x, y in sorted(pairs)]
+    thinned = thin(points, "steps", most)
+    assert len(thinned) <= max(most, 0) or len(points) <= most
+    low, high = min(p.value for p in points), max(p.value for p in points)
+    assert all(low - 1e-6 <= p.value <= high + 1e-6 for p in thinned)
+    assert all(a.env_steps <= b.env_steps for a, b in zip(thinned, thinned[1:], strict=False))
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
+def test_ticks_are_few_even_and_inside(low: float, span: float):
+    ticks = nice_ticks(low, low + span)
+    assert 2 <= len(ticks) <= 13
+    steps = [b - a for a, b in zip(ticks, ticks[1:], strict=False)]
+    assert max(steps) - min(steps) <= 1e-6 * max(steps) + 1e-9
+    assert low - 1e-6 * span <= ticks[0]
+    assert ticks[-1] <= low + span * (1 + 1e-6)
+
+
+def test_ticks_of_time_are_those_of_clocks():
+    assert nice_times(60) == [0, 20, 40, 60]
+    assert nice_times(600) == [0, 120, 240, 360, 480, 600]
+    assert [short_time(s, 600) for s in (0, 120)] == ["0", "2 min"]
+    assert short_time(0.5, 2) == "0.5 s"
+    assert short_time(7200, 10_000) == "2 h"
+    assert [short_number(v) for v in (1500, 2e6, -200, 0.25)] == ["1.5k", "2M", "−200", "0.25"]
+
+
+def test_interpolation_is_linear_between_and_constant_outside():
+    line = [(0.0, 0.0), (2.0, 4.0)]
+    assert [interpolate(line, x) for x in (-1, 0, 1, 2, 5)] == [0, 0, 2, 4, 4]
+
+
+def test_plot_writes_into_the_run_and_prints_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = write_run(tmp_path / "run")
+    assert main(["plot", str(run)]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "curve.svg")
+    assert "CartPole-v1" in (run / "curve.svg").read_text(encoding="utf-8")
+
+
+def test_plot_overlays_runs_and_leaves_out_what_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    runs = [write_run(tmp_path / name) for name in ("a", "b")]
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "both.svg"
+    assert main(["plot", *map(str, runs), str(tmp_path / "empty"), "--x", "time", "--out", str(out)]) == 0
+    assert {"a", "b", "wall time"} <= set(texts(out.read_text(encoding="utf-8")))
+    assert "left out" in capsys.readouterr().err
+
+
+def test_plot_png(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    run = write_run(tmp_path / "run", config="stop_at = 150.0\n")
+    assert main(["plot", str(run), "--out", str(tmp_path / "x.png")]) == 0
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_png_without_matplotlib_names_the_extra(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    run = write_run(tmp_path / "run")
+    assert main(["plot", str(run), "--out", str(tmp_path / "x.png")]) == 2
+    assert 'pip install "aiorl[plot]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["plot"], "no run given"),
+        (["plot", "nowhere"], "not a run directory"),
+        (["plot", "x", "--x", "epochs"], "expected one of steps, time"),
+        (["plot", "x", "--out", "x.pdf"], ".svg or .png"),
+    ],
+)
+def test_plot_refuses(words: list[str], part: str, capsys: pytest.CaptureFixture[str]):
+    assert main(words) == 2
+    assert part in capsys.readouterr().err
+
+
+def test_reading_what_is_no_run(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"no events\.jsonl"):
+        read_curve(tmp_path)

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from aiorl.cli.panel import Panel, draw
+from aiorl.cli.progress import JsonLines, Notes, PlainLines, Silent, event_line, header, make_display
+from aiorl.cli.summary import summary_lines
+from aiorl.cli.text import count, duration, fit, number, rate, sparkline, table
+from aiorl.events import CheckpointFailed, Finished, Lagged, Warned
+from tests.cli_events import evaluated, run_events, started, status, updated
+
+PLACE: dict[str, Any] = {"seconds": 12.0, "version": 3, "env_steps": 3000}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("mode", "err", "kind"),
+    [
+        ("auto", io.StringIO(), PlainLines),
+        ("auto", Terminal(), Panel),
+        ("rich", io.StringIO(), Panel),
+        ("plain", Terminal(), PlainLines),
+        ("json", Terminal(), JsonLines),
+        ("none", Terminal(), Silent),
+    ],
+)
+def test_mode_and_terminal_choose_the_display(mode: Any, err: io.StringIO, kind: type, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "xterm")
+    display = make_display(mode, Notes(), io.StringIO(), err)
+    display.close()
+    assert type(display) is kind
+
+
+def test_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "dumb")
+    assert type(make_display("auto", Notes(), io.StringIO(), Terminal())) is PlainLines
+
+
+def test_json_lines_are_the_events():
+    out = io.StringIO()
+    display = make_display("json", Notes(), out, io.StringIO())
+    events = list(run_events(5))
+    for event in events:
+        display.show(event)
+    rows = [msgspec.json.decode(line) for line in out.getvalue().splitlines()]
+    assert [row["event"] for row in rows] == [msgspec.to_builtins(e)["event"] for e in events]
+    assert rows[0]["env"] == "CartPole-v1"
+    assert rows[2]["status"]["state"] == "training"
+
+
+def test_plain_lines_come_every_few_seconds_and_for_important_events():
+    err = io.StringIO()
+    display = PlainLines(Notes(preset=True, device="cpu"), err)
+    for event in run_events(20):
+        display.show(event)
+    lines = err.getvalue().splitlines()
+    assert lines[0].startswith("CartPole-v1 · ppo · preset · 2 workers × 2 groups of 8 · cpu · seed 3 → runs/")
+    progress = [line for line in lines if "steps/s" in line]
+    assert [line[:9] for line in progress] == ["[   5.5s]", "[  10.5s]", "[  15.5s]", "[  20.5s]"]
+    assert "return 50.0" in progress[0]
+    assert "final evaluation 200.0 ± 5.0 at 20,000 steps (20 episodes), best so far" in lines[-3]
+    assert lines[-1].endswith("completed")
+
+
+def test_warm_up_says_how_far_it_is():
+    err = io.StringIO()
+    display = PlainLines(Notes(warmup=10_000), err, every_s=0.0)
+    from aiorl.events import Progress
+
+    display.show(Progress(**PLACE, status=status(3, state="warm-up")))
+    assert "warm-up 3,000/10,000" in err.getvalue()
+
+
+def test_what_needs_a_line_gets_one():
+    assert event_line(Warned(**PLACE, message="something odd")) == "warning: something odd"
+    assert "disk full" in str(event_line(CheckpointFailed(**PLACE, reason="disk full")))
+    assert event_line(updated(3, 1.0)) is None
+    assert event_line(Lagged(**PLACE, dropped=3)) is None
+    assert event_line(Finished(**PLACE, status="failed", error="boom")) is None, "the command says it, once"
+
+
+@pytest.mark.parametrize("width", [24, 40, 60, 80, 120, 200])
+def test_panel_never_exceeds_the_terminal(width: int):
+    busy = status(15, dropped={"stopped": 1234}, restarts=2)
+    lines = draw(busy, Notes(), [float(i) for i in range(100)], evaluated(10, 123.4), width)
+    assert max(len(line.plain) for line in lines) <= width
+
+
+def test_panel_shows_everything_at_eighty_columns():
+    lines = draw(status(10), Notes(), [1.0, 2.0, 3.0], evaluated(10, 123.4), 80)
+    text = "\n".join(line.plain for line in lines)
+    for part in (
+        "50 %", "10,000/20,000", "12.3k steps/s", "0:01 left", "return     100.0  ▁▅█", "123.4 ± 5.0", "best 90.0",
+        "mean 0.75", "max 1", "degree 1", "queue 1/4", "loop lag 1.5 ms", "collect 90 %", "train 70 %", "evaluate 10 %",
+        "state      training",
+    ):  # fmt: skip
+        assert part in text
+
+
+def test_panel_before_the_first_episode_and_evaluation():
+    empty = status(0, train_return_mean_100=None, last_evaluation=None, best_evaluation=None, env_steps_per_second=0.0)
+    lines = draw(empty, Notes(), [], None, 80)
+    text = "\n".join(line.plain for line in lines)
+    assert "evaluation" not in text
+    assert "return     –" in text
+    assert "left" not in text
+
+
+def run_panel(width: int, **options: Any) -> str:
+    out = io.StringIO()
+    panel = Panel(Notes(preset=True), out, Console(file=out, width=width, force_terminal=True, **options))
+    for event in run_events(20):
+        panel.show(event)
+    panel.say("stopping")
+    panel.close()
+    return out.getvalue()
+
+
+def test_evaluations_and_header_stay_above_the_panel():
+    text = run_panel(100)
+    assert "CartPole-v1 · ppo · preset · 2 workers × 2 groups of 8 · seed 3 → runs/CartPole-v1-ppo-3" in text
+    assert "final evaluation 200.0 ± 5.0" in text
+    assert "checkpoint (periodic) c/10" in text
+    assert "stopping" in text
+
+
+def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch):
+    assert "\x1b[32m" in run_panel(80)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[32m" not in run_panel(80)
+
+
+def test_header_gives_way_in_a_narrow_terminal():
+    assert header(started(), Notes(device="cpu"), 40) == "CartPole-v1 · ppo"
+    assert header(started(workers=0, groups=1), Notes(), 200).startswith(
+        "CartPole-v1 · ppo · in this process, 1 group of 16 · seed 3"
+    )
+
+
+def summary() -> dict[str, Any]:
+    record = {"version": 9, "env_steps": 20_480, "seconds": 3.5, "episodes": 20, "mean_return": 480.0, "std_return": 9.0}
+    return {
+        "status": "completed", "env_steps": 30_720, "wall_seconds": 12.34, "env_steps_per_second": 9876.0,
+        "updates": 15, "episodes": 1, "train_return_mean_100": 412.3, "evaluations": [record],
+        "first_evaluation_at_stop_return": {"env_steps": 20_480, "seconds": 3.5}, "best": {**record, "mean_return": 490.0},
+        "final_evaluation": record, "off_policy_degree": 1, "staleness": {"mean": 0.9, "max": 1, "histogram": {}},
+        "busy": {"collect": 0.9, "train": 0.5},
+    }  # fmt: skip
+
+
+def test_summary_says_how_it_ended():
+    lines = summary_lines(summary(), Path("runs/x"))
+    assert 3 <= len(lines) <= 6
+    text = "\n".join(lines)
+    for part in (
+        "completed   30,720 env steps in 12.3 s (9.9k steps/s), 15 updates, 1 episode", "412.3 over the last 100",
+        "480.0 ± 9.0 (final, 20 episodes), best 490.0 at 20,480", "first at 20,480 env steps, 3.5 s",
+        "mean 0.90, max 1 (degree 1)", "collect 90 %, train 50 %", "runs/x/",
+    ):  # fmt: skip
+        assert part in text
+
+
+def test_summary_of_a_run_that_hardly_began():
+    nothing = {"train_return_mean_100": None, "best": None, "final_evaluation": None, "evaluations": []}
+    lines = summary_lines({**summary(), **nothing, "first_evaluation_at_stop_return": None, "status": "stopped"}, Path("r"))
+    assert len(lines) == 3
+    assert lines[0].startswith("stopped")
+
+
+def test_numbers_as_people_read_them():
+    assert [number(v) for v in (None, 412.34, 12_345.6, 0.0123, -3.0, float("nan"))] == [
+        "–", "412.3", "12,346", "0.012", "-3.0", "nan",
+    ]  # fmt: skip
+    assert [count(v) for v in (999, 12_345, 123_456, 1_230_000, 2e9)] == ["999", "12,345", "123k", "1.23M", "2G"]
+    assert [rate(v) for v in (3.21, 812, 9_700, 33_012, 1_200_000)] == ["3.2", "812", "9.7k", "33.0k", "1.20M"]
+    assert [duration(s) for s in (7.4, 725, 3723, 183_600)] == ["0:07", "12:05", "1:02:03", "2d 03:00"]
+    assert fit(["ab", "", "cd", "ef"], 7) == "ab · cd"
+    assert fit(["abcdef"], 4) == "abc…"
+    assert table([("a", "n"), ("bb", "10")], frozenset({1})) == "a    n\nbb  10"
+
+
+@given(st.lists(st.floats(-1e9, 1e9)), st.integers(0, 60))
+def test_sparkline_fits(values: list[float], width: int):
+    line = sparkline(values, width)
+    assert len(line) == min(len(values), width)
+    assert set(line) <= set("▁▂▃▄▅▆▇█")
+
+
+def test_sparkline_rises_with_the_values():
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
+    assert sparkline([0.0, 0.0, 7.0, 7.0], 2) == "▁█"
+    assert sparkline([5.0, 5.0], 9) == "▁▁"
+    assert sparkline([float("nan"), 1.0], 9) == "▁"

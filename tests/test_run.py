@@ -1,0 +1,397 @@
+"""Whole runs with real worker processes and a tiny NumPy algorithm: exactness, accounting, failure, and the end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toys import Toy
+
+import aiorl
+from aiorl.envs.episodes import run_episodes
+from aiorl.envs.spec import resolve_env
+from aiorl.events import Paused, Resumed
+from aiorl.learning import params_sha256
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., aiorl.Config]:
+    """A small run; each call has a directory of its own."""
+    count = iter(range(1000))
+
+    def make(**changes: Any) -> aiorl.Config:
+        fields: dict[str, Any] = {
+            "env": "run_envs:Counting",
+            "algo": Toy(),
+            "total_steps": 2000,
+            "envs": 8,
+            "group_size": 2,
+            "workers": 2,
+            "off_policy_degree": 0,
+            "eval_every": 0,
+            "eval_episodes": 4,
+            "checkpoint_every": 0,
+            "out": str(tmp_path / str(next(count))),
+        }
+        return aiorl.Config(**{**fields, **changes})
+
+    return make
+
+
+Make = Callable[..., aiorl.Config]
+
+
+# -- exactness ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("degree", [0, 1, 3])
+async def test_workers_delays_and_evaluation_do_not_change_the_result(config: Make, degree: int) -> None:
+    hashes: dict[str, str] = {}
+    for label, changes in {
+        "inline": {"workers": 0},
+        "one worker": {"workers": 1},
+        "two workers": {"workers": 2},
+        "four workers, uneven": {"workers": 4, "env": "run_envs:Jittery"},
+        "evaluated": {"workers": 2, "eval_every": 200, "checkpoint_every": 300},
+    }.items():
+        result = await aiorl.train(config(off_policy_degree=degree, total_steps=1200, **changes))
+        assert result.status == "completed"
+        assert result.staleness["max"] == degree
+        assert result.ledger == {"produced": 1216, "stored": 1216, "dropped": 0, "in_flight": 0}
+        hashes[label] = result.params_sha256
+    assert len(set(hashes.values())) == 1, hashes
+
+
+async def test_degrees_differ(config: Make) -> None:
+    """The hash is seen to be able to differ, else the equalities above prove nothing."""
+    results = [await aiorl.train(config(off_policy_degree=d, workers=0)) for d in (0, 1)]
+    assert results[0].params_sha256 != results[1].params_sha256
+
+
+async def test_eager_keeps_its_bound_and_its_books(config: Make) -> None:
+    result = await aiorl.train(config(schedule="eager", off_policy_degree=2, env="run_envs:Jittery", workers=4))
+    assert result.staleness["max"] <= 2
+    assert result.ledger["produced"] == result.ledger["stored"] == result.env_steps
+    assert result.dropped == {}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"off_policy_degree": 2},
+        {"env": "CartPole-v1"},
+        {"env": "CartPole-v1", "native_vector": False, "off_policy_degree": 1},
+        {"workers": 0},
+    ],
+    ids=["degree 0", "degree 2", "native vector", "single environments", "inline"],
+)
+async def test_stop_and_resume_equals_one_go(config: Make, changes: dict[str, Any]) -> None:
+    whole = await aiorl.train(config(**changes))
+    halves = config(**changes)
+    async with aiorl.Run(halves) as run:
+        async for event in run:
+            if isinstance(event, aiorl.Updated) and event.version == 10:
+                run.stop(final_evaluation=False)
+    assert run.result.status == "stopped"
+    assert 10 <= run.result.updates < whole.updates
+    second = await aiorl.train(halves, resume=run.directory)
+    assert second.updates == whole.updates
+    assert second.params_sha256 == whole.params_sha256
+    assert (second.env_steps, second.episodes) == (whole.env_steps, whole.episodes)
+    assert second.gradient_steps == whole.gradient_steps
+    lines = [json.loads(line) for line in (run.directory / "schedule.jsonl").read_text().splitlines()]
+    assert [line["k"] for line in lines] == list(range(whole.updates)), "the record of a resumed run has a gap"
+
+
+async def test_an_environment_that_does_not_reproduce_is_named_at_resume(config: Make) -> None:
+    halves = config(env="run_envs:Unseeded", workers=1)
+    async with aiorl.Run(halves) as run:
+        async for event in run:
+            if isinstance(event, aiorl.Updated) and event.version == 5:
+                run.stop(final_evaluation=False)
+    with pytest.raises(aiorl.WorkerError, match="does not reproduce"):
+        await aiorl.train(halves, resume=run.directory)
+
+
+# -- what a run tells --------------------------------------------------------------------------------------------------
+
+
+async def test_events_status_and_files(config: Make) -> None:
+    async with aiorl.Run(config(eval_every=500, checkpoint_every=700, off_policy_degree=1)) as run:
+        events = [event async for event in run]
+        status = run.status()
+    names = [type(event).__name__ for event in events]
+    assert names[0] == "Started"
+    assert names[-1] == "Finished"
+    assert names.count("Updated") + sum(e.dropped for e in events if isinstance(e, aiorl.Lagged)) >= run.result.updates
+    result = run.result
+    assert (status.state, status.version, status.env_steps) == ("completed", result.updates, result.env_steps)
+    assert result.final_evaluation is not None
+    assert result.final_evaluation.version == result.updates
+    assert result.best is not None
+    assert {"config.toml", "events.jsonl", "metrics.csv", "schedule.jsonl", "summary.json", "curve.svg"} <= {
+        path.name for path in run.directory.iterdir()
+    }
+    summary = json.loads((run.directory / "summary.json").read_text())
+    assert summary == result.to_dict()
+    assert aiorl.Config.from_toml(run.directory / "config.toml").to_dict() == run.config.replace(
+        out=str(run.directory)
+    ).to_dict()
+    stored = [json.loads(line)["event"] for line in (run.directory / "events.jsonl").read_text().splitlines()]
+    assert stored.count("updated") == result.updates
+    assert stored[-1] == "finished"
+
+
+async def test_best_is_the_snapshot_that_was_evaluated(config: Make) -> None:
+    async with aiorl.Run(config(env="CartPole-v1", eval_every=300, off_policy_degree=2)) as run:
+        await run.wait()
+    best = aiorl.load(run.directory, which="best", algo=Toy)
+    record = run.result.best
+    assert record is not None
+    assert best.version == record.version
+    spec = resolve_env("CartPole-v1", in_process=True)
+    policy = Toy().policy(best.spaces)
+    policy.begin(best.weights, 0, None, 0)
+    returns, _ = run_episodes(spec, best.spaces, policy, record.episodes, run.config.seed, record.episodes)
+    assert (returns.mean(), returns.std()) == (record.mean_return, record.std_return), "best/ holds other weights"
+    final = aiorl.load(run.directory, which="final", algo=Toy)
+    assert final.version == run.result.updates
+    assert params_sha256(final.weights) == run.result.params_sha256
+    assert final([0.0, 0.0, 0.0, 0.0]) in (0, 1)
+
+
+async def test_evaluation_is_the_same_inline_in_the_background_and_on_demand(config: Make) -> None:
+    results = [
+        await aiorl.train(config(env="CartPole-v1", workers=workers, eval_every=every, eval_episodes=6))
+        for workers, every in ((0, 0), (2, 0), (2, 64))
+    ]
+    finals = [result.final_evaluation for result in results]
+    assert len({(f.version, f.mean_return, f.std_return) for f in finals if f}) == 1
+    assert len({result.params_sha256 for result in results}) == 1
+
+
+async def test_stop_at_completes_the_run(config: Make) -> None:
+    result = await aiorl.train(config(eval_every=64, stop_at=-1.0, total_steps=100_000))
+    assert result.status == "completed"
+    assert result.env_steps < 100_000
+    assert result.first_evaluation_at_stop_return is not None
+
+
+async def test_pause_returns_when_nothing_moves(config: Make) -> None:
+    async with aiorl.Run(config(total_steps=10**7, off_policy_degree=2, env="CartPole-v1")) as run:
+        watcher = run.events()
+        for _ in range(3):
+            await run.pause()
+            before = run.status()
+            assert before.state == "paused"
+            await asyncio.sleep(0.05)  # time in which anything still moving would show
+            assert run.status().ledger == before.ledger
+            assert run.status().version == before.version
+            run.resume()
+            async for event in watcher:
+                if isinstance(event, aiorl.Updated) and event.version > before.version:
+                    break
+        run.stop(final_evaluation=False)
+        events = [event async for event in run]
+    assert sum(isinstance(e, Paused) for e in events) == sum(isinstance(e, Resumed) for e in events) == 3
+
+
+async def test_set_checkpoint_evaluate_and_policy_while_running(config: Make) -> None:
+    async with aiorl.Run(config(total_steps=10**7, env="CartPole-v1", off_policy_degree=1)) as run:
+        await run.set(learning_rate=0.5)
+        with pytest.raises(aiorl.ConfigError, match="momentum"):
+            await run.set(momentum=0.5)
+        path = await run.checkpoint()
+        evaluated = await run.evaluate(episodes=3)
+        policy = run.policy()
+    assert evaluated.episodes == 3
+    assert policy([0.0, 0.0, 0.0, 0.0]) in (0, 1)
+    loaded = aiorl.load(path, algo=Toy)
+    assert loaded.version <= run.result.updates
+    assert run.result.status == "stopped"
+
+
+async def test_two_runs_side_by_side_do_not_touch_each_other(config: Make) -> None:
+    alone = await aiorl.train(config())
+    together = await asyncio.gather(*(aiorl.train(config(seed=seed)) for seed in (0, 1)))
+    assert together[0].params_sha256 == alone.params_sha256
+    assert together[1].params_sha256 != alone.params_sha256
+
+
+# -- failure -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("raise", "ZeroDivisionError: the physics broke"),
+        ("unpicklable", "local trouble 1 2"),
+        ("exit", "exited with code 3"),
+        ("kill", "SIGKILL"),
+    ],
+)
+async def test_a_broken_worker_ends_the_run_with_one_clear_error(
+    config: Make, no_leaks: None, fault: str, message: str
+) -> None:
+    async with aiorl.Run(config(env="run_envs:Faulty", env_kwargs={"fault": fault}, off_policy_degree=1)) as run:
+        with pytest.raises(aiorl.WorkerError, match=message) as caught:
+            async with asyncio.timeout(20):
+                await run.wait()
+    assert "worker" in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 3
+    if fault == "raise":
+        assert "in _go_wrong" in caught.value.detail, "the worker's traceback was lost"
+    result = run.result
+    assert result.status == "failed"
+    assert result.ledger["produced"] == result.ledger["stored"] + result.ledger["dropped"]
+    assert result.ledger["in_flight"] == 0
+    assert message in (run.directory / "summary.json").read_text()
+
+
+async def test_a_hung_worker_is_noticed_at_its_deadline(config: Make, no_leaks: None) -> None:
+    changed = config(env="run_envs:Faulty", env_kwargs={"fault": "hang"}, step_timeout_s=0.4, eval_every=0)
+    async with aiorl.Run(changed) as run:
+        with pytest.raises(aiorl.WorkerError, match=r"has not finished a step for .* in rollout"):
+            async with asyncio.timeout(20):
+                await run.wait()
+
+
+@pytest.mark.parametrize(("env", "message"), [("BadStart", "no licence file"), ("DelayedStart", "not ready after 1 s")])
+async def test_a_worker_that_never_becomes_ready(config: Make, no_leaks: None, env: str, message: str) -> None:
+    changed = config(env=f"run_envs:{env}", env_kwargs={"pid": os.getpid()}, start_timeout_s=1.0)
+    with pytest.raises(aiorl.WorkerError, match=message):
+        async with asyncio.timeout(20), aiorl.Run(changed):
+            pytest.fail("the run should not have started")
+
+
+async def test_a_failing_learner_ends_the_run(config: Make, no_leaks: None) -> None:
+    async with aiorl.Run(config(algo=Toy(fail_at=5), off_policy_degree=1)) as run:
+        events = [event async for event in run]
+    assert isinstance(events[-1], aiorl.Finished)
+    assert (events[-1].status, events[-1].error) == ("failed", "RuntimeError: planned failure")
+    with pytest.raises(aiorl.TrainingError, match="planned failure"):
+        await run.wait()
+    assert run.result.updates == 5
+    assert "planned failure" in (run.directory / "error.txt").read_text()
+
+
+# -- the end -----------------------------------------------------------------------------------------------------------
+
+
+async def first_update(run: aiorl.Run) -> None:
+    async for event in run:
+        if isinstance(event, aiorl.Updated):
+            return
+
+
+@pytest.mark.parametrize("way", ["leave", "raise", "cancel", "stop"])
+@pytest.mark.parametrize("workers", [0, 2])
+async def test_every_way_out_ends_everything(config: Make, no_leaks: None, way: str, workers: int) -> None:
+    loop = asyncio.get_running_loop()
+    descriptors = len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
+
+    async def host() -> None:
+        async with aiorl.Run(config(total_steps=10**7, workers=workers, off_policy_degree=1)) as run:
+            await first_update(run)
+            nonlocal begun
+            begun = loop.time()
+            if way == "raise":
+                raise KeyError("the host's own trouble")
+            if way == "cancel":
+                task = asyncio.current_task()
+                assert task is not None
+                task.cancel()
+                await asyncio.sleep(3600)
+            if way == "stop":
+                run.stop()
+                await run.wait()
+
+    begun = 0.0
+    task = asyncio.ensure_future(host())
+    await asyncio.wait([task])
+    took_s = loop.time() - begun
+    assert took_s < 2.0 * 3, "leaving took far longer than the two seconds promised"  # 3: room for a busy machine
+    assert task.cancelled() == (way == "cancel")
+    if not task.cancelled():
+        assert isinstance(task.exception(), KeyError) == (way == "raise")
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    del task
+    gc.collect()
+    if descriptors:
+        assert len(os.listdir("/proc/self/fd")) <= descriptors + 1, "a descriptor was left open"  # + resource tracker
+
+
+PARENT = """
+import asyncio, os, sys
+sys.path[:0] = sys.argv[2:]
+import aiorl
+from toys import Toy
+async def main():
+    config = aiorl.Config(env="run_envs:Counting", algo=Toy(), total_steps=10**8, envs=8, group_size=2, workers=2,
+                          eval_every=0, out=sys.argv[1])
+    async with aiorl.Run(config) as run:
+        print("PIDS", *run._parts.workers.pids, flush=True)
+        await run.wait()
+asyncio.run(main())
+"""
+
+
+def test_workers_end_with_a_killed_parent_and_an_unguarded_program_works(tmp_path: Path) -> None:
+    """The program above has no `if __name__` guard: workers must not import it."""
+    program = tmp_path / "program.py"
+    program.write_text(PARENT)
+    command = [sys.executable, str(program), str(tmp_path / "run"), str(HERE), str(HERE.parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        words = parent.stdout.readline().split()
+        assert words[:1] == ["PIDS"], f"the program did not start: {words}"
+        pids = [int(word) for word in words[1:]]
+        assert len(pids) == 3
+        parent.send_signal(signal.SIGKILL)
+    for pid in pids:
+        _wait_until_gone(pid)
+
+
+def _wait_until_gone(pid: int) -> None:
+    """Wait on the kernel's own word; a process that stays fails the test by its limit."""
+    try:
+        fd = os.pidfd_open(pid)
+    except (ProcessLookupError, OSError):
+        return
+    try:
+        import select
+
+        ready, _, _ = select.select([fd], [], [], 10)
+        assert ready, f"worker {pid} outlived its parent"
+    finally:
+        os.close(fd)
+
+
+async def test_the_host_is_left_as_it_was(config: Make) -> None:
+    import random
+
+    import numpy as np
+    import torch
+
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
+    environment = dict(os.environ)
+    threads = torch.get_num_threads()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    states = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes()
+    await aiorl.train(config())
+    assert {s: signal.getsignal(s) for s in handlers} == handlers
+    assert dict(os.environ) == environment
+    assert torch.get_num_threads() == threads
+    assert states == (random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes())
