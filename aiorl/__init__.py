@@ -61,8 +61,8 @@ if TYPE_CHECKING:
     )
     from aiorl.events import (
         AnyEvent,
-        CheckpointFailed,
         Checkpointed,
+        CheckpointFailed,
         Evaluated,
         EvaluationSkipped,
         Event,

@@ -39,7 +39,7 @@ class Grant(NamedTuple):
 class RolloutPlan(NamedTuple):
     """Rollout `index` and the grants that make it up, in the order they are put side by side."""
 
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]  # nobody needs tuple.index here
     parts: tuple[Grant, ...]
 
     @property

@@ -13,8 +13,8 @@ import msgspec
 from aiorl import checkpoint, policy
 from aiorl.algos.base import Algorithm
 from aiorl.config import Config, env_name
-from aiorl.envs.spaces import Spaces
 from aiorl.envs.make import Probe, probe
+from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import EnvSpec, main_is_guarded, resolve_env
 from aiorl.errors import CheckpointError, ConfigError
 from aiorl.metrics.directory import choose_directory, make_writable
@@ -39,6 +39,13 @@ class Preflight:
     @property
     def spaces(self) -> Spaces:
         return self.probe.spaces
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know before it matters."""
+        if self.probe.why_inexact:
+            return [f"a resumed run may not be exact: {self.probe.why_inexact}"]
+        return []
 
     @property
     def needs_main(self) -> bool:

@@ -203,6 +203,32 @@ class Report:
             **given,
         )
 
+    def result(self, **given: Any) -> Result:
+        """A `Result` from the counters here and what only the run knows."""
+        per_second, gradients_per_second = self.rates()
+        now = time.perf_counter()
+        return Result(
+            versions=library_versions(),
+            env_steps=self.stored,
+            episodes=self.episodes,
+            gradient_steps=self.gradient_steps,
+            wall_seconds=now - self.begun_s,
+            start_seconds=(self.ready_s or now) - self.begun_s,
+            train_seconds=self.train_seconds(),
+            env_steps_per_second=per_second,
+            gradient_steps_per_second=gradients_per_second,
+            train_return_mean_100=self.return_mean_100,
+            evaluations=self.evaluations,
+            stop_return=self.stop_return,
+            first_evaluation_at_stop_return=self.first_at_stop_return(),
+            best=self.best,
+            final_evaluation=self.final_evaluation,
+            staleness=self.staleness_summary(),
+            dropped=self.dropped,
+            restarts=0,
+            **given,
+        )
+
     def first_at_stop_return(self) -> dict[str, float] | None:
         if self.stop_return is None:
             return None

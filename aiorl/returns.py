@@ -2,8 +2,9 @@
 
 Throughout, `next_values[t, b]` is the value of the observation that step t led to: V(obs[t + 1]) within an episode and
 V(final observation) at its end. A terminated step bootstraps with nothing, a truncated one with `next_values`; neither
-lets anything from the next episode flow back. Rows with `valid` False are no transitions: whatever they hold, their
-results are 0 and nothing flows through them. The last row of a segment bootstraps like a truncated one.
+lets anything from the next episode flow back. Rows with `valid` False are no transitions: whatever they hold, nothing
+flows through them, and what is returned for them means nothing. The last row of a segment bootstraps like a truncated
+one.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def vtrace(
         rewards=rewards, values=values, next_values=next_values, log_ratios=log_ratios, terminated=terminated,
         truncated=truncated, valid=valid,
     )  # fmt: skip
-    ratios = np.exp(np.minimum(log_ratios, 50.0))  # capped again below; this only keeps exp finite
+    ratios = np.exp(np.minimum(log_ratios if valid is None else np.where(valid, log_ratios, 0), 50.0))
     delta = _td_errors(rewards, values, next_values, terminated, gamma, valid)
     decay = gamma * gae_lambda * _goes_on(terminated, truncated, valid)
     errors = _reverse_scan(np.minimum(ratios, rho_max) * delta, np.minimum(ratios, c_max) * decay)

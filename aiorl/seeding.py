@@ -1,4 +1,4 @@
-"""Where randomness comes from: one root seed, and a key that says what each stream is for. No global generator is used."""
+"""Where randomness comes from: one root seed, and a key that says what each stream is for; never a global generator."""
 
 from __future__ import annotations
 

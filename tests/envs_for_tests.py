@@ -20,7 +20,7 @@ _ever = itertools.count()
 class Walk(gymnasium.Env[Any, Any]):
     """A walk on a line: action 1 goes right. It ends at 3 (terminated) or after `limit` steps (truncated).
 
-    Without `seeded`, nothing depends on seeds: the start is 0, and the observation counts the episodes of this instance.
+    Without `seeded`, nothing depends on seeds: the start is 0, and the observation counts this instance's episodes.
     With it, the start is drawn from the generator that reset(seed=…) seeds, and nothing else is remembered.
     """
 
@@ -61,6 +61,17 @@ class Walk(gymnasium.Env[Any, Any]):
         return self._obs(), self.x * 0.5, terminated, self.t >= self.limit, {}
 
 
+class Maker:
+    """Makes walks; also as a class method and as an object that can be called."""
+
+    @classmethod
+    def make(cls, limit: int = 7) -> Walk:
+        return Walk(limit=limit)
+
+    def __call__(self) -> Walk:
+        return Walk()
+
+
 class ReusesBuffer(Walk):
     """Writes every observation into the same array."""
 
@@ -99,11 +110,12 @@ class Broken(Walk):
         if self.kind == "box":
             return {
                 "float64": lambda: obs.astype(np.float64), "shape": lambda: obs[:2], "scalar": lambda: 1.0,
-                "list": lambda: obs.tolist(), "none": lambda: None, "nan": lambda: obs * np.nan,
+                "list": obs.tolist, "none": lambda: None, "nan": lambda: obs * np.nan,
                 "batched": lambda: obs[None],
             }.get(self.fault, lambda: obs)()  # fmt: skip
         change = {
-            "float64": lambda: {"pos": obs["pos"].astype(np.float64)[None]}, "nan": lambda: {"pos": obs["pos"] * np.nan},
+            "float64": lambda: {"pos": obs["pos"].astype(np.float64)[None]},
+            "nan": lambda: {"pos": obs["pos"] * np.nan},
             "range": lambda: {"clock": 49}, "float_clock": lambda: {"clock": 1.5}, "extra": lambda: {"more": 1},
         }.get(self.fault, dict)()  # fmt: skip
         if self.fault == "missing":
@@ -122,7 +134,9 @@ class Broken(Walk):
             reward = {"reward none": None, "reward nan": np.nan, "reward pair": np.ones(2), "reward text": "1"}.get(
                 self.fault, reward
             )
-            terminated = {"terminated none": None, "terminated two": 2, "terminated text": "no"}.get(self.fault, terminated)
+            terminated = {"terminated none": None, "terminated two": 2, "terminated text": "no"}.get(
+                self.fault, terminated
+            )
             if self.fault == "four":
                 return obs, reward, terminated, info
         return obs, reward, terminated, truncated, info
@@ -130,7 +144,9 @@ class Broken(Walk):
 
 def sync_vector(num_envs: int, mode: str = "NEXT_STEP", kind: str = "box", seeded: bool = False) -> SyncVectorEnv:
     """A vector of walks that resets as `mode` says."""
-    return SyncVectorEnv([lambda: Walk(kind, seeded=seeded) for _ in range(num_envs)], autoreset_mode=AutoresetMode[mode])
+    return SyncVectorEnv(
+        [lambda: Walk(kind, seeded=seeded) for _ in range(num_envs)], autoreset_mode=AutoresetMode[mode]
+    )
 
 
 class WalkVector(VectorEnv[Any, Any, Any]):

@@ -114,7 +114,7 @@ def test_the_command_sets_one_blas_thread_unless_told_otherwise():
         ("train nowhere:make --dry-run", ["nowhere"]),
         ("train tests.toys:nothing --dry-run", ["tests.toys"]),
         ("train CartPole-v1 --env-kwargs gravity=3 --dry-run", ["gravity"]),
-        ("train Pendulum-v1 --algo dqn --dry-run", ["dqn", "box"]),
+        ("train Pendulum-v1 --algo dqn --dry-run", ["dqn needs a Discrete action space", "Box"]),
         ("train CartPole-v1 --envs 4096 --segment-length 4096 --memory-gb 0.001 --dry-run", ["memory_gb = 0.001"]),
         ("resume", ["no run given"]),
         ("resume nowhere", ["nowhere"]),

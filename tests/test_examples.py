@@ -90,7 +90,7 @@ def test_custom_env_and_algorithm_on_the_command_line():
         *("--out", "run", "--progress", "none"),
     )
     summary = json.loads(Path("run/summary.json").read_text())
-    assert (summary["status"], summary["algo"]) == ("completed", "examples.custom_algorithm:Reinforce")
+    assert (summary["status"], summary["algo"]) == ("completed", "reinforce")
 
 
 async def test_custom_algorithm_learns():

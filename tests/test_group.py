@@ -22,7 +22,9 @@ def found(env: Any, **kwargs: Any) -> tuple[EnvSpec, Spaces]:
     return look.spec, look.spaces
 
 
-def opened(env: Any, n: int = 3, cursor: GroupCursor | None = None, first: int = 0, **kwargs: Any) -> tuple[Group, Spaces]:
+def opened(
+    env: Any, n: int = 3, cursor: GroupCursor | None = None, first: int = 0, **kwargs: Any
+) -> tuple[Group, Spaces]:
     spec, spaces = found(env, **kwargs)
     group = make_group(spec, spaces, range(first, first + n), seed=5)
     group.open(cursor)
@@ -200,7 +202,10 @@ def test_a_cursor_without_observations_is_not_compared():
         ({"fault": "extra"}, r"obs has the undeclared 'more'"),
         ({"fault": "no dict"}, r"obs expected a dict with .*, got a list of 2"),
         ({"fault": "float_clock"}, r"obs\.clock expected \(\) int64, got 1\.5"),
-        ({"fault": "float64", "kind": "box"}, r"obs expected \(3,\) float32, got \(3,\) float64\n.*astype\(\"float32\"\)"),
+        (
+            {"fault": "float64", "kind": "box"},
+            r"obs expected \(3,\) float32, got \(3,\) float64\n.*astype\(\"float32\"\)",
+        ),
         ({"fault": "shape", "kind": "box"}, r"obs expected \(3,\) float32, got \(2,\) float32"),
         ({"fault": "batched", "kind": "box"}, r"got \(1, 3\) float32"),
         ({"fault": "scalar", "kind": "box"}, r"got 1\.0"),
@@ -243,7 +248,9 @@ def test_a_bad_last_observation_is_found():
         collect(group, spaces, 6)
 
 
-@pytest.mark.parametrize(("fault", "text"), [("raise", "RuntimeError: the simulator fell over"), ("exit", "SystemExit: 3")])
+@pytest.mark.parametrize(
+    ("fault", "text"), [("raise", "RuntimeError: the simulator fell over"), ("exit", "SystemExit: 3")]
+)
 def test_an_exception_names_environment_episode_and_step(fault: str, text: str):
     group, spaces = opened(Broken, first=5, fault=fault, at=4)
     with pytest.raises(EnvError, match=r"environment 5, step 4 of episode 0: step\(.*\) raised " + text) as caught:

@@ -193,7 +193,7 @@ def test_no_deadlock_and_no_violation_in_many_timings(schedule: str) -> None:
         used = simulate(degree, groups, schedule, rng)
         assert [plan.index for plan in used] == list(range(20))
         assert all(0 <= plan.staleness <= degree for plan in used)
-        worst = max(worst, max(plan.staleness for plan in used))
+        worst = max(worst, *(plan.staleness for plan in used))
     assert worst == 4, "the bound should be met somewhere, else this test proves little"
 
 
@@ -259,6 +259,6 @@ def test_wrong_calls_are_refused() -> None:
         (0, 1, 1, "newest", "schedule = 'newest'"),
     ],
 )
-def test_limits_that_could_not_work_are_refused(degree: int, groups: int, steps: int, schedule: str, message: str) -> None:
+def test_limits_that_cannot_work_are_refused(degree: int, groups: int, steps: int, schedule: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Pacer(degree, groups, total_steps=10, segment_steps=steps, schedule=schedule)

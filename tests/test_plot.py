@@ -22,8 +22,8 @@ def texts(svg: str) -> list[str]:
 
 
 def test_curve_holds_what_the_events_say():
-    curve = read_curve(run_events(20), stop_at=150.0)
-    assert (curve.env, curve.algo, curve.seed, curve.stop_at) == ("CartPole-v1", "ppo", 3, 150.0)
+    curve = read_curve(run_events(20), goal=150.0)
+    assert (curve.env, curve.algo, curve.seed, curve.goal) == ("CartPole-v1", "ppo", 3, 150.0)
     assert [p.value for p in curve.smooth] == [10.0 * v for v in range(1, 21)]
     assert [(p.env_steps, p.value, p.spread) for p in curve.evaluations] == [(1000 * v, 10 * v, 5) for v in (5, 10, 15, 20)]
     assert curve.end == (20_000, 21.5)
@@ -36,7 +36,7 @@ def test_rollouts_in_which_no_episode_ended_leave_no_point():
 
 def test_directory_and_events_give_the_same_curve(tmp_path: Path):
     run = write_run(tmp_path / "run", config="stop_at = 150.0\n")
-    assert read_curve(run) == read_curve(run_events(), stop_at=150.0)
+    assert read_curve(run) == read_curve(run_events(), goal=150.0)
 
 
 def test_line_a_killed_run_was_writing_is_ignored(tmp_path: Path):
@@ -68,7 +68,7 @@ def test_svg_is_well_formed_and_says_what_it_shows(tmp_path: Path):
     shown = texts(svg)
     assert "CartPole-v1 · ppo · seed 3" in shown
     assert any("last evaluation 200.0 ± 5.0" in text for text in shown)
-    assert {"env steps", "return", "stop at 150", "mean of the last 100 episodes", "evaluation ± one std"} <= set(shown)
+    assert {"env steps", "return", "goal 150", "mean of the last 100 episodes", "evaluation ± one std"} <= set(shown)
     assert {"0", "5k", "20k", "10 s"} <= set(shown)
     root = ET.fromstring(svg)
     assert len(list(root.iter(f"{SVG}polyline"))) == 3
@@ -77,7 +77,7 @@ def test_svg_is_well_formed_and_says_what_it_shows(tmp_path: Path):
 
 
 def test_all_points_lie_within_the_picture():
-    curve = read_curve(run_events(), stop_at=-50.0)
+    curve = read_curve(run_events(), goal=-50.0)
     root = ET.fromstring(draw([curve]))
     width, height = (float(root.attrib[a]) for a in ("width", "height"))
     for line in [*root.iter(f"{SVG}polyline"), *root.iter(f"{SVG}polygon")]:

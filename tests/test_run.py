@@ -342,7 +342,7 @@ async def main():
     config = aiorl.Config(env="run_envs:Counting", algo=Toy(), total_steps=10**8, envs=8, group_size=2, workers=2,
                           eval_every=0, out=sys.argv[1])
     async with aiorl.Run(config) as run:
-        print("PIDS", *run._parts.workers.pids, flush=True)
+        print("PIDS", *run._session.parts.workers.pids, flush=True)
         await run.wait()
 asyncio.run(main())
 """

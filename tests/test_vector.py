@@ -102,7 +102,7 @@ def test_native_can_be_declined():
 
 
 def both(num_envs: int | None = None, wide: bool = False, hidden: bool = False) -> Any:
-    """Makes a single environment, or a vector: `wide` with other spaces, `hidden` with state that cannot be captured."""
+    """A single environment, or a vector: `wide` with other spaces, `hidden` with state that cannot be captured."""
     if num_envs is None:
         return Walk() if wide else gymnasium.wrappers.TransformObservation(
             Walk(), lambda o: o[:2], gymnasium.spaces.Box(-100, 100, (2,), np.float32)
@@ -246,7 +246,14 @@ def walks(**kwargs: Any) -> WalkVector:
 
 def test_all_plain_kinds_of_state_come_back():
     env, other = walks(), walks()
-    env.notes = {"steps": 0, "a": [1, (2.5, None)], "b": np.float32(3), "c": 2**80, 4: np.arange(6).reshape(2, 3), "t": "text"}
+    env.notes = {
+        "steps": 0,
+        "a": [1, (2.5, None)],
+        "b": np.float32(3),
+        "c": 2**80,
+        4: np.arange(6).reshape(2, 3),
+        "t": "text",
+    }
     env.step(np.ones(3, np.int64))
     StateCapture(other).restore(StateCapture(env).capture())
     assert other.notes["a"] == [1, (2.5, None)]
@@ -318,7 +325,9 @@ def test_damaged_bytes_are_refused_or_plain(at: int, byte: int):
     assert "step" not in vars(env)
 
 
-@pytest.mark.parametrize("name", ["step", "metadata", "__class__", "single_action_space", "np_random", "a b", "render_mode"])
+@pytest.mark.parametrize(
+    "name", ["step", "metadata", "__class__", "single_action_space", "np_random", "a b", "render_mode"]
+)
 def test_only_state_can_be_set(name: str):
     import msgspec
 

@@ -35,6 +35,7 @@ else:
     torch, losses, networks = LazyModule("torch"), LazyModule("aiorl.losses"), LazyModule("aiorl.networks")
 
 INIT, SAMPLE = 0, 1  # what a learner's random numbers are for
+Positive = Annotated[float, Meta(gt=0)]
 
 
 class DQN(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -55,7 +56,7 @@ class DQN(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     double: Annotated[bool, Meta(description="let the online network choose the next action")] = True
     dueling: Annotated[bool, Meta(description="state value and advantages as separate heads")] = False
     huber_delta: Annotated[
-        float | None, Meta(description="error from which the loss grows linearly (None: squared error)", gt=0)
+        Positive | None, Meta(description="error from which the loss grows linearly (None: squared error)")
     ] = 1.0
     target_every: Annotated[int, Meta(description="gradient steps between target updates", ge=1)] = 250
     target_tau: Annotated[float, Meta(description="share taken over by each target update (1: a copy)", gt=0, le=1)] = 1.0

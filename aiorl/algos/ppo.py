@@ -43,6 +43,7 @@ else:
 
 INIT, PERMUTE = 0, 1  # what a learner's random numbers are for
 REWARD_CLIP = 10.0
+Positive = Annotated[float, Meta(gt=0)]
 
 
 class PPO(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -58,13 +59,13 @@ class PPO(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     gamma: Annotated[float, Meta(description="discount per step", ge=0, le=1)] = 0.99
     gae_lambda: Annotated[float, Meta(description="trace decay of the advantages", ge=0, le=1)] = 0.95
     clip_range: Annotated[float, Meta(description="how far the probability ratio may gain", gt=0)] = 0.2
-    value_clip: Annotated[float | None, Meta(description="how far a value may gain (default: no limit)", gt=0)] = None
+    value_clip: Annotated[Positive | None, Meta(description="how far a value may gain (default: no limit)")] = None
     entropy_coef: Annotated[float, Meta(description="weight of the entropy bonus", ge=0)] = 0.0
     value_coef: Annotated[float, Meta(description="weight of the value loss", ge=0)] = 0.5
     max_grad_norm: Annotated[float, Meta(description="longest gradient", gt=0)] = 0.5
     normalise_advantages: Annotated[bool, Meta(description="standardise advantages in each minibatch")] = True
     target_kl: Annotated[
-        float | None, Meta(description="end the update after an epoch with a larger KL divergence (default: never)", gt=0)
+        Positive | None, Meta(description="end the update after an epoch with a larger KL divergence (default: never)")
     ] = None
     hidden: Annotated[tuple[int, ...], Meta(description="sizes of the hidden layers", min_length=1)] = (64, 64)
     activation: Annotated[Literal["tanh", "relu"], Meta(description="after each hidden layer")] = "tanh"

@@ -53,7 +53,8 @@ class Panel:
                 self._evaluated = event
             style = "yellow" if isinstance(event, Warned) else "dim" if isinstance(event, Checkpointed) else ""
             if not isinstance(event, Finished):
-                self._print(Text.assemble((stamp(event.seconds), "dim"), " ", (line, style)))
+                text = Text.assemble((stamp(event.seconds), "dim"), " ", (line, style))
+                self._print(text, cut=isinstance(event, Evaluated | Checkpointed))
 
     def say(self, line: str) -> None:
         self._print(Text(line, style="yellow"))
@@ -61,8 +62,9 @@ class Panel:
     def close(self) -> None:
         self._live.stop()
 
-    def _print(self, text: Text) -> None:
-        self.console.print(text, soft_wrap=True)
+    def _print(self, text: Text, cut: bool = False) -> None:
+        """A permanent line above the panel; `cut` to the terminal's width where its end matters least."""
+        self.console.print(text, no_wrap=cut, overflow="ellipsis" if cut else "fold")
 
     def _remember(self, value: float) -> None:
         """Keep the whole course of the run in bounded space: when full, neighbours are merged."""

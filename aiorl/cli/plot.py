@@ -91,7 +91,7 @@ def write_png(curves: Sequence[Curve], path: Path, x: str, labels: Sequence[str]
             at, [p.value for p in thin.evaluations], "o-" if single else "o:", color=evaluated, ms=4, lw=1.4,
             label="evaluation ± one std" if single else None,
         )  # fmt: skip
-    for goal in sorted({c.stop_at for c in curves if c.stop_at is not None}):
+    for goal in sorted({c.goal for c in curves if c.goal is not None}):
         axes.axhline(goal, color="#3f7d20", ls="--", lw=1)
     if x == "steps":
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))

@@ -19,16 +19,17 @@ def summary_lines(result: Mapping[str, Any], directory: Path) -> list[str]:
         _line(
             result["status"],
             f"{result['env_steps']:,} env steps in {took} ({rate(result['env_steps_per_second'])} steps/s), "
-            f"{plural(result['updates'], 'update')}, {plural(result['episodes'], 'episode')}",
+            f"{plural(result['updates'], 'update')}",
         )
     ]
     if result.get("train_return_mean_100") is not None:
-        lines.append(_line("return", f"{number(result['train_return_mean_100'])} over the last 100 training episodes"))
+        shown = f"{number(result['train_return_mean_100'])} over the last 100 training episodes"
+        lines.append(_line("return", f"{shown} (of {result['episodes']:,})"))
     if (evaluation := _evaluation(result)) is not None:
         lines.append(_line("evaluation", evaluation))
     if (reached := result.get("first_evaluation_at_stop_return")) is not None:
         when = f"first at {count(reached['env_steps'])} env steps, {number(reached['seconds'])} s"
-        lines.append(_line("reached", f"the return to stop at, {when}"))
+        lines.append(_line("reached", f"{number(result['stop_return'])} {when}"))
     lines.append(_line("staleness", _staleness(result)))
     lines.append(_line("files", f"{directory}/ (curve.svg, summary.json, best/, final/)"))
     return lines
@@ -48,7 +49,7 @@ def _evaluation(result: Mapping[str, Any]) -> str | None:
 
 def _staleness(result: Mapping[str, Any]) -> str:
     degree, seen = result["off_policy_degree"], result["staleness"]
-    text = f"mean {seen['mean']:.2f}, max {seen['max']} (degree {degree})"
+    text = f"mean {seen['mean']:.2f}, max {seen['max']} of {degree}"
     busy = ", ".join(f"{name} {share(part)}" for name, part in result.get("busy", {}).items())
     return f"{text}; busy: {busy}" if busy else text
 

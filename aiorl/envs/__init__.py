@@ -1,13 +1,13 @@
 """Environments: what their spaces are, how they are found and made, and groups of them that fill segments.
 
-    spaces     Leaf, Spaces: observations and actions as plain arrays, without gymnasium
-    spec       EnvSpec: which environment, found by name
-    make       making environments; Probe: what a look at one tells
-    contract   checks on everything an environment returns
-    cursor     GroupCursor: where a group's open episodes are; seeds of episodes
-    single     a group of single environments
-    vector     a group that is one native vector environment, whatever its autoreset mode
-    state      a native vector environment's state as bytes
-    group      the protocol of groups and the choice between the two
-    episodes   whole episodes, for evaluation and play
+spaces     Leaf, Spaces: observations and actions as plain arrays, without gymnasium
+spec       EnvSpec: which environment, found by name
+make       making environments; Probe: what a look at one tells
+contract   checks on everything an environment returns
+cursor     GroupCursor: where a group's open episodes are; seeds of episodes
+single     a group of single environments
+vector     a group that is one native vector environment, whatever its autoreset mode
+state      a native vector environment's state as bytes
+group      the protocol of groups and the choice between the two
+episodes   whole episodes, for evaluation and play
 """

@@ -17,7 +17,7 @@ from aiorl.errors import EnvError, TrainingError
 from aiorl.segments import CORE_COLUMNS, Array, Segment
 
 CRASHES = (Exception, SystemExit)
-"""What an environment may raise without taking its worker along: `sys.exit()` in a simulator is an error like others."""
+"""What an environment may raise without ending its worker: `sys.exit()` in a simulator is an error like any other."""
 
 
 _REAL = (float, int, np.floating, np.integer, np.bool_)
@@ -252,7 +252,9 @@ def _check_rows(name: str, rows: Array, leaf: Leaf | None, first_env: int) -> No
 
 
 def _bad_value(env: int, step: int, name: str, value: Any, leaf: Leaf | None) -> EnvError:
-    where = f"environment {env}, step {step} of the segment" if step >= 0 else f"environment {env}, at the segment's start"
+    where = (
+        f"environment {env}, step {step} of the segment" if step >= 0 else f"environment {env}, at the segment's start"
+    )
     if np.isfinite(value):
         return EnvError(f"{where}: {name} = {value} is outside of its discrete space {_ranges(leaf)}")
     return EnvError(f"{where}: {name} is {value}\n  the environment must return finite numbers")

@@ -13,10 +13,11 @@ from aiorl.segments import Array, Segment
 class GroupCursor:
     """The state of a group between two segments; `n` is the number of its environments.
 
-    `episodes` [n] int64 is the index of each environment's open episode (0, 1, …) and `actions` the stored actions taken
-    in it so far, one array [t, …] for each environment. `done` [n] bool: the last row ended an episode and the reset is
-    still to come, in a row of its own (NEXT_STEP vector environments). `obs`, leaves [n, …], is what the environments showed last; it is
-    compared after restoring, unless it is empty. `env_state` is a native vector environment's state, b"" otherwise.
+    `episodes` [n] int64 is the index of each environment's open episode (0, 1, …) and `actions` the stored actions
+    taken in it so far, one array [t, …] for each environment. `done` [n] bool: the last row ended an episode and the
+    reset is still to come, in a row of its own (NEXT_STEP vector environments). `obs`, leaves [n, …], is what the
+    environments showed last; it is compared after restoring, unless it is empty. `env_state` is a native vector
+    environment's state, b"" otherwise.
     """
 
     episodes: Array

@@ -38,9 +38,9 @@ def run_episodes(
     observation. A vector environment resets in its own way: each slot contributes its first episodes, as many as it
     owes, so that short episodes are not favoured.
 
-    `envs` is made from a spec and closed, or given: `width` single environments, or a vector environment. `policy.begin`
-    has been called. `on_step(t)` follows each step of the batch and may raise to stop; `on_frame(env)` follows each reset
-    and step of slot 0. Raises EnvError.
+    `envs` is made from a spec and closed, or given: `width` single environments, or a vector environment.
+    `policy.begin` has been called. `on_step(t)` follows each step of the batch and may raise to stop; `on_frame(env)`
+    follows each reset and step of slot 0, and each step of a vector environment. Raises EnvError.
     """
     if isinstance(envs, EnvSpec):
         made = make_vector(envs, width) if envs.vector_only else [make_env(envs) for _ in range(width)]
@@ -51,7 +51,9 @@ def run_episodes(
                 env.close()
     tally = _Tally(episodes, width)
     if isinstance(envs, Sequence):
-        _run_single([CheckedEnv(env, spaces, i) for i, env in enumerate(envs)], policy, spaces, seed, tally, on_step, on_frame)
+        _run_single(
+            [CheckedEnv(env, spaces, i) for i, env in enumerate(envs)], policy, spaces, seed, tally, on_step, on_frame
+        )
     else:
         vector = CheckedVector(envs, spaces, width, lambda i, e: evaluation_seed(seed, i + e * width))
         _run_vector(vector, policy, spaces, tally, on_step, on_frame)

@@ -47,6 +47,6 @@ class Group(Protocol):
 
 
 def make_group(spec: EnvSpec, spaces: Spaces, envs: range, seed: int) -> Group:
-    """A group for the global environment indices `envs`, to be opened. `spec` comes from `probe`, `seed` is the root."""
+    """A group for the global environment indices `envs`, to be opened. `spec` is that of a probe, `seed` the root."""
     kind = VectorGroup if spec.native else SingleGroup
     return kind(spec, spaces, envs, seed)

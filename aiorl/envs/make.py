@@ -28,7 +28,8 @@ def autoreset_mode(env: Any) -> str:
     name = getattr(mode, "name", mode)
     if name not in (NEXT_STEP, SAME_STEP, DISABLED):
         raise EnvError(
-            f"the vector environment {type(env.unwrapped).__name__} does not say when it resets (autoreset_mode = {mode!r})"
+            f"the vector environment {type(env.unwrapped).__name__} does not say when it resets: "
+            f"autoreset_mode is {mode!r}"
             '\n  set metadata["autoreset_mode"] to a gymnasium.vector.AutoresetMode'
         )
     return name
@@ -115,9 +116,9 @@ class Probe:
     """What making one environment tells.
 
     `spec` is settled on native or single environments: make groups from it. `why_single` says why a vector
-    implementation that exists is not used. `exact`: as far as a look can tell, open episodes can be brought back exactly
-    (a single environment shows that when it is done); else `why_inexact`. `state_bytes` is room for the state of a native
-    group of the probed size.
+    implementation that exists is not used. `exact`: as far as a look can tell, open episodes can be brought back
+    exactly (a single environment shows that when it is done); else `why_inexact`. `state_bytes` is room for the state
+    of a native group of the probed size.
     """
 
     spec: EnvSpec

@@ -131,7 +131,7 @@ class SingleGroup:
     def collect(
         self, policy: Policy, segment: Segment, steps: int, on_step: Callable[[int], None] | None = None
     ) -> None:
-        """Fill the first `steps` rows of `segment`. `on_step(t)` is called after each. Raises EnvError, TrainingError."""
+        """Fill the first `steps` rows of `segment`; `on_step(t)` follows each. Raises EnvError, TrainingError."""
         leaves, rewards = {name: segment.obs[name] for name in self._obs}, segment.columns["reward"]
         choices, first, never = ChoiceWriter(segment), self._first, np.zeros(len(self.envs), bool)
         _clear(segment, steps)

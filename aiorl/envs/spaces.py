@@ -1,7 +1,7 @@
 """Observation and action spaces as plain data, and the arithmetic between them and arrays.
 
-A nested observation space is a tuple of *leaves*, each one array per step. `Spaces` needs nothing but NumPy and msgspec,
-goes into checkpoints as JSON, and holds the one `encode` that acting and learning share.
+A nested observation space is a tuple of *leaves*, each one array per step. `Spaces` needs nothing but NumPy and
+msgspec, goes into checkpoints as JSON, and holds the one `encode` that acting and learning share.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Leaf(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """One array of an observation, or the action.
 
     `name` is "obs" for a space that is not nested, else "obs.KEY…"; `path` leads to the leaf (str: key of a Dict, int:
-    place in a Tuple). `nvec` and `start` are the sizes and first values of a discrete (length 1) or multi-discrete space,
-    flat. `low` and `high` bound a box, flat, of length 1 when all are equal, None where unbounded; observations keep them
-    only when they are uniform.
+    place in a Tuple). `nvec` and `start` are the sizes and first values of a discrete (length 1) or multi-discrete
+    space, flat. `low` and `high` bound a box, flat, of length 1 when all are equal, None where unbounded; observations
+    keep them only when they are uniform.
     """
 
     name: str
@@ -130,8 +130,8 @@ class Spaces(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def encode(self, leaves: Mapping[str, Array]) -> Array:
         """Observation leaves […, *shape] to the one float32 array […, features] that networks see.
 
-        Boxes are flattened, bytes from 0 to 255 scaled to [0, 1], discrete values one-hot, binary ones 0 or 1. A float32
-        vector is returned as it is, without a copy.
+        Boxes are flattened, bytes from 0 to 255 scaled to [0, 1], discrete values one-hot, binary ones 0 or 1. A
+        float32 vector is returned as it is, without a copy.
         """
         if self._encoded_as_is:
             return leaves[self.observation[0].name]
@@ -189,7 +189,9 @@ class Spaces(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 raise ValueError(f"{leaf.name} is missing from the observation (a {type(obs).__name__})") from None
             array = np.asarray(value, leaf.dtype)
             if array.ndim < len(leaf.shape) or array.shape[array.ndim - len(leaf.shape) :] != leaf.shape:
-                raise ValueError(f"{leaf.name} expected (…, *{leaf.shape}) {leaf.dtype}, got {array.shape} {array.dtype}")
+                raise ValueError(
+                    f"{leaf.name} expected (…, *{leaf.shape}) {leaf.dtype}, got {array.shape} {array.dtype}"
+                )
             leaves[leaf.name] = array
         return leaves
 

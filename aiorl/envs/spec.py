@@ -184,10 +184,10 @@ def _check_importable(target: Callable[..., Any], prefix: str) -> str:
             f"workers cannot import {prefix}{_described(target)}\n  put it at the top level of a module and use "
             "env='module:callable', or set workers = 0"
         )
-    if name.startswith("__main__:") and not _main_is_guarded():
+    if target.__module__ == "__main__" and not main_is_guarded():
         raise ConfigError(
-            f"workers cannot import {prefix}{name.partition(':')[2]} from this program: they would run it again\n  start "
-            "the training under `if __name__ == \"__main__\":`, or use env='module:callable', or set workers = 0"
+            f"workers cannot import {prefix}{name.partition(':')[2]} from this program: they would run it again\n"
+            "  start the training under `if __name__ == \"__main__\":`, or give env='module:callable', or workers = 0"
         )
     return name
 
@@ -235,7 +235,9 @@ def _checked(spec: EnvSpec, target: Callable[..., Any], native: bool) -> EnvSpec
     return replace(spec, native=native and "num_envs" in parameters)
 
 
-def _check_kwargs(env: str, target: Callable[..., Any], kwargs: Mapping[str, Any], known: set[str]) -> Mapping[str, Any]:
+def _check_kwargs(
+    env: str, target: Callable[..., Any], kwargs: Mapping[str, Any], known: set[str]
+) -> Mapping[str, Any]:
     """Refuse keyword arguments that `target` does not take; returns its parameters."""
     try:
         parameters = inspect.signature(target).parameters
@@ -248,7 +250,9 @@ def _check_kwargs(env: str, target: Callable[..., Any], kwargs: Mapping[str, Any
         if key not in named | known and not takes_any:
             near = difflib.get_close_matches(key, named, 1)
             hint = f" — did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{env} takes no argument {key!r}{hint}\n  it takes: {', '.join(sorted(named)) or 'none'}")
+            raise ConfigError(
+                f"{env} takes no argument {key!r}{hint}\n  it takes: {', '.join(sorted(named)) or 'none'}"
+            )
     for name, parameter in parameters.items():
         required = parameter.default is kinds.empty and parameter.kind not in (kinds.VAR_KEYWORD, kinds.VAR_POSITIONAL)
         if required and name not in kwargs and name not in known:

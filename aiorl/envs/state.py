@@ -118,9 +118,10 @@ def _layers(env: Any) -> list[Any]:
 
 def _is_constant(value: Any) -> bool:
     import gymnasium
+    from gymnasium.envs.registration import EnvSpec
 
     fixed = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
-    return isinstance(value, (*fixed, gymnasium.Space, gymnasium.envs.registration.EnvSpec, enum.Enum, np.dtype))
+    return isinstance(value, (*fixed, gymnasium.Space, EnvSpec, enum.Enum, np.dtype))
 
 
 def _check_names(layer: Any, attributes: dict[str, Any]) -> None:
@@ -141,7 +142,7 @@ def _plain(value: Any, depth: int) -> Any:
         return value
     if kind is int:
         return value if -(2**63) <= value < 2**63 else _BigInt(hex(value))
-    if (kind is np.ndarray or isinstance(value, np.generic)) and value.dtype.str in _DTYPES:
+    if (kind is np.ndarray or issubclass(kind, np.generic)) and value.dtype.str in _DTYPES:
         return _Array(value.dtype.str, value.shape, value.tobytes(), kind is not np.ndarray)
     if depth > _MAX_DEPTH:
         raise CannotCapture("is nested too deeply")

@@ -1,4 +1,4 @@
-"""A group that is one native gymnasium vector environment. Whatever its autoreset mode, the stored stream is the same."""
+"""A group that is one native gymnasium vector environment: the same stream is stored in each autoreset mode."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from aiorl.algos.base import Policy
     from aiorl.envs.spec import EnvSpec
 
+
 class VectorStep(NamedTuple):
     """What one step of all environments gave.
 
@@ -52,11 +53,17 @@ class CheckedVector:
     for each; they are used for the first episodes and, in DISABLED mode, for all. Others get the first alone.
     """
 
-    def __init__(self, env: Any, spaces: Spaces, n: int, seed_of: Callable[[int, int], int], first_env: int = 0) -> None:
+    def __init__(
+        self, env: Any, spaces: Spaces, n: int, seed_of: Callable[[int, int], int], first_env: int = 0
+    ) -> None:
         self.env, self.n = env, n
         self.ended = np.zeros(n, bool)  # the last step ended an episode, and the next one is spent on the reset
         self.episodes = np.zeros(n, np.int64)
-        self._mode, self._seed_of, self._label = autoreset_mode(env), seed_of, f"environments {first_env}-{first_env + n - 1}"
+        self._mode, self._seed_of, self._label = (
+            autoreset_mode(env),
+            seed_of,
+            f"environments {first_env}-{first_env + n - 1}",
+        )
         self._batch, self._one = ObsReader(spaces.observation, (n,)), ObsReader(spaces.observation)
         self._spaces, self._takes_lists, self._steps = spaces, True, 0
         self._all = np.ones(n, bool)
@@ -187,8 +194,8 @@ class VectorGroup:
             return
         if not cursor.env_state:
             raise EnvError(
-                f"the open episodes of environments {self.envs.start}-{self.envs.stop - 1} cannot be brought back: the state "
-                f"of the vector environment {self._spec.name} could not be captured\n  set native_vector = false"
+                f"the open episodes of environments {self.envs.start}-{self.envs.stop - 1} cannot be brought back: the "
+                f"state of the vector environment {self._spec.name} could not be captured\n  set native_vector = false"
             )
         self._capture.restore(cursor.env_state)
         self._obs = [cursor.obs[leaf.name].copy() for leaf in self._spaces.observation]
@@ -201,7 +208,7 @@ class VectorGroup:
     def collect(
         self, policy: Policy, segment: Segment, steps: int, on_step: Callable[[int], None] | None = None
     ) -> None:
-        """Fill the first `steps` rows of `segment`. `on_step(t)` is called after each. Raises EnvError, TrainingError."""
+        """Fill the first `steps` rows of `segment`; `on_step(t)` follows each. Raises EnvError, TrainingError."""
         assert self._vector is not None
         assert self._capture is not None
         leaves = {leaf.name: segment.obs[leaf.name] for leaf in self._spaces.observation}

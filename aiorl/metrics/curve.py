@@ -3,11 +3,12 @@
     write_curve("runs/CartPole-v1-ppo-0", "curve.svg")
 
 The picture shows the training return (each rollout pale, the mean of the last 100 episodes solid), the evaluations with
-a band of one standard deviation, and the return at which the run was asked to stop. Several runs can share a picture.
+a band of one standard deviation, and the return that the run was to reach. Several runs can share a picture.
 """
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -60,7 +61,7 @@ class Curve:
     algo: str = ""
     seed: int = 0
     off_policy_degree: int = 0
-    stop_at: float | None = None
+    goal: float | None = None
     rollouts: list[Point] = field(default_factory=list["Point"])
     smooth: list[Point] = field(default_factory=list["Point"])
     evaluations: list[Point] = field(default_factory=list["Point"])
@@ -75,7 +76,7 @@ class Curve:
         return replace(self, rollouts=thin(self.rollouts, axis), smooth=thin(self.smooth, axis))
 
 
-def read_curve(source: str | Path | Iterable[Any], stop_at: float | None = None) -> Curve:
+def read_curve(source: str | Path | Iterable[Any], goal: float | None = None) -> Curve:
     """The curve of a run directory, or of a sequence of events.
 
     A run that was resumed goes on where its checkpoint was: points after it, which were done again, are left out.
@@ -83,10 +84,10 @@ def read_curve(source: str | Path | Iterable[Any], stop_at: float | None = None)
     """
     if isinstance(source, (str, Path)):
         directory = Path(source)
-        rows, stop_at = _read_rows(directory), _read_stop_at(directory) if stop_at is None else stop_at
+        rows, goal = _read_rows(directory), _read_goal(directory) if goal is None else goal
     else:
         rows = (msgspec.convert(event.to_dict(), _Row) for event in source)
-    curve = Curve(stop_at=stop_at)
+    curve = Curve(goal=goal)
     shift = 0.0
     for row in rows:
         if row.event == "started":
@@ -159,9 +160,13 @@ def _read_rows(directory: Path) -> Iterator[_Row]:
                 continue  # the line a killed run was writing
 
 
-def _read_stop_at(directory: Path) -> float | None:
-    try:
-        value = tomllib.loads((directory / "config.toml").read_text(encoding="utf-8")).get("stop_at")
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
-        return None
-    return float(value) if isinstance(value, (int, float)) else None
+def _read_goal(directory: Path) -> float | None:
+    """The return that the run was measured by: from its summary, or while it has none from its configuration."""
+    for name, key, decode in (("summary.json", "stop_return", json.loads), ("config.toml", "stop_at", tomllib.loads)):
+        try:
+            value = decode((directory / name).read_text(encoding="utf-8")).get(key)
+        except (OSError, ValueError, AttributeError):
+            continue
+        if isinstance(value, (int, float)):
+            return float(value)
+    return None

@@ -170,7 +170,7 @@ class _Plot:
         return f'<polygon class="area {css}" points="{path}" opacity="{opacity}"/>'
 
     def goal(self) -> list[str]:
-        goals = sorted({c.stop_at for c in self.curves if c.stop_at is not None})
+        goals = sorted({c.goal for c in self.curves if c.goal is not None})
         parts: list[str] = []
         for goal in goals:
             at, right = self.py(goal), WIDTH - RIGHT
@@ -179,7 +179,7 @@ class _Plot:
             )
             parts.append(
                 f'<text class="goal-text" x="{LEFT + 6}" y="{at - 5:.1f}" font-size="11">'
-                f"stop at {short_number(goal)}</text>"
+                f"goal {short_number(goal)}</text>"
             )
         return parts
 
@@ -196,7 +196,7 @@ def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
 def _value_range(curves: Sequence[Curve]) -> tuple[float, float]:
     values = [p.value for c in curves for p in (*c.rollouts, *c.smooth)]
     values += [p.value + side * p.spread for c in curves for p in c.evaluations for side in (-1, 1)]
-    values += [c.stop_at for c in curves if c.stop_at is not None]
+    values += [c.goal for c in curves if c.goal is not None]
     values = [v for v in values if math.isfinite(v)]
     if not values:
         return 0.0, 1.0

@@ -16,7 +16,8 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from multiprocessing import context, forkserver, popen_forkserver, reduction, spawn, util
+from multiprocessing import context as mp_context  # pyright: ignore[reportAttributeAccessIssue]
+from multiprocessing import forkserver, popen_forkserver, reduction, spawn, util
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -91,7 +92,7 @@ class _Process(BaseProcess):
         super().__init__(target=aiomultiprocess.Process.run_async, args=(unit,), name=name, daemon=True)
         self._launcher: Launcher | None = launcher
 
-    def _Popen(self, process_obj: BaseProcess) -> Any:  # type: ignore[override]  # noqa: N802
+    def _Popen(self, process_obj: BaseProcess) -> Any:  # type: ignore[override]
         launcher, self._launcher = self._launcher, None  # the child must not get it
         assert launcher is not None
         return launcher.launch(process_obj)
@@ -109,19 +110,24 @@ class _ForkServerPopen(popen_forkserver.Popen):
         if not self._import_main:
             data = {k: v for k, v in data.items() if not k.startswith("init_main")}
         buffer = io.BytesIO()
-        context.set_spawning_popen(self)
+        mp_context.set_spawning_popen(self)
         try:
             reduction.dump(data, buffer)
             reduction.dump(process_obj, buffer)
         finally:
-            context.set_spawning_popen(None)
+            mp_context.set_spawning_popen(None)
         self.sentinel, write_fd = self._server.connect_to_new_process(self._fds)  # type: ignore[attr-defined]
         # A second write end, held by this process only: it closes when we die, which is how a worker notices.
         parent_fd = os.dup(write_fd)
-        self.finalizer = util.Finalize(self, util.close_fds, (parent_fd, self.sentinel))
+        self.finalizer = util.Finalize(self, _close_fds, (parent_fd, self.sentinel))
         with open(write_fd, "wb") as file:
             file.write(buffer.getbuffer())
         self.pid = forkserver.read_signed(self.sentinel)  # type: ignore[attr-defined]
+
+
+def _close_fds(*fds: int) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _spawn_popen() -> Any:

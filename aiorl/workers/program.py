@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from aiorl.algos.base import Algorithm, Policy
-from aiorl.envs.episodes import run_episodes
 from aiorl.envs.cursor import GroupCursor
+from aiorl.envs.episodes import run_episodes
 from aiorl.envs.group import Group, make_group
 from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import EnvSpec

@@ -1,0 +1,363 @@
+"""A run while it goes on: the one task that owns the loops, what they report to, and the orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import numpy as np
+
+from aiorl import loops
+from aiorl.assembly import Assembly, assemble
+from aiorl.checkpointing import Checkpointer
+from aiorl.config import Config
+from aiorl.errors import AiorlError, TrainingError
+from aiorl.events import AnyEvent, Evaluated, EvaluationSkipped, Finished, Progress, Started, Updated, Warned
+from aiorl.learning import Outcome, params_sha256
+from aiorl.metrics.broadcast import Broadcast
+from aiorl.metrics.lag import LagMeter
+from aiorl.pacing import RolloutPlan
+from aiorl.report import Report, Result
+from aiorl.segments import Array
+
+PROGRESS_INTERVAL_S = 0.25
+
+
+class Session:
+    """State and conduct of one run. `main` is the body of its task; everything belongs to the event loop's thread.
+
+    `made` and `parts` are there once everything has been checked and wired, `result` once it has ended, `error` if it
+    failed. `snapshot` is the newest version and its weights, kept when the shared memory is given back.
+    """
+
+    def __init__(self, config: Config, resume: str | Path | None) -> None:
+        self.config = config
+        self.report = Report(config.stop_at)
+        self.broadcast = Broadcast()
+        self.lag = LagMeter()
+        self.made: Assembly | None = None
+        self.parts: loops.Parts | None = None
+        self.checkpointer: Checkpointer | None = None
+        self.result: Result | None = None
+        self.error: BaseException | None = None
+        self.snapshot: tuple[int, dict[str, Array]] | None = None
+        self.stop_requested = False
+        self.final_evaluation = True
+        self.state = "starting"
+        self._resume_from = resume
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    async def main(self, ready: asyncio.Future[None]) -> None:
+        """Check, build, start, run, end. Sets `ready` when the workers are, or to the error that kept them from it."""
+        status = "failed"
+        try:
+            self.made = made = await assemble(self.config, self._resume_from, self.report)
+            self.parts = made.parts
+            self.config = made.checked.config
+            await made.parts.workers.start()
+            self._begin(made)
+            ready.set_result(None)
+            async with asyncio.TaskGroup() as group:
+                await self._work(group, made)
+            status = "stopped" if self.stop_requested else "completed"
+        except asyncio.CancelledError:
+            status = "stopped"
+            raise
+        except BaseException as error:
+            self.error = _one_cause(error)
+            if not ready.done():
+                ready.set_exception(self.error)
+        finally:
+            await _uninterrupted(self._close(status))
+            ready.cancel()
+
+    def _begin(self, made: Assembly) -> None:
+        self.report.ready()
+        config, saved = self.config, made.checked.saved
+        self.checkpointer = Checkpointer(made, self.report, self.emit)
+        self.state = "training"
+        self.emit(
+            Started(
+                **self.now(),
+                env=made.env_name,
+                algo=made.checked.algorithm.name,
+                seed=config.seed,
+                envs=config.envs,
+                groups=config.groups,
+                workers=cast(int, config.workers),
+                off_policy_degree=config.off_policy_degree,
+                schedule=config.schedule,
+                total_steps=config.total_steps,
+                out=str(made.checked.directory),
+                start_seconds=time.perf_counter() - self.report.begun_s,
+                resumed_from=saved.manifest.version if saved else None,
+            )
+        )
+        for message in made.checked.warnings:
+            self.emit(Warned(**self.now(), message=message))
+
+    async def _work(self, group: asyncio.TaskGroup, made: Assembly) -> None:
+        parts = made.parts
+        background: list[Coroutine[Any, Any, None]] = [
+            parts.workers.watch(),
+            loops.collect(parts),
+            loops.drain(parts),
+            self._tick(made),
+            self.lag.measure(),
+        ]
+        tasks = [group.create_task(coroutine) for coroutine in background]
+        evaluation = group.create_task(loops.evaluate(parts, self.config.eval_episodes, self._evaluated))
+        await group.create_task(loops.train(parts, self._booked))
+        self.report.trained_s = time.perf_counter()
+        parts.pacer.stopped = True
+        await self._finish(parts, evaluation)
+        for task in tasks:
+            task.cancel()
+
+    async def _finish(self, parts: loops.Parts, evaluation: asyncio.Task[None]) -> None:
+        """After the last update: evaluate the final version, save everything."""
+        assert self.checkpointer is not None
+        if self.final_evaluation:
+            self.state = "evaluating"
+            self._offer_snapshot(final=True)
+        else:
+            self.state = "stopping"
+            self._skip(parts.due.clear(), "the run was stopped")
+        parts.due.close()
+        await self.checkpointer.save_final()
+        await evaluation
+
+    async def _close(self, status: str) -> None:
+        """End everything, whatever state the run is in, and write the summary."""
+        self.state = status
+        made, parts = self.made, self.parts
+        if made is not None and parts is not None:
+            self._count_unused(parts)
+            self.result = self._make_result(status, made, parts)
+            await made.aclose()
+        error = str(self.error) if self.error is not None else None
+        self.emit(Finished(**self.now(), status=status, error=error))
+        if made is not None:
+            await made.write_files(self.result, self.error)
+
+    # -- what the loops report -------------------------------------------------------------------------------------
+
+    async def _booked(self, plan: RolloutPlan, outcome: Outcome, waited_s: float) -> None:
+        """After an update: report it, and see what is due."""
+        assert self.made is not None
+        assert self.parts is not None
+        assert self.checkpointer is not None
+        report, config = self.report, self.config
+        before = report.stored
+        report.updated(plan, outcome, self.parts.trainer.ledger.return_mean_100)
+        self.emit(self._updated_event(plan, outcome, waited_s))
+        self.made.files.rollout(_schedule_line(plan))
+        if self.parts.pacer.finished:
+            return  # the final evaluation and checkpoint follow
+        if _is_due(config.eval_every, before, report.stored):
+            self._offer_snapshot(final=False)
+        if _is_due(config.checkpoint_every, before, report.stored):
+            await self.checkpointer.save_periodic()
+
+    def _updated_event(self, plan: RolloutPlan, outcome: Outcome, waited_s: float) -> Updated:
+        ended = outcome.episodes
+        return Updated(
+            **self.now(),
+            rollout=plan.index,
+            behaviour_version=plan.behaviour_version,
+            staleness=plan.staleness,
+            gradient_steps=outcome.gradient_steps,
+            collect_seconds=outcome.collect_seconds,
+            update_seconds=outcome.update_seconds,
+            waited_seconds=waited_s,
+            episodes=len(ended),
+            return_mean=float(np.mean([e.total for e in ended])) if ended else None,
+            length_mean=float(np.mean([e.length for e in ended])) if ended else None,
+            train_return_mean_100=self.report.return_mean_100,
+            metrics=outcome.metrics,
+        )
+
+    def _offer_snapshot(self, *, final: bool) -> None:
+        assert self.parts is not None
+        version = self.parts.pacer.commits
+        buffer = self.parts.weights.acquire(version)
+        replaced = self.parts.due.offer(loops.Snapshot(version, self.report.stored, buffer, final))
+        self._skip(replaced, "a newer version was due before it could begin")
+
+    def _skip(self, snapshot: loops.Snapshot | None, reason: str) -> None:
+        if snapshot is not None:
+            assert self.parts is not None
+            self.parts.weights.release(snapshot.buffer)
+            place = {**self.now(), "version": snapshot.version, "env_steps": snapshot.env_steps}
+            self.emit(EvaluationSkipped(**place, reason=reason))
+
+    async def _evaluated(self, snapshot: loops.Snapshot, returns: Array, lengths: Array, took_s: float) -> None:
+        assert self.parts is not None
+        assert self.checkpointer is not None
+        event, best = self.evaluation_event(snapshot, returns, lengths, took_s), self.report.best
+        if best is None or event.mean_return > best.mean_return:
+            event = msgspec.structs.replace(event, best=True)
+            await self.checkpointer.save_best(snapshot, event)
+        self.report.evaluated(event)
+        self.emit(event)
+        if self.config.stop_at is not None and event.mean_return >= self.config.stop_at and not snapshot.final:
+            self.parts.pacer.stopped = True  # reached what was asked for: completed, not stopped
+            self.parts.gate.wake()
+
+    def evaluation_event(self, snapshot: loops.Snapshot, returns: Array, lengths: Array, took_s: float) -> Evaluated:
+        return Evaluated(
+            seconds=self.report.seconds,
+            version=snapshot.version,
+            env_steps=snapshot.env_steps,
+            episodes=len(returns),
+            mean_return=float(np.mean(returns)),
+            std_return=float(np.std(returns)),
+            mean_length=float(np.mean(lengths)),
+            best=False,
+            final=snapshot.final,
+            eval_seconds=took_s,
+        )
+
+    async def _tick(self, made: Assembly) -> None:
+        """Progress for displays and files, until cancelled."""
+        while True:
+            await asyncio.sleep(PROGRESS_INTERVAL_S)
+            self.emit(Progress(**self.now(), status=self.status()))
+            problem = await made.flush_files()
+            if problem is not None:
+                self.emit(Warned(**self.now(), message=f"the run directory cannot be written: {problem}"))
+
+    def emit(self, event: AnyEvent) -> None:
+        """Send an event to all readers and to the files."""
+        self.broadcast.emit(event)
+        if self.made is not None:
+            self.made.files.event(event)
+
+    def now(self) -> dict[str, Any]:
+        """The fields that every event carries."""
+        version = self.parts.pacer.commits if self.parts else 0
+        return {"seconds": self.report.seconds, "version": version, "env_steps": self.report.stored}
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Let the trainer end after the running update."""
+        self.stop_requested = True
+        if self.parts is not None:
+            self.parts.pacer.stopped = True
+            self.parts.gate.wake()
+
+    def is_quiet(self) -> bool:
+        """Nothing moves: no environment steps, no update runs, no evaluation."""
+        parts = self.parts
+        return parts is None or not (
+            parts.pacer.in_flight or parts.updating or parts.evaluating or not parts.due.empty
+        )
+
+    def status(self) -> Any:
+        """See `Status`."""
+        parts, config = self.parts, self.config
+        in_flight = parts.pacer.steps - self.report.stored if parts is not None and self.result is None else 0
+        return self.report.status(
+            state=self._describe_state(),
+            version=parts.pacer.commits if parts else 0,
+            total_steps=config.total_steps,
+            off_policy_degree=config.off_policy_degree,
+            queue=len(parts.rollouts) if parts else 0,
+            queue_bound=parts.rollouts.bound if parts else 0,
+            busy=self.report.busy(_stations(config)),
+            event_loop_lag_ms=self.lag.percentiles(),
+            ledger=self.report.ledger(in_flight),
+        )
+
+    def _describe_state(self) -> str:
+        parts = self.parts
+        if self.state != "training" or parts is None:
+            return self.state
+        if parts.pacer.paused:
+            return "paused" if self.is_quiet() else "pausing"
+        if self.stop_requested:
+            return "stopping"
+        if not parts.updating:
+            return "waiting for data"
+        return "training" if self.report.gradient_steps else "warm-up"
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def _count_unused(self, parts: loops.Parts) -> None:
+        """Transitions that were collected and will not be learned from are dropped, with the reason."""
+        reason = "failed" if self.error else "stopped"
+        flying, arrived = parts.pacer.unused()
+        self.report.drop(reason, sum(parts.workers.segment(g.group, g.slot).env_steps for g in arrived))
+        self.report.drop(reason, parts.workers.unfinished_steps(flying))
+        newest = parts.weights.versions[-1]
+        buffer = parts.weights.acquire(newest)
+        self.snapshot = newest, {name: a.copy() for name, a in parts.weights.arrays(buffer).items()}
+        parts.weights.release(buffer)
+
+    def _make_result(self, status: str, made: Assembly, parts: loops.Parts) -> Result:
+        return self.report.result(
+            status=status,
+            error=str(self.error) if self.error else None,
+            env=made.env_name,
+            algo=made.checked.algorithm.name,
+            seed=self.config.seed,
+            updates=parts.pacer.commits,
+            off_policy_degree=self.config.off_policy_degree,
+            ledger=self.report.ledger(0),
+            busy=self.report.busy(_stations(self.config)),
+            waiting={name: round(s, 4) for name, s in parts.waiting_s.items()},
+            event_loop_lag_ms=self.lag.percentiles(),
+            queue={"high_water": parts.rollouts.high_water, "bound": parts.rollouts.bound},
+            params_sha256=params_sha256(self.snapshot[1]) if self.snapshot else "",
+            directory=str(made.checked.directory),
+        )
+
+
+def _stations(config: Config) -> int:
+    """How many stations collect."""
+    return max(1, config.workers) if isinstance(config.workers, int) else 1
+
+
+async def _uninterrupted(closing: Coroutine[Any, Any, None]) -> None:
+    """Await to the end even if cancelled meanwhile: what is being ended here must not be left half ended."""
+    task = asyncio.ensure_future(closing)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([task])
+    task.result()
+
+
+def _is_due(every: int | None, before: int, now: int) -> bool:
+    """Whether a multiple of `every` env steps was passed."""
+    return every is not None and every > 0 and now // every > before // every
+
+
+def _schedule_line(plan: RolloutPlan) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "k": plan.index,
+        "b_k": plan.behaviour_version,
+        "order": [part.group for part in plan.parts],
+    }
+    versions = [part.version for part in plan.parts]
+    if len(set(versions)) > 1:
+        line["versions"] = versions
+    return line
+
+
+def _one_cause(error: BaseException) -> BaseException:
+    """The error that the others followed from: of a group, ours before foreign ones."""
+    while isinstance(error, BaseExceptionGroup):
+        inner = cast("tuple[BaseException, ...]", error.exceptions)
+        error = next((e for e in inner if isinstance(e, AiorlError)), inner[0])
+    if isinstance(error, AiorlError) or not isinstance(error, Exception):
+        return error
+    wrapped = TrainingError(f"{type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped

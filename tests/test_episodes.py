@@ -1,0 +1,143 @@
+"""Whole episodes: the right number, seeded one by one, at a constant width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from aiorl.envs.episodes import run_episodes
+from aiorl.envs.make import make_env, make_vector, probe
+from aiorl.envs.spaces import Spaces
+from aiorl.envs.spec import EnvSpec, resolve_env
+from aiorl.errors import EnvError
+from aiorl.seeding import evaluation_seed
+from tests.envs_for_tests import Broken, ByObs, Walk, WalkVector, sync_vector
+
+
+def found(env: Any, width: int = 1, **kwargs: Any) -> tuple[EnvSpec, Spaces]:
+    look = probe(resolve_env(env, kwargs, in_process=True), width)
+    return look.spec, look.spaces
+
+
+class Alike(ByObs):
+    """Chooses by the observation alone, so that an episode is the same in every slot."""
+
+    def act(self, obs: Any, first: Any) -> Any:
+        actions, extras = super().act(obs, first)
+        return (actions + np.arange(len(first))) % 2 * 0 + (obs["obs"][:, 0] * 7 % 2 > 1), extras
+
+
+def by_hand(seed: int, episode: int) -> tuple[float, int]:
+    env, policy = Walk(seeded=True), Alike(found(Walk)[1])
+    obs, _ = env.reset(seed=evaluation_seed(seed, episode))
+    total, length, over = 0.0, 0, False
+    while not over:
+        obs, reward, terminated, truncated, _ = env.step(policy.act({"obs": obs[None]}, np.zeros(1, bool))[0][0])
+        total, length, over = total + reward, length + 1, bool(terminated or truncated)
+    return total, length
+
+
+@pytest.mark.parametrize("width", [1, 3, 5, 8])
+def test_each_episode_is_the_one_of_its_seed(width: int):
+    spec, spaces = found(Walk, seeded=True)
+    returns, lengths = run_episodes(spec, spaces, Alike(spaces), 8, 4, width)
+    expected = [by_hand(4, e) for e in range(8)]
+    assert returns.tolist() == [r for r, _ in expected]
+    assert lengths.tolist() == [n for _, n in expected]
+    assert len(set(returns.tolist())) == 8
+    assert (returns.dtype, lengths.dtype) == (np.float64, np.int64)
+
+
+def test_the_policy_always_sees_the_whole_batch():
+    spec, spaces = found(Walk)
+    policy = ByObs(spaces)
+    run_episodes(spec, spaces, policy, 7, 0, 4)
+    assert {len(first) for first in policy.firsts} == {4}
+    assert sum(int(first.sum()) for first in policy.firsts) == 7
+
+
+def test_results_repeat_and_depend_on_the_seed():
+    spec, spaces = found(Walk, seeded=True)
+    runs = [run_episodes(spec, spaces, ByObs(spaces), 6, seed, 4)[0].tolist() for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_given_environments_are_used_and_left_open():
+    spec, spaces = found(Walk, seeded=True)
+    envs = [make_env(spec) for _ in range(3)]
+    expected = run_episodes(spec, spaces, ByObs(spaces), 6, 1, 3)[0].tolist()
+    for _ in range(2):
+        assert run_episodes(envs, spaces, ByObs(spaces), 6, 1, 3)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("mode", ["NEXT_STEP", "SAME_STEP", "DISABLED"])
+def test_a_vector_counts_the_same_number_of_episodes_in_each_slot(mode: str):
+    """Where nothing depends on seeds, the result is that of single environments, whatever the autoreset mode."""
+    single, spaces = found(Walk)
+    vector, _ = found(sync_vector, 3, mode=mode)
+    expected = run_episodes(single, spaces, ByObs(spaces), 8, 1, 3)
+    got = run_episodes(vector, spaces, ByObs(spaces), 8, 1, 3)
+    assert got[0].tolist() == expected[0].tolist()
+    assert got[1].tolist() == expected[1].tolist()
+
+
+def test_a_vector_repeats_also_when_it_is_used_again():
+    spec, spaces = found(WalkVector, 3)
+    env = make_vector(spec, 3)
+    runs = [run_episodes(given, spaces, ByObs(spaces), 7, 1, 3)[0].tolist() for given in (spec, env, env)]
+    assert runs[0] == runs[1] == runs[2]
+    assert len(set(runs[0])) > 3
+
+
+def test_frames_are_those_of_the_first_slot():
+    spec, spaces = found(Walk, limit=4)
+    frames: list[tuple[int, int]] = []
+    beats: list[int] = []
+    _, lengths = run_episodes(
+        spec,
+        spaces,
+        ByObs(spaces),
+        4,
+        0,
+        2,
+        on_step=beats.append,
+        on_frame=lambda env: frames.append((env.episode, env.t)),
+    )
+    expected = [(e, t) for e, length in enumerate(lengths[::2]) for t in range(length + 1)]
+    assert frames == expected
+    assert beats == list(range(max(lengths[::2].sum(), lengths[1::2].sum())))
+
+
+def test_on_step_may_stop_it_and_environments_are_closed():
+    closed: list[int] = []
+
+    class Closes(Walk):
+        def close(self) -> None:
+            closed.append(1)
+
+    spec, spaces = found(Closes)
+    closed.clear()
+
+    def stop(t: int) -> None:
+        if t == 2:
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        run_episodes(spec, spaces, ByObs(spaces), 4, 0, 2, on_step=stop)
+    assert len(closed) == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "match"),
+    [
+        ("raise", r"environment 0, step 3 of episode 0: step\(.*\) raised RuntimeError"),
+        ("reward nan", r"evaluation episode 0: the return is nan"),
+        ("missing", "environment 0, step 3 of episode 0: obs is missing 'pos'"),
+    ],
+)
+def test_errors_name_slot_episode_and_step(fault: str, match: str):
+    spec, spaces = found(Broken, fault=fault, at=3)
+    with pytest.raises(EnvError, match=match):
+        run_episodes(spec, spaces, ByObs(spaces), 4, 0, 2)
