@@ -4,6 +4,7 @@
 #   make train PYTHON=/opt/python3.12/bin/python3
 #   make train PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"   torch without CUDA on Linux
 PYTHON ?=
+PYTHONS := python3.13 python3.12 python3.11 python3
 PIP_FLAGS ?=
 ARGS ?=
 VENV := .venv
@@ -17,12 +18,12 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml constraints.txt
-	@python=; for candidate in $(PYTHON) python3.13 python3.12 python3.11 python3; do \
+	@python=; for candidate in $(or $(PYTHON),$(PYTHONS)); do \
 		if $$candidate -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
 		then python=$$candidate; break; fi; \
 	done; \
 	if [ -z "$$python" ]; then \
-		echo "no Python 3.11 or newer with venv and pip found (looked for python3.13, python3.12, python3.11, python3)" >&2; \
+		echo "no Python 3.11 or newer with venv and pip among: $(or $(PYTHON),$(PYTHONS))" >&2; \
 		echo "  install one (on Debian and Ubuntu also python3-venv), or say: make PYTHON=/path/to/python3" >&2; exit 1; \
 	fi; \
 	if [ ! -x $(BIN)/python ]; then echo "making $(VENV) with $$($$python --version)"; $$python -m venv $(VENV); fi

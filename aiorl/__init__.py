@@ -10,8 +10,8 @@ Layers. A module imports only lower ones, or its own without a cycle (tests/test
         learning  report  metrics/                          what a run is made from             3
     workers/                                                processes and shared memory         4
     preflight  assembly  checkpointing  loops               checks, set-up, the four coroutines 5
-    run                                                     wires and owns everything           6
-    __main__  cli/  testing/                                the edge                            -
+    session  run                                            wires and owns everything           6
+    __main__  cli/                                          the edge                            -
 """
 
 from __future__ import annotations

@@ -63,9 +63,7 @@ def run_events(updates: int = 20) -> Iterator[AnyEvent]:
             yield Checkpointed(
                 seconds=0.5 + version, version=version, env_steps=1000 * version, path=f"c/{version}", kind="periodic"
             )
-    yield Finished(
-        seconds=1.5 + updates, version=updates, env_steps=1000 * updates, status="completed", error=None
-    )
+    yield Finished(seconds=1.5 + updates, version=updates, env_steps=1000 * updates, status="completed", error=None)
 
 
 def write_run(path: Path, events: Iterator[AnyEvent] | None = None, config: str = 'env = "CartPole-v1"\n') -> Path:

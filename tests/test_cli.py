@@ -143,9 +143,7 @@ def test_no_traceback_unless_asked_for(capsys: pytest.CaptureFixture[str]):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_unexpected_errors_are_one_line_and_exit_code_1(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
+def test_unexpected_errors_are_one_line_and_exit_code_1(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     def broken(argv: Any) -> int:
         raise ZeroDivisionError("oh")
 
@@ -231,7 +229,7 @@ def presets(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("presets")
 def test_flags_over_file_over_preset_over_defaults(tmp_path: Path):
     file = tmp_path / "a.toml"
-    file.write_text('total_steps = 222\nsegment_length = 32\n[ppo]\nlearning_rate = 0.25\ngamma = 0.5\n')
+    file.write_text("total_steps = 222\nsegment_length = 32\n[ppo]\nlearning_rate = 0.25\ngamma = 0.5\n")
     config = request("CartPole-v1", "--config", str(file), "--steps", "333", "--ppo.gamma", "0.75").config
     assert (config.total_steps, config.segment_length, config.envs, config.seed) == (333, 32, 4, 0)
     assert (config.algo.learning_rate, config.algo.gamma) == (0.25, 0.75)
@@ -289,7 +287,12 @@ def test_flags_of_every_kind():
         "--step-timeout", "2", "--env-kwargs", "a=1", "b=x", "--eval-every=0",
     ).config  # fmt: skip
     assert (config.total_steps, config.workers, config.stop_at, config.native_vector) == (1500, "auto", -100.0, False)
-    assert (config.out, config.step_timeout_s, config.env_kwargs, config.eval_every) == ("7", 2.0, {"a": 1, "b": "x"}, 0)
+    assert (config.out, config.step_timeout_s, config.env_kwargs, config.eval_every) == (
+        "7",
+        2.0,
+        {"a": 1, "b": "x"},
+        0,
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""How the command line carries a run: signals, exit codes, what is written and said. With a made-up Run, in one process."""
+"""How the command line carries a run: signals, exit codes, what is written and said. With a made-up Run."""
 
 from __future__ import annotations
 
@@ -114,17 +114,15 @@ def test_json_lines_alone_on_stdout(fake: type[FakeRun], capsys: pytest.CaptureF
     assert seen.err.startswith("completed")
 
 
-def test_failure_is_one_message_with_the_path_of_its_traceback(
-    fake: type[FakeRun], capsys: pytest.CaptureFixture[str]
-):
-    fake.fails = WorkerError("worker 1 died with exit code -9\n  look for memory", detail="Traceback of the worker")
+def test_failure_is_one_message_with_the_path_of_its_traceback(fake: type[FakeRun], capsys: pytest.CaptureFixture[str]):
+    fake.fails = WorkerError("worker 1 died with exit code -9\n  look for memory")
     assert train() == 1
     text = capsys.readouterr().err
     assert text.startswith("error: worker 1 died with exit code -9\n")
     assert len(text.strip().splitlines()) == 3
-    path = fake.home / "traceback.txt"
+    path = fake.home / "error.txt"
     assert str(path) in text
-    assert "Traceback of the worker" in path.read_text(encoding="utf-8")
+    assert "worker 1 died" in path.read_text(encoding="utf-8")
     assert (fake.home / "curve.svg").is_file()
 
 
@@ -133,7 +131,7 @@ def test_foreign_errors_are_short_too(fake: type[FakeRun], capsys: pytest.Captur
     assert train() == 1
     text = capsys.readouterr().err
     assert text.startswith("error: ZeroDivisionError: by zero")
-    assert "traceback.txt" in text
+    assert "error.txt" in text
 
 
 def test_refused_run_leaves_nothing(fake: type[FakeRun], capsys: pytest.CaptureFixture[str]):
@@ -144,9 +142,7 @@ def test_refused_run_leaves_nothing(fake: type[FakeRun], capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, TERMINATED)])
-def test_first_signal_stops_in_good_order(
-    fake: type[FakeRun], number: int, code: int, capsys: pytest.CaptureFixture[str]
-):
+def test_first_signal_stops_in_good_order(fake: type[FakeRun], number: int, code: int, capsys: pytest.CaptureFixture[str]):
     fake.script = lambda run, index: os.kill(os.getpid(), number) if index == 3 else None
     assert train() == code
     seen = capsys.readouterr()

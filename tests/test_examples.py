@@ -178,10 +178,8 @@ async def test_embed_starlette_survives_a_failing_run():
     with pytest.raises(aiorl.ConfigError):
         async with service(env="no_such_module:Env"):
             pass
-    async with service(env="examples.custom_env:GoToGoal", env_kwargs={"max_steps": 40}) as client:
-        run = client._transport.app.state.run
-        for pid in run._parts.workers.pids:
-            os.kill(pid, 9)
-        with pytest.raises(aiorl.WorkerError):
-            await run.wait()
-        assert (await client.get("/status")).json()["state"] == "failed"
+    async with service(env="run_envs:Faulty", env_kwargs={"fault": "kill"}) as client:
+        answer = await client.get("/events")  # complete when the run has ended
+        assert '"status":"failed"' in answer.text
+        state = (await client.get("/status")).json()
+        assert state["state"] == "failed"

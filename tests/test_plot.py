@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import xml.etree.ElementTree as ET
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,11 @@ def test_line_a_killed_run_was_writing_is_ignored(tmp_path: Path):
 
 def test_resumed_run_has_no_point_twice():
     first = [started(), *(updated(v, 1.0) for v in (1, 2, 3)), evaluated(3, 1.0)]
-    again = [started(seconds=9.0, env_steps=2000, version=2, resumed_from=2), updated(3, 2.0, 9.5), updated(4, 2.0, 10.0)]
+    again = [
+        started(seconds=9.0, env_steps=2000, version=2, resumed_from=2),
+        updated(3, 2.0, 9.5),
+        updated(4, 2.0, 10.0),
+    ]
     curve = read_curve([*first, *again])
     assert [(p.env_steps, p.value) for p in curve.smooth] == [(1000, 1), (2000, 1), (3000, 2), (4000, 2)]
     assert curve.evaluations == []
@@ -115,14 +120,14 @@ def test_thinning_keeps_ends_mean_and_limit(pairs: list, most: int):
     assert len(thinned) <= max(most, 0) or len(points) <= most
     low, high = min(p.value for p in points), max(p.value for p in points)
     assert all(low - 1e-6 <= p.value <= high + 1e-6 for p in thinned)
-    assert all(a.env_steps <= b.env_steps for a, b in zip(thinned, thinned[1:], strict=False))
+    assert all(a.env_steps <= b.env_steps for a, b in pairwise(thinned))
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
 def test_ticks_are_few_even_and_inside(low: float, span: float):
     ticks = nice_ticks(low, low + span)
     assert 2 <= len(ticks) <= 13
-    steps = [b - a for a, b in zip(ticks, ticks[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(ticks)]
     assert max(steps) - min(steps) <= 1e-6 * max(steps) + 1e-9
     assert low - 1e-6 * span <= ticks[0]
     assert ticks[-1] <= low + span * (1 + 1e-6)

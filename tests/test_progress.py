@@ -150,11 +150,20 @@ def test_header_gives_way_in_a_narrow_terminal():
 
 
 def summary() -> dict[str, Any]:
-    record = {"version": 9, "env_steps": 20_480, "seconds": 3.5, "episodes": 20, "mean_return": 480.0, "std_return": 9.0}
+    record = {
+        "version": 9,
+        "env_steps": 20_480,
+        "seconds": 3.5,
+        "episodes": 20,
+        "mean_return": 480.0,
+        "std_return": 9.0,
+    }
     return {
         "status": "completed", "env_steps": 30_720, "wall_seconds": 12.34, "env_steps_per_second": 9876.0,
-        "updates": 15, "episodes": 1234, "train_return_mean_100": 412.3, "evaluations": [record],
-        "stop_return": 475.0, "first_evaluation_at_stop_return": {"env_steps": 20_480, "seconds": 3.5}, "best": {**record, "mean_return": 490.0},
+        "updates": 15, "episodes": 1234, "train_return_mean_100": 412.3,
+        "evaluations": [record],
+        "stop_return": 475.0, "first_evaluation_at_stop_return": {"env_steps": 20_480, "seconds": 3.5},
+        "best": {**record, "mean_return": 490.0},
         "final_evaluation": record, "off_policy_degree": 1, "staleness": {"mean": 0.9, "max": 1, "histogram": {}},
         "busy": {"collect": 0.9, "train": 0.5},
     }  # fmt: skip
@@ -165,7 +174,8 @@ def test_summary_says_how_it_ended():
     assert 3 <= len(lines) <= 6
     text = "\n".join(lines)
     for part in (
-        "completed   30,720 env steps in 12.3 s (9.9k steps/s), 15 updates", "412.3 over the last 100 training episodes (of 1,234)",
+        "completed   30,720 env steps in 12.3 s (9.9k steps/s), 15 updates",
+        "412.3 over the last 100 training episodes (of 1,234)",
         "480.0 ± 9.0 (final, 20 episodes), best 490.0 at 20,480", "475.0 first at 20,480 env steps, 3.5 s",
         "mean 0.90, max 1 of 1", "collect 90 %, train 50 %", "runs/x/",
     ):  # fmt: skip

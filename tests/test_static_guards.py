@@ -17,8 +17,7 @@ PACKAGE = Path(aiorl.__file__).parent
 ALLOWED: dict[tuple[str, str], str] = {
     ("signals", "workers/program.py"): "a worker process is aiorl's own; Ctrl-C in the terminal must not reach it",
     ("signals", "cli"): "the command line is where the program belongs to aiorl",
-    ("host settings", "envs/make.py"): "inside warnings.catch_warnings, which puts the filters back",
-    ("sleeping", "run.py"): "the clock tick of Progress events; nothing waits for it",
+    ("sleeping", "session.py"): "the clock tick of Progress events; nothing waits for it",
     ("sleeping", "cli/play.py"): "draws an episode at the speed that the environment asks for",
     ("sleeping", "metrics/lag.py"): "how late the loop wakes it up is what it measures",
 }

@@ -101,10 +101,10 @@ def _guarded(verb: Verb, words: list[str]) -> int:
 
 
 def _complain(message: str, code: int, hint: object = None) -> int:
-    """At most three lines on stderr: the message, and where to read more."""
-    lines = [line for line in message.strip().splitlines() if line.strip()][: 2 if hint else 3]
+    """At most three lines on stderr: the message, and where to read more if that leaves room for it."""
+    lines = [line for line in message.strip().splitlines() if line.strip()][:3]
     lines = [line if len(line) <= 400 else line[:399] + "…" for line in lines]
-    if hint:
+    if hint and len(lines) < 3:
         lines.append(f"  {hint}")
     print("error: " + "\n".join(lines), file=sys.stderr)
     return code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections.abc import Sequence
 from typing import Any, get_origin
 
@@ -27,9 +28,7 @@ OBSERVATION = Leaf(name="obs", kind="box", dtype="float32", shape=(4,))
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser("algos", "List algorithms and what they can do.", "[NAME]")
-    parser.add_argument(
-        "name", nargs="?", metavar="NAME", help="only this one, with its settings; pkg.mod:Class is fine"
-    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="only this one, with its settings; pkg.mod:Class is fine")
     given = parser.read(argv)
     if given.pop("help", False):
         print(parser.format_help(), end="")
@@ -37,38 +36,32 @@ def main(argv: Sequence[str]) -> int:
     if "name" in given:
         print(details(algorithm_class(given["name"])))
         return 0
-    heading = ("algorithm", "acts in", "stale data", "segment", "")
-    print(table([heading, *(_row(algorithm_class(name)) for name in ALGORITHMS)]))
+    print("\n\n".join(outline(algorithm_class(name)) for name in ALGORITHMS))
+    print("\n`python -m aiorl algos NAME` lists the settings of one.")
     return 0
 
 
-def _row(algorithm: Any) -> tuple[str, ...]:
-    segment = f"{algorithm.default_segment_length} steps"
-    return (
-        algorithm.name,
-        ", ".join(actions_of(algorithm)),
-        corrections(algorithm),
-        segment,
-        oneline(_doc(algorithm), 80),
+def outline(algorithm: Any) -> str:
+    """What an algorithm is and where it can be used."""
+    return "\n".join(
+        [
+            textwrap.fill(f"{algorithm.name}: {oneline(_doc(algorithm))}", 80, subsequent_indent="  "),
+            f"  acts in     {', '.join(actions_of(algorithm))}",
+            f"  stale data  {corrections(algorithm)}",
+            f"  segment     {algorithm.default_segment_length} steps of each environment",
+        ]
     )
 
 
 def details(algorithm: Any) -> str:
-    """Everything about one algorithm, with its settings and their defaults."""
-    lines = [
-        f"{algorithm.name}: {oneline(_doc(algorithm), 110)}",
-        f"  acts in     {', '.join(actions_of(algorithm))}",
-        f"  stale data  {corrections(algorithm)}",
-        f"  segment     {algorithm.default_segment_length} steps",
-        "",
-    ]
+    """The same with all settings and their defaults."""
     rows = [("setting", "default", "")]
     for field in msgspec.structs.fields(algorithm):
         default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory
         value = default() if callable(default) else default
         text = "–" if value is None or value is msgspec.NODEFAULT else show(value)
         rows.append((f"--{algorithm.name}.{field.name.replace('_', '-')}", text, description(field.type)))
-    return "\n".join([*lines, table(rows)])
+    return f"{outline(algorithm)}\n\n{table(rows)}"
 
 
 def actions_of(algorithm: Any) -> list[str]:
@@ -86,7 +79,7 @@ def actions_of(algorithm: Any) -> list[str]:
 def corrections(algorithm: Any) -> str:
     """How the algorithm deals with rollouts of older versions."""
     choices = [
-        ", ".join(str(m) for m in members(field.type) if isinstance(m, str))
+        ", ".join(str(m) for m in members(field.type) if isinstance(m, str) and m != "none")
         for field in msgspec.structs.fields(algorithm)
         if "correction" in field.name and get_origin(bare(field.type)) is not None
     ]

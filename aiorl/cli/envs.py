@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     found = [env for env in known if word.lower() in env.lower()]
     if not found:
         resolve_env(word, in_process=True)  # says why there is no such id, and which one may have been meant
-    print(listing(found))
+    print(listing(found, everything=bool(word) or given.get("all", False)))
     return 0
 
 
@@ -63,12 +64,16 @@ def known_ids(older: bool) -> list[str]:
     return sorted(ids or [env for _, env in newest.values()], key=str.lower)
 
 
-def listing(ids: Sequence[str]) -> str:
-    """A table of environments; spaces are shown where the list is short enough to make each of them once."""
+def listing(ids: Sequence[str], everything: bool) -> str:
+    """A table of environments; spaces are shown where the list is short enough to make each of them once.
+
+    Those that need something no extra of aiorl brings are left out unless `everything` is asked for.
+    """
     rows: list[tuple[str, ...]] = [HEADING]
     for env in ids:
         observation, action, note = look(env) if len(ids) <= LOOK_AT else ("", "", "")
-        rows.append((env, observation, action, ", ".join(presets_for(env)), note))
+        if everything or not note or note.startswith("needs aiorl"):
+            rows.append((env, observation, action, ", ".join(presets_for(env)), note))
     if len(ids) > LOOK_AT:
         rows = [(row[0], row[3]) for row in rows]
         rest = f"\n{len(ids)} environments; give a part of a name to see spaces and what is missing"
@@ -83,7 +88,7 @@ def look(env: str) -> tuple[str, str, str]:
     except AiorlError as error:
         lines = str(error).splitlines()
         extra = re.search(r'pip install "(aiorl\[\w+\])"', str(error))
-        return "", "", f"needs {extra[1]}" if extra else oneline(lines[0], 60)
+        return "", "", f"needs {extra[1]}" if extra else oneline(lines[0].removeprefix(f"{env}: "), 60)
     return observation_text(found.spaces), leaf_text(found.spaces.action), ""
 
 
@@ -139,4 +144,4 @@ def leaf_text(leaf: Leaf) -> str:
 
 
 def _line(label: str, text: str) -> str:
-    return f"  {label:<12} {text}"
+    return textwrap.fill(text, 100, initial_indent=f"  {label:<12} ", subsequent_indent=" " * 15)

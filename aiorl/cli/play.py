@@ -86,13 +86,13 @@ def check_recording(record: Path | None) -> None:
 
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
-        raise ConfigError(
-            f'--record {record} needs {" and ".join(missing)}, not installed\n  pip install "aiorl[video]"'
-        )
+        raise ConfigError(f'--record {record} needs {" and ".join(missing)}, not installed\n  pip install "aiorl[video]"')
 
 
 def open_env(spec: Any, record: Path | None) -> tuple[Any, str]:
     """The environment in the render mode that suits, and that mode. Raises ConfigError if there is none."""
+    if record is not None and not _has_screen():
+        os.environ["SDL_VIDEODRIVER"] = "dummy"  # frames are drawn in memory; SDL would complain that there is no screen
     plain = make_env(spec)
     modes = [str(m) for m in plain.metadata.get("render_modes", [])]
     plain.close()
@@ -139,7 +139,9 @@ class Recorder:
         import imageio.v2 as imageio
 
         gif = self._path.suffix.lower() == ".gif"
-        options: dict[str, Any] = {"duration": 1000 / self._fps, "loop": 0} if gif else {"fps": self._fps}
+        options: dict[str, Any] = (
+            {"duration": 1000 / self._fps, "loop": 0} if gif else {"fps": self._fps, "macro_block_size": 2}
+        )
         self._writer = imageio.get_writer(str(self._path), **options)
         return self
 

@@ -167,16 +167,17 @@ def _directory(run: Run) -> Path | None:
 
 
 def _keep_traceback(error: Exception, run: Run) -> None:
-    """Put the whole story into the run directory and its path on the error, for the last line of the message."""
+    """Put the path of the whole story on the error, for the last line of the message; tell the story if nobody has."""
     directory = _directory(run)
     if directory is None or not directory.is_dir():
         return
-    text = "".join(traceback.format_exception(error))
-    detail = getattr(error, "detail", "")
-    path = directory / "traceback.txt"
-    with suppress(OSError):
-        path.write_text(f"{text}\n{detail}" if detail else text, encoding="utf-8")
+    path = directory / "error.txt"
+    try:
+        if not path.exists():
+            path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         error.log = f"traceback: {path}"  # type: ignore[attr-defined]
+    except OSError:
+        return
 
 
 def _draw_curve(run: Run, display: Display) -> None:

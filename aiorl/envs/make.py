@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -62,16 +61,14 @@ def _make(spec: EnvSpec, n: int | None) -> Any:
     import gymnasium
 
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=UserWarning, module="gymnasium")
-            if spec.registration is None:
-                target = spec.target if callable(spec.target) else _named(cast("str", spec.target))
-                sized = {} if n is None or "num_envs" not in _parameters(target) else {"num_envs": n}
-                return target(**{**spec.kwargs, **sized})
-            if n is None:
-                return gymnasium.make(spec.registration, disable_env_checker=True, **spec.kwargs)
-            mode = gymnasium.VectorizeMode.VECTOR_ENTRY_POINT
-            return gymnasium.make_vec(spec.registration, n, vectorization_mode=mode, **spec.kwargs)
+        if spec.registration is None:
+            target = spec.target if callable(spec.target) else _named(cast("str", spec.target))
+            sized = {} if n is None or "num_envs" not in _parameters(target) else {"num_envs": n}
+            return target(**{**spec.kwargs, **sized})
+        if n is None:
+            return gymnasium.make(spec.registration, disable_env_checker=True, **spec.kwargs)
+        mode = gymnasium.VectorizeMode.VECTOR_ENTRY_POINT
+        return gymnasium.make_vec(spec.registration, n, vectorization_mode=mode, **spec.kwargs)
     except CRASHES as error:
         raise crashed(spec.name, "making the environment", error) from error
 

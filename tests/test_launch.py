@@ -1,0 +1,104 @@
+"""Starting worker processes: what the launcher leans on in Python and aiomultiprocess, with real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import aiomultiprocess.core
+import pytest
+
+from aiorl.workers.launch import Launcher, WorkerProcess
+from aiorl.workers.memory import SharedBlock
+from aiorl.workers.program import prepare
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="workers need POSIX")
+
+
+@pytest.fixture(params=["forkserver", "spawn"])
+def launcher(request: pytest.FixtureRequest) -> Iterator[Launcher]:
+    launcher = Launcher(method=request.param)
+    yield launcher
+    launcher.close()
+
+
+async def report(block: SharedBlock) -> None:
+    """In the child: write down what it sees."""
+    running = asyncio.get_running_loop().is_running()
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    main = sys.modules["__main__"]
+    print("printed by the worker", flush=True)
+    block.buffer[:4] = bytes([running, ignored, hasattr(main, "pytest_marker"), "torch" in sys.modules])
+
+
+async def fail() -> None:
+    raise LookupError("as planned")
+
+
+async def wait_for_ever() -> None:
+    await asyncio.Event().wait()
+
+
+def start(launcher: Launcher, target: Any, *args: Any, log: Path | None = None) -> WorkerProcess:
+    process = launcher.process("test-worker", target, args, prepare, (str(log) if log else None,))
+    process.start()
+    return process
+
+
+def wait(process: WorkerProcess) -> int | None:
+    assert connection.wait([process.sentinel], 20), "the process did not end"
+    process.aio_process.join(20)  # the sentinel may be ahead of the exit code
+    return process.exitcode
+
+
+def test_a_worker_runs_its_coroutine_on_shared_memory(launcher: Launcher, tmp_path: Path) -> None:
+    block = SharedBlock(16)
+    log = tmp_path / "worker.log"
+    process = start(launcher, report, block, log=log)
+    assert wait(process) == 0
+    running, ignored, main_imported, torch_imported = block.buffer[:4]
+    assert running, "no event loop in the worker"
+    assert ignored, "a Ctrl-C in the terminal would end the worker behind the run's back"
+    assert not main_imported
+    assert not torch_imported
+    assert "printed by the worker" in log.read_text()
+    block.close()
+
+
+def test_its_failure_is_in_the_log_and_in_the_exit_code(launcher: Launcher, tmp_path: Path) -> None:
+    log = tmp_path / "worker.log"
+    assert wait(start(launcher, fail, log=log)) == 1
+    assert "LookupError: as planned" in log.read_text()
+
+
+def test_a_killed_worker_shows_at_the_sentinel(launcher: Launcher) -> None:
+    process = start(launcher, wait_for_ever)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    assert wait(process) == -signal.SIGKILL
+
+
+def test_the_host_keeps_its_own_settings(launcher: Launcher) -> None:
+    before = multiprocessing.get_start_method(allow_none=True)
+    assert wait(start(launcher, report, SharedBlock(16))) == 0
+    assert aiomultiprocess.core._manager is None, "a Manager process was started"
+    assert multiprocessing.forkserver._forkserver._forkserver_pid is None, "Python's global fork server was used"  # type: ignore[attr-defined]
+    assert multiprocessing.get_start_method(allow_none=True) == before
+
+
+def test_many_workers_from_one_fork_server_end_with_it() -> None:
+    launcher = Launcher()
+    processes = [start(launcher, wait_for_ever) for _ in range(8)]
+    assert len({p.pid for p in processes}) == 8
+    for process in processes:
+        process.terminate()
+    assert [wait(process) for process in processes] == [-signal.SIGTERM] * 8
+    launcher.close()
+    launcher.close()

@@ -1,0 +1,98 @@
+"""Losses against closed-form values and gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import tensor
+
+from aiorl import losses
+
+
+def test_surrogate_of_the_same_policy_is_minus_the_mean_advantage_and_its_gradient_the_policy_gradient():
+    log_ratio = torch.zeros(3, requires_grad=True)
+    advantage = tensor([1.0, -2.0, 4.0])
+    loss = losses.clipped_surrogate(log_ratio, advantage, 0.2)
+    loss.backward()
+    assert loss.item() == pytest.approx(-1.0)
+    assert log_ratio.grad is not None
+    assert log_ratio.grad.tolist() == pytest.approx([-1 / 3, 2 / 3, -4 / 3])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "objective", "slope"),
+    [
+        (1.1, 2.0, 2.2, 2.2),  # inside the range: ratio * advantage; its derivative by log ratio is the same
+        (1.5, 2.0, 2.4, 0.0),  # gains no more beyond 1.2
+        (0.5, -2.0, -1.6, 0.0),  # nor below 0.8 for a bad action
+        (1.5, -2.0, -3.0, -3.0),  # but what got worse is pulled back from everywhere
+        (0.5, 2.0, 1.0, 1.0),
+    ],
+)
+def test_surrogate_clips_gains_only(ratio: float, advantage: float, objective: float, slope: float):
+    log_ratio = tensor([math.log(ratio)], requires_grad=True)
+    loss = losses.clipped_surrogate(log_ratio, tensor([advantage]), 0.2)
+    loss.backward()
+    assert log_ratio.grad is not None
+    assert loss.item() == pytest.approx(-objective)
+    assert log_ratio.grad.item() == pytest.approx(-slope)
+
+
+def test_surrogate_weights_samples():
+    loss = losses.clipped_surrogate(torch.zeros(2), tensor([1.0, 3.0]), 0.2, weight=tensor([0.5, 2.0]))
+    assert loss.item() == pytest.approx(-(0.5 * 1 + 2 * 3) / 2)
+
+
+def test_value_loss():
+    value, target = tensor([1.0, 2.0]), tensor([3.0, 2.0])
+    assert losses.value_loss(value, target).item() == pytest.approx(0.5 * (4 + 0) / 2)
+    clipped = losses.value_loss(value, target, old_value=tensor([0.0, 2.0]), clip_range=0.5)
+    assert clipped.item() == pytest.approx(0.5 * 2.5**2 / 2)  # the value may only rise from 0 to 0.5
+    with pytest.raises(ValueError, match="old_value"):
+        losses.value_loss(value, target, clip_range=0.5)
+
+
+def test_approximate_kl_is_zero_for_the_same_policy_and_never_negative():
+    assert losses.approximate_kl(torch.zeros(5)).item() == 0
+    assert losses.approximate_kl(tensor([-0.3])).item() > 0
+    assert losses.approximate_kl(tensor([math.log(2)])).item() == pytest.approx(2 - 1 - math.log(2))
+
+
+def test_standardise():
+    x = losses.standardise(tensor([1.0, 2.0, 3.0]))
+    assert x.mean().item() == pytest.approx(0, abs=1e-6)
+    assert x.square().mean().item() == pytest.approx(1, abs=1e-6)
+    assert losses.standardise(tensor([7.0])).item() == 0
+
+
+def test_q_targets_choose_with_the_online_network_and_evaluate_with_the_target():
+    target, online = tensor([[1.0, 5.0], [2.0, 0.0]]), tensor([[9.0, 0.0], [0.0, 1.0]])
+    returns, discounts = tensor([1.0, 1.0]), tensor([0.9, 0.0])
+    assert losses.q_targets(returns, discounts, target).tolist() == pytest.approx([1 + 0.9 * 5, 1.0])
+    assert losses.q_targets(returns, discounts, target, online).tolist() == pytest.approx([1 + 0.9 * 1, 1.0])
+    assert not losses.q_targets(returns, discounts, target.requires_grad_()).requires_grad
+
+
+def test_q_loss():
+    q = tensor([[1.0, 9.0], [9.0, 2.0]])
+    actions, targets = tensor([0, 1]), tensor([1.5, 5.0])
+    assert losses.q_loss(q, actions, targets, huber_delta=1.0).item() == pytest.approx((0.5 * 0.25 + 2.5) / 2)
+    assert losses.q_loss(q, actions, targets, huber_delta=None).item() == pytest.approx((0.5 * 0.25 + 4.5) / 2)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: losses.clipped_surrogate(torch.zeros(4), torch.zeros(4, 1), 0.2),
+        lambda: losses.clipped_surrogate(torch.zeros(4), torch.zeros(4), 0.2, torch.zeros(1)),
+        lambda: losses.value_loss(torch.zeros(4, 1), torch.zeros(4)),
+        lambda: losses.q_targets(torch.zeros(4), torch.zeros(1), torch.zeros(4, 2)),
+        lambda: losses.q_targets(torch.zeros(4), torch.zeros(4), torch.zeros(4, 2), torch.zeros(1, 2)),
+        lambda: losses.q_loss(torch.zeros(4, 2), torch.zeros(4).long(), torch.zeros(4, 1)),
+    ],
+)
+def test_shapes_that_would_broadcast_are_refused(call):
+    with pytest.raises(ValueError, match="has shape"):
+        call()
