@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import aiorl
-from examples import custom_algorithm, custom_env, pause_and_tune, quickstart, two_runs
+from examples import custom_algorithm, custom_env, log_to_tensorboard, pause_and_tune, quickstart, two_runs
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,6 +69,15 @@ async def test_two_runs():
     results = await two_runs.main(total_steps=3_000)
     assert [r.status for r in results] == ["completed"] * 2
     assert results[0].params_sha256 != results[1].params_sha256
+
+
+async def test_log_to_tensorboard():
+    result = await log_to_tensorboard.main(total_steps=10_000)
+    files = list(Path(result.directory).glob("events.out.tfevents.*"))
+    assert len(files) == 1
+    written = files[0].read_bytes()
+    for tag in (b"train/return", b"train/staleness", b"evaluation/mean_return"):
+        assert tag in written
 
 
 async def test_custom_env():

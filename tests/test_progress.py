@@ -169,15 +169,16 @@ def summary() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_summary_says_how_it_ended():
-    lines = summary_lines(summary(), Path("runs/x"))
+def test_summary_says_how_it_ended(tmp_path: Path):
+    (tmp_path / "x" / "best").mkdir(parents=True)
+    lines = summary_lines(summary(), tmp_path / "x")
     assert 3 <= len(lines) <= 6
     text = "\n".join(lines)
     for part in (
         "completed   30,720 env steps in 12.3 s (9.9k steps/s), 15 updates",
         "412.3 over the last 100 training episodes (of 1,234)",
         "480.0 ± 9.0 (final, 20 episodes), best 490.0 at 20,480", "475.0 first at 20,480 env steps, 3.5 s",
-        "mean 0.90, max 1 of 1", "collect 90 %, train 50 %", "runs/x/",
+        "mean 0.90, max 1 of 1", "collect 90 %, train 50 %", "/x/ (best/)",
     ):  # fmt: skip
         assert part in text
 

@@ -31,7 +31,8 @@ def summary_lines(result: Mapping[str, Any], directory: Path) -> list[str]:
         when = f"first at {count(reached['env_steps'])} env steps, {number(reached['seconds'])} s"
         lines.append(_line("reached", f"{number(result['stop_return'])} {when}"))
     lines.append(_line("staleness", _staleness(result)))
-    lines.append(_line("files", f"{directory}/ (curve.svg, summary.json, best/, final/)"))
+    there = [name for name in ("curve.svg", "summary.json", "best/", "final/") if (directory / name).exists()]
+    lines.append(_line("files", f"{directory}/ ({', '.join(there)})" if there else f"{directory}/"))
     return lines
 
 

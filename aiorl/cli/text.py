@@ -67,8 +67,10 @@ def sparkline(values: Sequence[float], width: int) -> str:
         edges = [len(finite) * i // width for i in range(width + 1)]
         finite = [sum(finite[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(finite), max(finite)
-    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(BARS[round((v - low) * scale)] for v in finite)
+    span = high - low
+    if not 0 < span < math.inf:
+        return BARS[0] * len(finite)
+    return "".join(BARS[round((v - low) / span * (len(BARS) - 1))] for v in finite)
 
 
 def fit(parts: Sequence[str], width: int, separator: str = " · ") -> str:
