@@ -7,7 +7,7 @@ Layers. A module imports only lower ones, or its own without a cycle (tests/test
         normalise  pacing  ledger                           synchronous: no clock, no loop      1
     algos/                                                  one file per algorithm              2
     config  presets  policy  checkpoint  channel  offload
-        learning  report  metrics/                          what a run is made from             3
+        learning  report  record  metrics/                  what a run is made from             3
     workers/                                                processes and shared memory         4
     preflight  assembly  checkpointing  loops               checks, set-up, the four coroutines 5
     session  run                                            wires and owns everything           6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -22,7 +23,7 @@ from aiorl.ledger import Ledger
 from aiorl.metrics.curve import write_curve
 from aiorl.metrics.directory import RunFiles, write_atomically
 from aiorl.offload import OffloadThread
-from aiorl.pacing import Pacer
+from aiorl.pacing import Pacer, RecordedRollout
 from aiorl.preflight import EVAL_WIDTH, Preflight
 from aiorl.report import Report, Result
 from aiorl.workers.launch import Launcher
@@ -76,7 +77,9 @@ class Assembly:
         parts.weights.close()
 
 
-async def assemble(config: Config, resume: str | Path | None, report: Report) -> Assembly:
+async def assemble(
+    config: Config, report: Report, resume: str | Path | None = None, record: Sequence[RecordedRollout] | None = None
+) -> Assembly:
     """Check, then build everything; workers are made but not started. On an error nothing is left behind."""
     files_thread = OffloadThread("aiorl-files")
     learner_thread = OffloadThread("aiorl-learner")
@@ -88,7 +91,7 @@ async def assemble(config: Config, resume: str | Path | None, report: Report) ->
             await files_thread.run(launcher.warm_up)
         trainer = await learner_thread.run(_make_trainer, checked)
         weights = await learner_thread.run(_make_weights, checked, trainer)
-        parts = _wire(checked, launcher, learner_thread, trainer, weights)
+        parts = _wire(checked, launcher, learner_thread, trainer, weights, record)
         files = await files_thread.run(_begin_directory, checked)
         if checked.saved is not None:
             _restore_counters(checked, parts, report)
@@ -158,7 +161,12 @@ def _make_weights(checked: Preflight, trainer: Trainer) -> WeightStore:
 
 
 def _wire(
-    checked: Preflight, launcher: Launcher | None, learner_thread: OffloadThread, trainer: Trainer, weights: WeightStore
+    checked: Preflight,
+    launcher: Launcher | None,
+    learner_thread: OffloadThread,
+    trainer: Trainer,
+    weights: WeightStore,
+    record: Sequence[RecordedRollout] | None,
 ) -> loops.Parts:
     config = checked.config
     group_size, groups = cast(int, config.group_size), config.groups
@@ -168,6 +176,7 @@ def _wire(
         total_steps=config.total_steps,
         segment_steps=checked.segment.steps * group_size,
         schedule=config.schedule,
+        record=record,
     )
     cursors: dict[int, GroupCursor | None] = {g: trainer.ledger.cursor(g) for g in range(groups)}
     common = StationSetup(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ class Outcome:
     episodes: list[Episode]
     env_steps: int
     stored: int
+    fingerprint: int
     update_seconds: float
     collect_seconds: float
     collected_seconds: float
@@ -38,7 +40,7 @@ class Trainer:
 
     def __init__(self, algorithm: Algorithm, spaces: Spaces, context: LearnerContext, ledger: Ledger, threads: int) -> None:
         self.ledger = ledger
-        self._group_size = 0
+        self._updates = sum(ledger.segments_used())
         self._threads = threads
         self._restore_threads = _set_torch_threads(threads)
         self.learner: Learner = algorithm.learner(spaces, context)
@@ -56,11 +58,14 @@ class Trainer:
                 f"{type(self.learner).__name__}.update returned no `gradient_steps`\n  add it to the metrics (0 in warm-up)"
             )
         episodes = self.ledger.store(plan.parts, segments)
+        self._updates += 1
+        weights = self.learner.weights()
         times = [float(s.header[SegmentHeader.ENDED_S] - s.header[SegmentHeader.STARTED_S]) for s in segments]
         return Outcome(
             metrics={k: float(v) for k, v in metrics.items() if k != "gradient_steps"},
             gradient_steps=int(metrics["gradient_steps"]),
-            weights=self.learner.weights(),
+            weights=weights,
+            fingerprint=fingerprint(weights),
             episodes=episodes,
             env_steps=rollout.env_steps,
             stored=self.ledger.stored,
@@ -68,6 +73,11 @@ class Trainer:
             collect_seconds=max(times),
             collected_seconds=sum(times),
         )
+
+    def set(self, changes: Mapping[str, float]) -> int:
+        """Change settings of the learner; returns how many updates came before. ValueError for what it does not have."""
+        self.learner.set(**changes)
+        return self._updates
 
     def capture(self, behaviour: Mapping[int, Weights]) -> dict[str, Any]:
         """Everything a resume needs, as it is between two updates: the parts of a checkpoint.
@@ -90,6 +100,17 @@ class Trainer:
 
     def close(self) -> None:
         self._restore_threads()
+
+
+def fingerprint(weights: Weights) -> int:
+    """A quick mark of weights for the record of a run: CRC-32 over the beginning of each array, sorted by name.
+
+    A difference spreads to all parameters within an update, so a part of each is enough to see where two runs part.
+    """
+    crc = 0
+    for name in sorted(weights):
+        crc = zlib.crc32(np.ascontiguousarray(weights[name].reshape(-1)[:1024]), crc)
+    return crc
 
 
 def params_sha256(weights: Mapping[str, Array]) -> str:

@@ -1,13 +1,14 @@
-"""Losses as pure functions of tensors. Each returns a scalar to minimise; every input has shape [N] unless stated.
+"""Losses as pure functions of tensors, each with its gradient written out: (scalar to minimise, its derivative).
 
-Nothing is detached inside, except where a docstring says so: whoever computes targets does so without gradients.
+Every input has shape [N] unless stated, and so has the derivative, which is by the first argument. The scalar can be
+differentiated by autograd as well. Nothing is detached inside, except where a docstring says so: whoever computes
+targets does so without gradients.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def check_shapes(**tensors: Tensor | None) -> None:
@@ -25,28 +26,37 @@ def standardise(x: Tensor, eps: float = 1e-8) -> Tensor:
     return centred / (centred.square().mean().sqrt() + eps)
 
 
-def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip_range: float, weight: Tensor | None = None) -> Tensor:
+def clipped_surrogate(
+    log_ratio: Tensor, advantage: Tensor, clip_range: float, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """PPO's policy loss (Schulman et al. 2017, arXiv 1707.06347), decoupled if weighted (Hilton et al. 2022, 2110.00641).
 
-    `log_ratio` = log pi(a|x) - log pi_proximal(a|x) carries the gradient. `weight` = pi_proximal / pi_behaviour (capped by
-    the caller) corrects for actions that an older policy chose; None where both are the same.
+    `log_ratio` = log pi(a|x) - log pi_proximal(a|x). `weight` = pi_proximal / pi_behaviour (capped by the caller) corrects
+    for actions that an older policy chose; None where both are the same.
     """
     check_shapes(log_ratio=log_ratio, advantage=advantage, weight=weight)
     ratio = log_ratio.exp()
-    objective = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
-    return -(objective if weight is None else objective * weight).mean()
+    gain, limited = ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage
+    objective, slope = torch.minimum(gain, limited), gain * (gain <= limited)
+    if weight is not None:
+        objective, slope = objective * weight, slope * weight
+    return -objective.mean(), slope * (-1 / len(slope))
 
 
-def value_loss(value: Tensor, target: Tensor, old_value: Tensor | None = None, clip_range: float | None = None) -> Tensor:
+def value_loss(
+    value: Tensor, target: Tensor, old_value: Tensor | None = None, clip_range: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Half the mean squared error; with `clip_range`, values may only gain within that distance of `old_value`."""
     check_shapes(value=value, target=target, old_value=old_value)
-    error = (value - target).square()
-    if clip_range is not None:
-        if old_value is None:
-            raise ValueError("clip_range needs old_value")
-        clipped = old_value + (value - old_value).clamp(-clip_range, clip_range)
-        error = torch.maximum(error, (clipped - target).square())
-    return 0.5 * error.mean()
+    error = value - target
+    if clip_range is None:
+        return 0.5 * error.square().mean(), error / len(error)
+    if old_value is None:
+        raise ValueError("clip_range needs old_value")
+    change = value - old_value
+    limited = old_value + change.clamp(-clip_range, clip_range) - target
+    slope = torch.where(error.abs() >= limited.abs(), error, limited * (change.abs() <= clip_range))
+    return 0.5 * torch.maximum(error.square(), limited.square()).mean(), slope / len(error)
 
 
 def approximate_kl(log_ratio: Tensor) -> Tensor:
@@ -70,10 +80,19 @@ def q_targets(
         return returns + discounts * values
 
 
-def q_loss(q: Tensor, actions: Tensor, targets: Tensor, huber_delta: float | None = 1.0) -> Tensor:
-    """Error of the chosen actions' values: `q` [N, A], int64 `actions`, `targets`. Huber, or half squared error if None."""
+def q_loss(
+    q: Tensor, actions: Tensor, targets: Tensor, huber_delta: float | None = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Error of the chosen actions' values: `q` [N, A] (and its derivative), int64 `actions`, `targets`.
+
+    Huber (quadratic up to `huber_delta`, linear beyond), or half the mean squared error if that is None.
+    """
     check_shapes(q=q[:, 0], actions=actions, targets=targets)
-    chosen = q.gather(1, actions.unsqueeze(1)).squeeze(1)
+    index = actions.unsqueeze(1)
+    error = q.gather(1, index).squeeze(1) - targets
     if huber_delta is None:
-        return 0.5 * (chosen - targets).square().mean()
-    return F.huber_loss(chosen, targets, delta=huber_delta)
+        loss, slope = 0.5 * error.square().mean(), error
+    else:
+        slope = error.clamp(-huber_delta, huber_delta)
+        loss = (slope * (error - 0.5 * slope)).mean()
+    return loss, torch.zeros_like(q).scatter_(1, index, (slope / len(error)).unsqueeze(1))

@@ -1,12 +1,16 @@
 """Networks of the learning half, their parameters as one vector, and Adam on it. Only the learner imports this module.
 
 Parameter names are those that `acting` looks up: `{name}.{i}.weight` [out, in], `{name}.{i}.bias` [out].
+
+The modules work with autograd as usual. The learners go another way: `trace` keeps what a forward pass saw, and `backward`
+sets the gradients from it (sets, not adds). For networks this small the graph costs more than the arithmetic.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -32,68 +36,67 @@ class MLP(nn.ModuleList):
         self, sizes: Sequence[int], activation: str, rng: torch.Generator, *, last_gain: float, activate_last: bool = False
     ) -> None:
         super().__init__()
+        self._layers: list[nn.Linear] = []
         for i, (inputs, outputs) in enumerate(pairwise(sizes)):
-            layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
+            layer: Any = nn.utils.skip_init(nn.Linear, inputs, outputs)
             gain = last_gain if i == len(sizes) - 2 else math.sqrt(2)
             nn.init.orthogonal_(layer.weight, gain, generator=rng)
             nn.init.zeros_(layer.bias)
+            self._layers.append(layer)
             self.append(layer)
         self._activation = activation
         self._activated = len(self) - (0 if activate_last else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in] to [N, out]."""
-        if x.is_cuda:
-            return self.layer_by_layer(x)
-        parameters = [p for layer in self for p in (layer.weight, layer.bias)]
-        return _MLPOnCPU.apply(x, self._activation, self._activated, *parameters)
-
-    def layer_by_layer(self, x: Tensor) -> Tensor:
-        """The same, one operation at a time."""
         activate = torch.tanh if self._activation == "tanh" else torch.relu
-        for i, layer in enumerate(self):
+        for i, layer in enumerate(self._layers):
             x = F.linear(x, layer.weight, layer.bias)
             if i < self._activated:
                 x = activate(x)
         return x
 
-
-class _MLPOnCPU(torch.autograd.Function):
-    """A whole MLP as one node of the graph: for networks this small, most of a gradient step is the cost of the nodes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, activation: str, activated: int, *parameters: Tensor) -> Tensor:
-        layers = len(parameters) // 2
+    def trace(self, x: Tensor) -> list[Tensor]:
+        """What goes into each layer, and the output last. To be called without gradients."""
         seen = [x]
-        for i in range(layers):
-            x = torch.addmm(parameters[2 * i + 1], x, parameters[2 * i].t())
-            if i < activated:
-                _activate_(x, activation)
+        for i, layer in enumerate(self._layers):
+            x = torch.addmm(layer.bias, x, layer.weight.t())
+            if i < self._activated:
+                _activate_(x, self._activation)
             seen.append(x)
-        ctx.save_for_backward(*seen, *parameters[::2])
-        ctx.activation, ctx.activated, ctx.layers = activation, activated, layers
-        return x
+        return seen
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        seen, weights = ctx.saved_tensors[: ctx.layers + 1], ctx.saved_tensors[ctx.layers + 1 :]
-        grads: list[Tensor | None] = []
-        for i in range(ctx.layers - 1, -1, -1):
-            if i < ctx.activated:
-                grad = _activation_backward(grad, seen[i + 1], ctx.activation)
-            grads += [grad.sum(0), _outer(grad, seen[i])]
-            if i > 0 or ctx.needs_input_grad[0]:
-                grad = grad @ weights[i]
-        return grad if ctx.needs_input_grad[0] else None, None, None, *reversed(grads)
+    def backward(self, seen: Sequence[Tensor], grad: Tensor, *, to_input: bool = False) -> Tensor | None:
+        """Set the parameters' gradients from the output's [N, out]; returns the input's [N, in] if asked for."""
+        for i in reversed(range(len(self._layers))):
+            layer, x = self._layers[i], seen[i]
+            if i < self._activated:
+                grad = _activation_backward(grad, seen[i + 1], self._activation)
+            torch.sum(grad, 0, out=layer.bias.grad)
+            # The narrow matrix goes first, which MKL multiplies up to four times as fast.
+            if grad.shape[1] <= x.shape[1]:
+                torch.mm(grad.t(), x, out=layer.weight.grad)
+            else:
+                _grad(layer.weight).copy_((x.t() @ grad).t())
+            if i > 0 or to_input:
+                grad = grad @ layer.weight
+        return grad if to_input else None
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None, "the module's parameters belong to no FlatParameters"
+    return parameter.grad
 
 
 def _activate_(x: Tensor, activation: str) -> None:
     """In place. NumPy's float32 tanh is several times as fast as torch's, and the same that acting uses."""
-    if activation == "tanh":
+    if activation == "relu":
+        x.relu_()
+    elif x.is_cuda:
+        x.tanh_()
+    else:
         array = x.numpy()
         np.tanh(array, out=array)
-    else:
-        x.relu_()
 
 
 def _activation_backward(grad: Tensor, y: Tensor, activation: str) -> Tensor:
@@ -102,9 +105,55 @@ def _activation_backward(grad: Tensor, y: Tensor, activation: str) -> Tensor:
     return torch.ops.aten.threshold_backward(grad, y, 0)
 
 
-def _outer(grad: Tensor, x: Tensor) -> Tensor:
-    """grad.T @ x; the narrow matrix goes first, which MKL multiplies up to four times as fast."""
-    return grad.t() @ x if grad.shape[1] <= x.shape[1] else (x.t() @ grad).t()
+# -- policies ----------------------------------------------------------------------------------------------------------
+
+
+class Categorical:
+    """Log-probabilities and entropies [N] of logits [N, A] and int64 actions [N]."""
+
+    def __init__(self, logits: Tensor, actions: Tensor) -> None:
+        self._actions = actions.unsqueeze(1)
+        self._log_probs = F.log_softmax(logits, 1)
+        self._probs = self._log_probs.exp()
+        self.log_prob = self._log_probs.gather(1, self._actions).squeeze(1)
+        self.entropy = -(self._probs * self._log_probs).sum(1)
+
+    def backward(self, d_log_prob: Tensor, d_entropy: float) -> Tensor:
+        """Gradient of the logits, given those of each log-probability [N] and of each entropy (the same for all)."""
+        inner = self._log_probs + self.entropy.unsqueeze(1)
+        inner.mul_(d_entropy).add_(d_log_prob.unsqueeze(1)).mul_(self._probs).neg_()
+        return inner.scatter_add_(1, self._actions, d_log_prob.unsqueeze(1))
+
+
+class MultiCategorical:
+    """The same for several choices: logits [N, sum(nvec)], actions [N, k]; log-probabilities and entropies are sums."""
+
+    def __init__(self, logits: Tensor, actions: Tensor, nvec: Sequence[int]) -> None:
+        blocks = zip(logits.split(list(nvec), 1), actions.unbind(1), strict=True)
+        self._parts = [Categorical(block, action) for block, action in blocks]
+        self.log_prob = torch.stack([part.log_prob for part in self._parts]).sum(0)
+        self.entropy = torch.stack([part.entropy for part in self._parts]).sum(0)
+
+    def backward(self, d_log_prob: Tensor, d_entropy: float) -> Tensor:
+        return torch.cat([part.backward(d_log_prob, d_entropy) for part in self._parts], 1)
+
+
+class Gaussian:
+    """Log-densities and entropies [N] of means [N, k], log standard deviations [k] and actions [N, k]."""
+
+    def __init__(self, mean: Tensor, log_std: Tensor, actions: Tensor) -> None:
+        self._log_std, self._inverse_std = log_std, (-log_std).exp()
+        self._z = (actions - mean) * self._inverse_std
+        constant = log_std.sum() + 0.5 * LOG_2PI * mean.shape[1]
+        self.log_prob = -0.5 * (self._z * self._z).sum(1) - constant
+        self.entropy = (constant + 0.5 * mean.shape[1]).expand(len(mean))
+
+    def backward(self, d_log_prob: Tensor, d_entropy: float) -> Tensor:
+        """Gradient of the means; sets that of `log_std`."""
+        weighted = self._z * d_log_prob.unsqueeze(1)
+        constant = d_entropy * len(weighted) - d_log_prob.sum()
+        torch.add((weighted * self._z).sum(0), constant, out=_grad(self._log_std))
+        return weighted * self._inverse_std
 
 
 class ActorCritic(nn.Module):
@@ -120,34 +169,40 @@ class ActorCritic(nn.Module):
         self.log_std = nn.Parameter(torch.full((action.size,), log_std)) if action.kind == "box" else None
         self._nvec = action.nvec
 
-    def value(self, obs: Tensor) -> Tensor:
-        """[N, features] to [N]."""
-        return self.critic(obs).squeeze(1)
-
-    def log_prob_and_entropy(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probability (density) of `actions`, as stored, and entropy of the distribution they came from, each [N]."""
-        outputs = self.actor(obs)
+    def distribution(self, outputs: Tensor, actions: Tensor) -> Categorical | MultiCategorical | Gaussian:
+        """What the actor's outputs [N, out] say about `actions`, stored flat: [N, k]."""
         if self.log_std is not None:
-            return gaussian(outputs, self.log_std, actions)
+            return Gaussian(outputs, self.log_std, actions)
         if len(self._nvec) == 1:
-            return categorical(outputs, actions.reshape(-1))
-        parts = [categorical(o, a) for o, a in zip(outputs.split(self._nvec, 1), actions.unbind(1), strict=True)]
-        return torch.stack([p[0] for p in parts]).sum(0), torch.stack([p[1] for p in parts]).sum(0)
+            return Categorical(outputs, actions.squeeze(1))
+        return MultiCategorical(outputs, actions, self._nvec)
+
+    def evaluate(self, obs: Tensor, actions: Tensor) -> Evaluation:
+        """Log-probabilities of stored actions [N, k], entropies and values for observations [N, features]."""
+        actor, critic = self.actor.trace(obs), self.critic.trace(obs)
+        return Evaluation(self, actor, critic, self.distribution(actor[-1], actions))
 
 
-def categorical(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """(log-probabilities of int64 actions [N], entropies [N]) of logits [N, A]."""
-    log_probs = F.log_softmax(logits, 1)
-    chosen = log_probs.gather(1, actions.unsqueeze(1)).squeeze(1)
-    return chosen, -(log_probs.exp() * log_probs).sum(1)
+@dataclass
+class Evaluation:
+    """What an `ActorCritic` makes of a batch, and the way back to its gradients."""
+
+    net: ActorCritic
+    actor: list[Tensor]
+    critic: list[Tensor]
+    distribution: Categorical | MultiCategorical | Gaussian
+
+    @property
+    def value(self) -> Tensor:
+        return self.critic[-1].squeeze(1)
+
+    def backward(self, d_log_prob: Tensor, d_entropy: float, d_value: Tensor) -> None:
+        """Set the gradients of all parameters, given those of each log-probability, entropy and value."""
+        self.net.actor.backward(self.actor, self.distribution.backward(d_log_prob, d_entropy))
+        self.net.critic.backward(self.critic, d_value.unsqueeze(1))
 
 
-def gaussian(mean: Tensor, log_std: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """(log-densities of actions [N, k], entropies [N]) for means [N, k] and log_std [k]."""
-    z = (actions - mean) * (-log_std).exp()
-    size, total = mean.shape[1], log_std.sum()
-    log_prob = -0.5 * (z * z).sum(1) - (total + 0.5 * LOG_2PI * size)
-    return log_prob, (total + 0.5 * (1 + LOG_2PI) * size).expand(len(mean))
+# -- action values -----------------------------------------------------------------------------------------------------
 
 
 class QNetwork(nn.Module):
@@ -164,10 +219,30 @@ class QNetwork(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         """[N, features] to [N, actions]."""
         x = self.torso(obs)
-        advantage = self.advantage(x)
+        return self._combine(self.advantage(x), None if self.state_value is None else self.state_value(x))
+
+    def trace(self, obs: Tensor) -> list[Tensor]:
+        """What goes into each layer of the torso, what comes out of it, and the action values last."""
+        seen = self.torso.trace(obs)
+        value = None if self.state_value is None else self.state_value.trace(seen[-1])[-1]
+        return [*seen, self._combine(self.advantage.trace(seen[-1])[-1], value)]
+
+    def _combine(self, advantage: Tensor, value: Tensor | None) -> Tensor:
+        return advantage if value is None else value + advantage - advantage.mean(1, keepdim=True)
+
+    def backward(self, seen: Sequence[Tensor], grad: Tensor) -> None:
+        """Set the parameters' gradients from the action values' [N, actions]."""
+        x = seen[-2]
         if self.state_value is None:
-            return advantage
-        return self.state_value(x) + advantage - advantage.mean(1, keepdim=True)
+            d_x = self.advantage.backward([x], grad, to_input=True)
+        else:
+            total = grad.sum(1, keepdim=True)
+            d_x = self.advantage.backward([x], grad - total / grad.shape[1], to_input=True)
+            d_x = d_x + self.state_value.backward([x], total, to_input=True)  # type: ignore[operator]
+        self.torso.backward(seen[:-1], d_x)  # type: ignore[arg-type]
+
+
+# -- parameters --------------------------------------------------------------------------------------------------------
 
 
 class FlatParameters:

@@ -14,6 +14,9 @@ Invariants, checked at every call (a violation raises InvariantError, it is neve
 k - D - 1 is done). Everything but the timing is decided beforehand, so the result does not depend on it; every degree is
 reproducible, and degree 0 is the sequential loop.
 
+`recorded`: as `ordered`, but which segments, acted by which versions, make up each rollout is read from the record of an
+earlier run. So every finished run can be repeated, also an eager one.
+
 `eager`: an idle group gets the newest version at once, and segments are used in the order they arrive. A straggler may be
 overtaken, so it is not enough to bound each segment when it starts: it also limits what may be admitted after it. A segment
 acted by version b lands, at the latest, behind everything admitted so far; keeping admitted <= (b + D + 1) * G for the
@@ -22,7 +25,8 @@ oldest b in flight keeps its rollout index within b + D.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 from aiorl.errors import ConfigError, InvariantError
 
@@ -52,6 +56,71 @@ class RolloutPlan(NamedTuple):
         return self.index - self.behaviour_version
 
 
+class RecordedRollout(NamedTuple):
+    """One line of a run's record: the groups whose segments made up a rollout, side by side, and who acted in each."""
+
+    order: tuple[int, ...]
+    versions: tuple[int, ...]
+
+
+class Script(Protocol):
+    """Says beforehand which segments make up which rollout, and which version acts in them."""
+
+    rollouts: int | None
+    """How many there are, None if only the budget ends them."""
+
+    def place(self, group: int, ordinal: int) -> tuple[int, int] | None:
+        """(rollout, version) of a group's `ordinal`-th segment; None if the script has no such segment."""
+        ...
+
+    def parts(self, rollout: int) -> Sequence[tuple[int, int]]:
+        """The (group, ordinal) of each segment of a rollout, in order."""
+        ...
+
+
+class Ordered:
+    """Rollout k is the k-th segment of each group, acted by version max(0, k - D)."""
+
+    rollouts = None
+
+    def __init__(self, degree: int, groups: int) -> None:
+        self._degree, self._groups = degree, groups
+
+    def place(self, group: int, ordinal: int) -> tuple[int, int] | None:
+        return ordinal, max(0, ordinal - self._degree)
+
+    def parts(self, rollout: int) -> Sequence[tuple[int, int]]:
+        return [(group, rollout) for group in range(self._groups)]
+
+
+class Recorded:
+    """What an earlier run did."""
+
+    def __init__(self, record: Sequence[RecordedRollout], degree: int, groups: int) -> None:
+        """Raises ConfigError if the record does not belong to a run of that degree and number of groups."""
+        self.rollouts = len(record)
+        self._places: dict[tuple[int, int], tuple[int, int]] = {}
+        self._parts: list[list[tuple[int, int]]] = []
+        ordinals = [0] * groups
+        for k, line in enumerate(record):
+            stale = [v for v in line.versions if not 0 <= k - v <= degree]
+            if len(line.order) != groups or len(line.versions) != groups or stale or not set(line.order) <= set(range(groups)):
+                raise ConfigError(
+                    f"rollout {k} of the record does not fit {groups} groups at off_policy_degree = {degree}: {line}"
+                )
+            self._parts.append([])
+            for group, version in zip(line.order, line.versions, strict=True):
+                self._places[group, ordinals[group]] = k, version
+                self._parts[k].append((group, ordinals[group]))
+                ordinals[group] += 1
+
+    def place(self, group: int, ordinal: int) -> tuple[int, int] | None:
+        return self._places.get((group, ordinal))
+
+    def parts(self, rollout: int) -> Sequence[tuple[int, int]]:
+        return self._parts[rollout]
+
+
 class Pacer:
     """Decides who may do what next. It owns no task and reads no clock.
 
@@ -60,7 +129,16 @@ class Pacer:
     is collected in vain.
     """
 
-    def __init__(self, degree: int, groups: int, *, total_steps: int, segment_steps: int, schedule: str = "ordered") -> None:
+    def __init__(
+        self,
+        degree: int,
+        groups: int,
+        *,
+        total_steps: int,
+        segment_steps: int,
+        schedule: str = "ordered",
+        record: Sequence[RecordedRollout] | None = None,
+    ) -> None:
         if degree < 0:
             raise ConfigError(f"off_policy_degree = {degree}: expected 0 or more")
         if groups < 1 or segment_steps < 1 or total_steps < 1:
@@ -70,7 +148,10 @@ class Pacer:
             )
         if schedule not in ("ordered", "eager"):
             raise ConfigError(f"schedule = {schedule!r}: expected ordered or eager")
-        self.degree, self.groups, self.schedule = degree, groups, schedule
+        self.degree, self.groups = degree, groups
+        self._script: Script | None = Ordered(degree, groups) if schedule == "ordered" else None
+        if record is not None:
+            self._script = Recorded(record, degree, groups)
         self.segment_steps, self.total_steps = segment_steps, total_steps
         self.slots = degree + 1
         self.commits = 0  # updates done = the newest version
@@ -80,8 +161,7 @@ class Pacer:
         self._decided = 0  # rollouts that are known to be needed
         self._ordinals = [0] * groups  # next segment of each group
         self._flying: list[list[Grant]] = [[] for _ in range(groups)]  # granted, not arrived, oldest first
-        self._landed: list[list[Grant]] = [[] for _ in range(groups)]  # ordered: arrived, not yet in a rollout
-        self._arrivals: list[Grant] = []  # eager: the same, in order of arrival
+        self._landed: dict[tuple[int, int], Grant] = {}  # arrived, not yet in a rollout, in order of arrival
         self._planned = 0  # rollouts made up so far
         self._in_use: dict[int, RolloutPlan] = {}  # made up and not yet learned from
         self._free = [set(range(self.slots)) for _ in range(groups)]
@@ -94,16 +174,15 @@ class Pacer:
             return None
         ordinal = self._ordinals[group]
         self._decide()
-        if self.schedule == "ordered":
-            if ordinal >= self._decided:
-                return None
-            version = max(0, ordinal - self.degree)
-        else:
+        if self._script is None:
             version = self.commits
             if self._flying[group] or not self._may_admit_eagerly(version):
                 return None
-        if version > self.commits:
-            raise InvariantError(f"rollout {ordinal} needs version {version}, but only {self.commits} updates are done")
+        else:
+            place = self._script.place(group, ordinal)
+            if place is None or place[0] >= self._decided or place[1] > self.commits:
+                return None
+            version = place[1]
         slot = min(self._free[group])
         self._free[group].remove(slot)
         granted = Grant(group, ordinal, slot, version)
@@ -112,7 +191,11 @@ class Pacer:
         return granted
 
     def _decide(self) -> None:
-        """Admit further rollouts while the bound on run-ahead allows and the budget needs them."""
+        """Admit further rollouts while the bound on run-ahead allows and the budget, or the record, needs them."""
+        known = self._script.rollouts if self._script is not None else None
+        if known is not None:
+            self._decided = min(known, self.commits + self.degree + 1)
+            return
         while self._decided <= self.commits + self.degree:
             outstanding = self._decided * self.groups - self._arrived
             if self.steps + outstanding * self.segment_steps >= self.total_steps:
@@ -127,8 +210,7 @@ class Pacer:
     @property
     def _arrived(self) -> int:
         """Segments that have arrived since rollout 0."""
-        waiting = len(self._arrivals) + sum(len(landed) for landed in self._landed)
-        return self._planned * self.groups + waiting
+        return self._planned * self.groups + len(self._landed)
 
     # -- arrival and learning --------------------------------------------------------------------------------------
 
@@ -139,26 +221,20 @@ class Pacer:
             raise InvariantError(f"group {group} delivered slot {slot} without a grant; outstanding: {flying}")
         granted = flying.pop(0)
         self.steps += env_steps
-        if self.schedule == "eager":
-            self._arrivals.append(granted)
-            return self._plan_arrivals()
-        self._landed[group].append(granted)
-        return self._plan_in_order()
-
-    def _plan_arrivals(self) -> list[RolloutPlan]:
+        self._landed[granted.group, granted.ordinal] = granted
         plans: list[RolloutPlan] = []
-        while len(self._arrivals) >= self.groups:
-            plans.append(self._plan(tuple(self._arrivals[: self.groups])))
-            del self._arrivals[: self.groups]
+        while (parts := self._next_parts()) is not None:
+            plans.append(self._plan(tuple(self._landed.pop(part) for part in parts)))
         return plans
 
-    def _plan_in_order(self) -> list[RolloutPlan]:
-        plans: list[RolloutPlan] = []
-        while all(self._landed):
-            plans.append(self._plan(tuple(landed.pop(0) for landed in self._landed)))
-            if self.schedule == "ordered" and any(p.ordinal != plans[-1].index for p in plans[-1].parts):
-                raise InvariantError(f"rollout {plans[-1].index} was made of segments {plans[-1].parts}")
-        return plans
+    def _next_parts(self) -> list[tuple[int, int]] | None:
+        """What the next rollout is made of, if all of that has arrived."""
+        if self._script is None:
+            return list(self._landed)[: self.groups] if len(self._landed) >= self.groups else None
+        if self._script.rollouts is not None and self._planned >= self._script.rollouts:
+            return None
+        parts = list(self._script.parts(self._planned))
+        return parts if all(part in self._landed for part in parts) else None
 
     def _plan(self, parts: tuple[Grant, ...]) -> RolloutPlan:
         plan = RolloutPlan(self._planned, parts)
@@ -209,9 +285,8 @@ class Pacer:
     def unused(self) -> tuple[list[Grant], list[Grant]]:
         """What no update has used: (grants still in flight, segments that have arrived)."""
         flying = [g for flying in self._flying for g in flying]
-        loose = [g for landed in self._landed for g in landed] + self._arrivals
         whole = [part for plan in self._in_use.values() if plan.index >= self.started for part in plan.parts]
-        return flying, whole + loose
+        return flying, whole + list(self._landed.values())
 
     def resume(self, commits: int, ordinals: list[int], steps: int) -> None:
         """Go on after `commits` updates that stored `steps` transitions and used `ordinals[g]` segments of each group."""

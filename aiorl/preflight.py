@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +148,8 @@ def _check_memory(config: Config, segment: SegmentLayout) -> None:
 def _check_descriptors(workers: int) -> None:
     if sys.platform == "win32" or workers == 0:
         return
+    import resource  # not on Windows
+
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     need = 8 * (workers + 1) + 64
     if need > soft:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TypeVar
 
 from aiorl import loops
 from aiorl.config import Config
 from aiorl.errors import ConfigError
 from aiorl.events import AnyEvent, Evaluated, Paused, Resumed, SettingsChanged, Status
 from aiorl.metrics.broadcast import Subscription
+from aiorl.pacing import RecordedRollout
 from aiorl.policy import LoadedPolicy
 from aiorl.report import Result
 from aiorl.session import Session
 
 __all__ = ["Result", "Run", "train"]
+
+T = TypeVar("T")
 
 LEAVE_GRACE_S = 1.0  # for a final checkpoint when `async with` is left early; then everything is cut
 
@@ -34,11 +38,13 @@ class Run:
     Entering raises ConfigError for anything that cannot work, before a process is started, and WorkerError if a worker does
     not become ready. After that a failure is held: events end with `Finished(status="failed")`, `wait()` raises it, the
     host's task is never cancelled. Leaving the block stops the run and ends every task, thread, process and shared block.
-    `resume` is a run directory or a checkpoint to go on from.
+    `resume` is a run directory or a checkpoint to go on from; `record` makes the run repeat what another one did.
     """
 
-    def __init__(self, config: Config, *, resume: str | Path | None = None) -> None:
-        self._session = Session(config, resume)
+    def __init__(
+        self, config: Config, *, resume: str | Path | None = None, record: Sequence[RecordedRollout] | None = None
+    ) -> None:
+        self._session = Session(config, resume, record)
         self._task: asyncio.Task[None] | None = None
         self._own_events: Subscription | None = None
 
@@ -157,10 +163,14 @@ class Run:
         self._session.stop()
 
     async def pause(self) -> None:
-        """Return when nothing moves: no environment steps, no update runs, no evaluation."""
+        """Return when nothing moves: no environment steps, no update runs, no evaluation.
+
+        Raises the run's error if it fails meanwhile, RuntimeError if it ends.
+        """
         parts = self._going()
         parts.pacer.paused = True
-        await parts.gate.wait_for(lambda: self._session.is_quiet() or parts.pacer.stopped)
+        parts.gate.wake()
+        await self._while_going(parts.gate.wait_for(self._session.is_quiet))
         self._session.emit(Paused(**self._session.now()))
 
     def resume(self) -> None:
@@ -175,7 +185,7 @@ class Run:
         """Save now (between two updates) and return the checkpoint's directory. Raises OSError if it cannot be written."""
         self._going()
         assert self._session.checkpointer is not None
-        return await self._session.checkpointer.save_requested()
+        return await self._while_going(self._session.checkpointer.save_requested())
 
     async def evaluate(self, episodes: int = 20) -> Evaluated:
         """Evaluate the newest version now, beside training, and return the result (also emitted as an event)."""
@@ -185,9 +195,10 @@ class Run:
         version, begun_s = parts.pacer.commits, time.perf_counter()
         snapshot = loops.Snapshot(version, self._session.report.stored, parts.weights.acquire(version), False)
         try:
-            returns, lengths = await parts.workers.evaluate(snapshot.buffer, episodes)
+            returns, lengths = await self._while_going(parts.workers.evaluate(snapshot.buffer, episodes))
         finally:
-            parts.weights.release(snapshot.buffer)
+            if self._session.result is None:  # else the store has been closed
+                parts.weights.release(snapshot.buffer)
         event = self._session.evaluation_event(snapshot, returns, lengths, time.perf_counter() - begun_s)
         self._session.emit(event)
         return event
@@ -196,10 +207,22 @@ class Run:
         """Change settings of the learner such as `learning_rate` between two updates. ConfigError for unknown ones."""
         parts = self._going()
         try:
-            await parts.learner_thread.run(parts.trainer.learner.set, **changes)
+            version = await self._while_going(parts.learner_thread.run(parts.trainer.set, changes))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"cannot set {', '.join(changes)}: {error}") from error
-        self._session.emit(SettingsChanged(**self._session.now(), changes=changes))
+        self._session.emit(SettingsChanged(**{**self._session.now(), "version": version}, changes=changes))
+
+    async def _while_going(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await something that only happens while the run goes on; if the run ends first, raise its error."""
+        assert self._task is not None
+        waiting = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait([waiting, self._task], return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                raise self._session.error or RuntimeError("the run ended before this could be done")
+            return waiting.result()
+        finally:
+            waiting.cancel()
 
     def _going(self) -> loops.Parts:
         if self._session.parts is None or self._task is None or self._session.result is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,8 @@ from aiorl.events import AnyEvent, Evaluated, EvaluationSkipped, Finished, Progr
 from aiorl.learning import Outcome, params_sha256
 from aiorl.metrics.broadcast import Broadcast
 from aiorl.metrics.lag import LagMeter
-from aiorl.pacing import RolloutPlan
+from aiorl.pacing import RecordedRollout, RolloutPlan
+from aiorl.record import record_line
 from aiorl.report import Report, Result
 from aiorl.segments import Array
 
@@ -35,7 +36,9 @@ class Session:
     failed. `snapshot` is the newest version and its weights, kept when the shared memory is given back.
     """
 
-    def __init__(self, config: Config, resume: str | Path | None) -> None:
+    def __init__(
+        self, config: Config, resume: str | Path | None, record: Sequence[RecordedRollout] | None = None
+    ) -> None:
         self.config = config
         self.report = Report(config.stop_at)
         self.broadcast = Broadcast()
@@ -49,7 +52,7 @@ class Session:
         self.stop_requested = False
         self.final_evaluation = True
         self.state = "starting"
-        self._resume_from = resume
+        self._resume_from, self._record = resume, record
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -57,7 +60,7 @@ class Session:
         """Check, build, start, run, end. Sets `ready` when the workers are, or to the error that kept them from it."""
         status = "failed"
         try:
-            self.made = made = await assemble(self.config, self._resume_from, self.report)
+            self.made = made = await assemble(self.config, self.report, self._resume_from, self._record)
             self.parts = made.parts
             self.config = made.checked.config
             await made.parts.workers.start()
@@ -157,7 +160,7 @@ class Session:
         before = report.stored
         report.updated(plan, outcome, self.parts.trainer.ledger.return_mean_100)
         self.emit(self._updated_event(plan, outcome, waited_s))
-        self.made.files.rollout(_schedule_line(plan))
+        self.made.files.rollout(record_line(plan, outcome.fingerprint))
         if self.parts.pacer.finished:
             return  # the final evaluation and checkpoint follow
         if _is_due(config.eval_every, before, report.stored):
@@ -337,18 +340,6 @@ async def _uninterrupted(closing: Coroutine[Any, Any, None]) -> None:
 def _is_due(every: int | None, before: int, now: int) -> bool:
     """Whether a multiple of `every` env steps was passed."""
     return every is not None and every > 0 and now // every > before // every
-
-
-def _schedule_line(plan: RolloutPlan) -> dict[str, Any]:
-    line: dict[str, Any] = {
-        "k": plan.index,
-        "b_k": plan.behaviour_version,
-        "order": [part.group for part in plan.parts],
-    }
-    versions = [part.version for part in plan.parts]
-    if len(set(versions)) > 1:
-        line["versions"] = versions
-    return line
 
 
 def _one_cause(error: BaseException) -> BaseException:

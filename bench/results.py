@@ -69,13 +69,15 @@ def row(case: Case, summaries: list[dict[str, Any]]) -> str:
     passed = sum(value >= case.target for value in finals)
     reached = [first_at(case.target, s) for s in summaries]
     first = [r for r in reached if r is not None]
-    steps = f"{statistics.median(r[0] for r in first) / 1e3:,.0f}k / {statistics.median(r[1] for r in first):.0f} s"
+    met = "—"
+    if first:
+        met = f"{statistics.median(r[0] for r in first) / 1e3:,.0f}k / {statistics.median(r[1] for r in first):.0f} s"
     cells = (
         f"`{case.command} --seed S`",
         f"{case.target:g}",
         f"{passed} of {len(summaries)}",
         ", ".join(f"{value:.1f}" for value in finals),
-        steps if first else "—",
+        met,
         f"{summaries[0]['env_steps'] / 1e3:,.0f}k",
         f"{statistics.median(s['wall_seconds'] for s in summaries):.0f} s",
         f"[curves](img/{image(case)})",

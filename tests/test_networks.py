@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from experience import spaces
 from gymnasium.spaces import Box, MultiDiscrete
 
-from aiorl.networks import MLP, ActorCritic, Adam, FlatParameters, QNetwork, categorical, gaussian, torch_rng
+from aiorl.networks import MLP, ActorCritic, Adam, Categorical, FlatParameters, Gaussian, QNetwork, torch_rng
 
 
 def rng(seed: int = 0) -> torch.Generator:
     return torch_rng(np.random.default_rng(seed))
 
 
+def assert_gradients(flat: FlatParameters, module: torch.nn.Module, loss: torch.Tensor) -> None:
+    """What `backward` has set is what autograd finds for `loss`."""
+    expected = torch.autograd.grad(loss, list(module.parameters()))
+    torch.testing.assert_close(flat.grad, torch.cat([g.reshape(-1) for g in expected]), atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("activate_last", [False, True])
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 @pytest.mark.parametrize("sizes", [(3, 5), (4, 16, 16, 2), (9, 7, 30)])
-def test_the_fused_network_is_the_layered_one(sizes: tuple[int, ...], activation: str, activate_last: bool):
+def test_traces_and_their_gradients_are_those_of_autograd(sizes: tuple[int, ...], activation: str, activate_last: bool):
     net = MLP(sizes, activation, rng(), last_gain=1.0, activate_last=activate_last)
+    flat = FlatParameters(net)
     x = torch.randn(11, sizes[0], generator=rng(1), requires_grad=True)
     direction = torch.randn(11, sizes[-1], generator=rng(2))
-    fused, layered = net(x), net.layer_by_layer(x)
-    torch.testing.assert_close(fused, layered, atol=1e-6, rtol=1e-5)
-    inputs = [x, *net.parameters()]
-    for a, b in zip(
-        torch.autograd.grad(fused, inputs, direction), torch.autograd.grad(layered, inputs, direction), strict=True
-    ):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        seen = net.trace(x)
+        d_x = net.backward(seen, direction, to_input=True)
+    y = net(x)
+    torch.testing.assert_close(seen[-1], y, atol=1e-6, rtol=1e-5)
+    loss = (y * direction).sum()
+    assert_gradients(flat, net, loss)
+    torch.testing.assert_close(d_x, torch.autograd.grad((net(x) * direction).sum(), x)[0], atol=1e-5, rtol=1e-5)
 
 
 def test_weights_are_orthogonal_and_come_from_the_generator_alone():
@@ -45,44 +55,58 @@ def test_weights_are_orthogonal_and_come_from_the_generator_alone():
 def test_log_probabilities_and_entropies_are_those_of_torch():
     logits, actions = torch.randn(6, 4, generator=rng()), torch.tensor([0, 1, 2, 3, 0, 1])
     expected = torch.distributions.Categorical(logits=logits)
-    log_prob, entropy = categorical(logits, actions)
-    torch.testing.assert_close(log_prob, expected.log_prob(actions))
-    torch.testing.assert_close(entropy, expected.entropy())
+    found = Categorical(logits, actions)
+    torch.testing.assert_close(found.log_prob, expected.log_prob(actions))
+    torch.testing.assert_close(found.entropy, expected.entropy())
     mean, log_std, chosen = torch.randn(6, 3), torch.randn(3), torch.randn(6, 3)
     normal = torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp()), 1)
-    log_prob, entropy = gaussian(mean, log_std, chosen)
-    torch.testing.assert_close(log_prob, normal.log_prob(chosen), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(entropy, normal.entropy())
+    found = Gaussian(mean, log_std, chosen)
+    torch.testing.assert_close(found.log_prob, normal.log_prob(chosen), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.entropy, normal.entropy())
 
 
 @pytest.mark.parametrize("action", [None, MultiDiscrete([3, 2]), Box(-1, 1, (2,), np.float32)])
-def test_actor_and_critic_are_separate(action):
+def test_gradients_of_actor_and_critic_are_those_of_autograd(action: Any):
     space = spaces(action)
-    net = ActorCritic(3, space.action, (8,), "tanh", rng())
-    obs = torch.randn(5, 3)
+    net = ActorCritic(3, space.action, (8,), "tanh", rng(), log_std=-0.3)
+    with torch.no_grad():
+        net.actor[-1].weight.mul_(100)  # away from the uniform policy, where the entropy has no gradient
+    flat = FlatParameters(net)
+    obs, a, c = torch.randn(5, 3), torch.randn(5), torch.randn(5)
     stored = torch.from_numpy(space.sample_actions(5, np.random.default_rng(0))).reshape(5, -1)
-    log_prob, entropy = net.log_prob_and_entropy(obs, stored)
-    assert log_prob.shape == entropy.shape == net.value(obs).shape == (5,)
-    log_prob.sum().backward()
-    assert all(p.grad is None for p in net.critic.parameters())
-    assert all(p.grad is not None for p in net.actor.parameters())
+    with torch.no_grad():
+        found = net.evaluate(obs, stored)
+        found.backward(a, -0.3, c)
+    expected = net.distribution(net.actor(obs), stored)
+    torch.testing.assert_close(found.distribution.log_prob, expected.log_prob, atol=1e-5, rtol=1e-5)
+    values = net.critic(obs).squeeze(1)
+    torch.testing.assert_close(found.value, values)
+    assert_gradients(flat, net, (expected.log_prob * a).sum() - 0.3 * expected.entropy.sum() + (values * c).sum())
 
 
 def test_multi_discrete_is_the_sum_of_its_parts():
     space = spaces(MultiDiscrete([3, 2]))
     net = ActorCritic(3, space.action, (8,), "tanh", rng())
-    obs, stored = torch.randn(4, 3), torch.tensor([[0, 1], [2, 0], [1, 1], [2, 1]])
-    parts = [torch.distributions.Categorical(logits=o) for o in net.actor(obs).split([3, 2], 1)]
-    log_prob, entropy = net.log_prob_and_entropy(obs, stored)
-    torch.testing.assert_close(log_prob, sum(p.log_prob(stored[:, i]) for i, p in enumerate(parts)))
-    torch.testing.assert_close(entropy, sum(p.entropy() for p in parts))
+    outputs, stored = torch.randn(4, 5), torch.tensor([[0, 1], [2, 0], [1, 1], [2, 1]])
+    parts = [torch.distributions.Categorical(logits=o) for o in outputs.split([3, 2], 1)]
+    found = net.distribution(outputs, stored)
+    torch.testing.assert_close(found.log_prob, parts[0].log_prob(stored[:, 0]) + parts[1].log_prob(stored[:, 1]))
+    torch.testing.assert_close(found.entropy, parts[0].entropy() + parts[1].entropy())
 
 
-def test_dueling_advantages_have_mean_zero():
-    net = QNetwork(3, 4, (8,), "relu", rng(), dueling=True)
-    assert net.state_value is not None
-    obs = torch.randn(5, 3)
-    torch.testing.assert_close(net(obs).mean(1, keepdim=True), net.state_value(net.torso(obs)))
+@pytest.mark.parametrize("dueling", [False, True])
+def test_action_values_and_their_gradients(dueling: bool):
+    net = QNetwork(3, 4, (8, 6), "relu", rng(), dueling=dueling)
+    flat = FlatParameters(net)
+    obs, direction = torch.randn(5, 3), torch.randn(5, 4)
+    with torch.no_grad():
+        seen = net.trace(obs)
+        net.backward(seen, direction)
+    q = net(obs)
+    torch.testing.assert_close(seen[-1], q, atol=1e-6, rtol=1e-5)
+    assert_gradients(flat, net, (q * direction).sum())
+    if net.state_value is not None:
+        torch.testing.assert_close(q.mean(1, keepdim=True), net.state_value(net.torso(obs)))
 
 
 def test_parameters_and_gradients_are_views_of_two_vectors():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from aiorl.errors import ConfigError, InvariantError
-from aiorl.pacing import Grant, Pacer, RolloutPlan
+from aiorl.pacing import Grant, Pacer, RecordedRollout, RolloutPlan
 
 SEGMENT_STEPS = 10
 
@@ -32,6 +32,7 @@ class Histories(RuleBasedStateMachine):
     )
     def begin(self, degree: int, groups: int, rollouts: int, schedule: str) -> None:
         self.arguments = (degree, groups, rollouts, schedule)
+        self.ordered = schedule == "ordered"
         self.pacer = make(*self.arguments)
         self.flying: list[Grant] = []
         self.ready: list[RolloutPlan] = []
@@ -50,7 +51,7 @@ class Histories(RuleBasedStateMachine):
         assert (granted.group, granted.ordinal) not in self.grants_seen, "granted twice"
         self.grants_seen.add((granted.group, granted.ordinal))
         assert granted.version <= self.pacer.commits
-        if self.pacer.schedule == "ordered":
+        if self.ordered:
             assert granted.version == max(0, granted.ordinal - self.pacer.degree)
         self.flying.append(granted)
 
@@ -154,9 +155,16 @@ TestHistories = Histories.TestCase
 TestHistories.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)
 
 
-def simulate(degree: int, groups: int, schedule: str, rng: random.Random) -> list[RolloutPlan]:
+Record = list[RecordedRollout]
+
+
+def simulate(
+    degree: int, groups: int, schedule: str, rng: random.Random, record: Record | None = None
+) -> list[RolloutPlan]:
     """Run to the end with random durations on a virtual clock; returns the rollouts in order of use."""
-    pacer = make(degree, groups, 20, schedule)
+    pacer = Pacer(
+        degree, groups, total_steps=20 * groups * SEGMENT_STEPS, segment_steps=SEGMENT_STEPS, schedule=schedule, record=record
+    )
     now, events = 0.0, []
     speeds = [rng.choice([0.2, 1.0, 5.0]) for _ in range(groups)]
     ready: list[RolloutPlan] = []
@@ -206,6 +214,31 @@ def test_ordered_rollouts_do_not_depend_on_timing() -> None:
         for run in (simulate(2, 3, "eager", random.Random(seed)) for seed in range(20))
     }
     assert len(eager) > 1, "arrival order should matter in the eager schedule, else the first half proves nothing"
+
+
+def test_a_record_repeats_any_run_in_any_timing() -> None:
+    rng = random.Random(3)
+    for _ in range(300):
+        degree, groups = rng.randrange(5), rng.randrange(1, 6)
+        schedule = rng.choice(["ordered", "eager"])
+        first = simulate(degree, groups, schedule, rng)
+        record = [RecordedRollout(tuple(g.group for g in p.parts), tuple(g.version for g in p.parts)) for p in first]
+        again = simulate(degree, groups, schedule, rng, record)
+        assert parts_of(again) == parts_of(first)
+
+
+def parts_of(used: list[RolloutPlan]) -> list[tuple[int, list[tuple[int, int, int]]]]:
+    return [(p.index, [(g.group, g.ordinal, g.version) for g in p.parts]) for p in used]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [RecordedRollout((0,), (0,)), RecordedRollout((0, 5), (0, 0)), RecordedRollout((0, 1), (1, 0)), RecordedRollout((0, 1), (0,))],
+    ids=["groups missing", "no such group", "version of the future", "versions missing"],
+)
+def test_a_record_of_something_else_is_refused(line: RecordedRollout) -> None:
+    with pytest.raises(ConfigError, match="rollout 0 of the record does not fit 2 groups"):
+        Pacer(1, 2, total_steps=100, segment_steps=10, record=[line])
 
 
 def test_degree_0_alternates() -> None:

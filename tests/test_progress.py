@@ -13,7 +13,7 @@ from rich.console import Console
 from aiorl.cli.panel import Panel, draw
 from aiorl.cli.progress import JsonLines, Notes, PlainLines, Silent, event_line, header, make_display
 from aiorl.cli.summary import summary_lines
-from aiorl.cli.text import count, duration, fit, number, rate, sparkline, table
+from aiorl.cli.text import count, duration, fit, number, rate, sparkline, spread, table
 from aiorl.events import CheckpointFailed, Finished, Lagged, Warned
 from tests.cli_events import evaluated, run_events, started, status, updated
 
@@ -197,6 +197,11 @@ def test_numbers_as_people_read_them():
     assert [count(v) for v in (999, 12_345, 123_456, 1_230_000, 2e9)] == ["999", "12,345", "123k", "1.23M", "2G"]
     assert [rate(v) for v in (3.21, 812, 9_700, 33_012, 1_200_000)] == ["3.2", "812", "9.7k", "33.0k", "1.20M"]
     assert [duration(s) for s in (7.4, 725, 3723, 183_600)] == ["0:07", "12:05", "1:02:03", "2d 03:00"]
+    assert [spread(499.94, 0.2), spread(0.5, 0.25), spread(-12_345.6, 3.0)] == [
+        "499.9 ± 0.2",
+        "0.500 ± 0.250",
+        "-12,346 ± 3",
+    ]
     assert fit(["ab", "", "cd", "ef"], 7) == "ab · cd"
     assert fit(["abcdef"], 4) == "abc…"
     assert table([("a", "n"), ("bb", "10")], frozenset({1})) == "a    n\nbb  10"

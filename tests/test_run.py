@@ -287,6 +287,35 @@ async def test_a_failing_learner_ends_the_run(config: Make, no_leaks: None) -> N
     assert "planned failure" in (run.directory / "error.txt").read_text()
 
 
+@pytest.mark.parametrize("call", ["pause", "evaluate", "checkpoint"])
+async def test_a_call_that_waits_ends_with_the_run(config: Make, no_leaks: None, call: str) -> None:
+    """The worker hangs, so that the call must wait, and is then killed."""
+    changes = {"env": "run_envs:Faulty", "env_kwargs": {"fault": "hang", "at": 30}, "workers": 1, "eval_every": 0}
+    async with aiorl.Run(config(**changes)) as run:
+        await first_update(run)
+        workers = run._session.parts.workers  # type: ignore[union-attr]
+        task = asyncio.ensure_future(getattr(run, call)())
+        if call == "checkpoint":
+            await task  # needs no worker
+        else:
+            for pid in workers.pids:  # type: ignore[attr-defined]
+                os.kill(pid, signal.SIGKILL)
+            with pytest.raises(aiorl.WorkerError, match="SIGKILL"):
+                async with asyncio.timeout(20):
+                    await task
+
+
+async def test_calls_after_the_end_say_so(config: Make) -> None:
+    async with aiorl.Run(config()) as run:
+        await run.wait()
+    for call in (run.pause, run.checkpoint, run.evaluate):
+        with pytest.raises(RuntimeError, match="not going on"):
+            await call()
+    run.stop()
+    assert run.policy()([0.0, 0.0]) in (0, 1)
+    assert run.status().state == "completed"
+
+
 # -- the end -----------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import msgspec
 import numpy as np
@@ -146,7 +146,8 @@ class DQNLearner:
         if self._config.anneal:
             rate *= max(0.0, 1.0 - rollout.index / self._context.rollouts)
         rng = self._context.rng(SAMPLE, rollout.index)
-        seen = [self._step(self._sample(rng), rate) for _ in range(owed)]
+        with torch.no_grad():  # gradients are written out
+            seen = [self._step(self._sample(rng), rate) for _ in range(owed)]
         metrics = {
             "gradient_steps": float(owed),
             "learning_rate": rate,
@@ -160,34 +161,30 @@ class DQNLearner:
     def _sample(self, rng: np.random.Generator) -> Batch:
         return self._replay.sample(rng, self._config.batch_size, n=self._config.n_step, gamma=self._config.gamma)
 
-    def _tensor(self, array: Array, dtype: Any = None) -> torch.Tensor:
+    def _tensor(self, array: Array, dtype: type[np.generic] | None = None) -> torch.Tensor:
         return torch.from_numpy(array if dtype is None else array.astype(dtype)).to(self._context.device)
 
     def _step(self, batch: Batch, rate: float) -> torch.Tensor:
-        """One gradient step, and the target update that may be due after it; returns the row of metrics."""
+        """One gradient step, and the target update that may be due after it: loss, mean Q, length of the gradient."""
         config = self._config
         obs, next_obs = (self._tensor(self._spaces.encode(leaves)) for leaves in (batch.obs, batch.next_obs))
-        with torch.no_grad():
-            next_online = self._online(next_obs) if config.double else None
-            targets = losses.q_targets(
-                self._tensor(batch.returns, np.float32), self._tensor(batch.discounts, np.float32),
-                self._target(next_obs), next_online,
-            )  # fmt: skip
-        q = self._online(obs)
-        loss = losses.q_loss(q, self._tensor(batch.action), targets, config.huber_delta)
+        returns, discounts = (self._tensor(array, np.float32) for array in (batch.returns, batch.discounts))
+        next_online = self._online.trace(next_obs)[-1] if config.double else None
+        targets = losses.q_targets(returns, discounts, self._target.trace(next_obs)[-1], next_online)
+        seen = self._online.trace(obs)
+        loss, d_q = losses.q_loss(seen[-1], self._tensor(batch.action), targets, config.huber_delta)
         if not math.isfinite(loss.item()):
             raise TrainingError(
                 f"dqn: the loss is {loss.item()} at gradient step {self._adam.steps}: largest |Q| "
-                f"{q.detach().abs().max().item():.4g}, largest |target| {targets.abs().max().item():.4g}\n"
+                f"{seen[-1].abs().max().item():.4g}, largest |target| {targets.abs().max().item():.4g}\n"
                 "  lower dqn.learning_rate, or update the target less often (dqn.target_every)"
             )
-        self._parameters.grad.zero_()
-        loss.backward()
+        self._online.backward(seen, d_q)
         norm = self._parameters.clip_grad(config.max_grad_norm)
         self._adam.step(rate)
         if self._adam.steps % config.target_every == 0:
             self._target_parameters.vector.lerp_(self._parameters.vector, config.target_tau)
-        return torch.stack([loss.detach(), q.detach().mean(), norm])
+        return torch.stack([loss, seen[-1].mean(), norm])
 
     # -- state -----------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import msgspec
 import numpy as np
@@ -166,6 +166,10 @@ class PPOLearner:
     def update(self, rollout: Rollout) -> dict[str, float]:
         if not rollout.env_steps:
             return {"gradient_steps": 0.0}
+        with torch.no_grad():  # gradients are written out
+            return self._update(rollout)
+
+    def _update(self, rollout: Rollout) -> dict[str, float]:
         obs, next_at = self._observations(rollout)
         experience, metrics = self._evaluate(rollout, obs, next_at)
         rate = self._settings["learning_rate"]
@@ -193,9 +197,8 @@ class PPOLearner:
         valid = rollout.column("valid")
         x = torch.from_numpy(self._normalise(obs)).to(self._context.device)
         actions = torch.from_numpy(np.array(rollout.column("action")).reshape(rows, -1)).to(x.device)
-        with torch.no_grad():
-            values = self._net.value(x).cpu().numpy()
-            log_prob, _ = self._net.log_prob_and_entropy(x[:rows], actions)
+        values = self._net.critic.trace(x)[-1].squeeze(1).cpu().numpy()
+        log_prob = self._net.distribution(self._net.actor.trace(x[:rows])[-1], actions).log_prob
         behaviour = rollout.column("log_prob")
         log_ratio = np.where(valid, log_prob.cpu().numpy().reshape(shape) - behaviour, 0)
         now = values[:rows].reshape(shape)
@@ -247,44 +250,46 @@ class PPOLearner:
         config, count = self._config, len(experience.obs)
         parts = min(config.minibatches, count)
         sizes = [len(part) for part in np.array_split(np.empty(count), parts)]
-        seen: list[torch.Tensor] = []
+        losses_seen: list[list[float]] = []
+        norms: list[torch.Tensor] = []
+        log_ratios: list[torch.Tensor] = []
         for epoch in range(config.epochs):
             order = self._context.rng(PERMUTE, rollout, epoch).permutation(count)
             shuffled = experience.select(torch.from_numpy(order).to(experience.obs.device))
-            seen += [self._step(minibatch, rate) for minibatch in shuffled.split(sizes)]
-            if config.target_kl is not None and torch.stack(seen[-parts:])[:, 3].mean().item() > config.target_kl:
+            for minibatch in shuffled.split(sizes):
+                row, log_ratio, norm = self._step(minibatch, rate)
+                losses_seen.append(row)
+                log_ratios.append(log_ratio)
+                norms.append(norm)
+            epoch_kl = 0.0 if config.target_kl is None else losses.approximate_kl(torch.cat(log_ratios[-parts:])).item()
+            if epoch_kl > (config.target_kl or math.inf):
                 break
-        means = torch.stack(seen).mean(0).tolist()
-        names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "grad_norm")
-        return dict(zip(names, means, strict=True)) | {"gradient_steps": float(len(seen))}
+        means = dict(zip(("policy_loss", "value_loss", "entropy"), np.mean(losses_seen, axis=0).tolist(), strict=True))
+        log_ratio = torch.cat(log_ratios)
+        outside = (log_ratio.expm1().abs() > self._settings["clip_range"]).float()
+        sizes_apart = torch.stack([losses.approximate_kl(log_ratio), outside.mean(), torch.stack(norms).mean()]).tolist()
+        means |= dict(zip(("approx_kl", "clip_fraction", "grad_norm"), sizes_apart, strict=True))
+        return means | {"gradient_steps": float(len(norms))}
 
-    def _step(self, batch: _Experience, rate: float) -> torch.Tensor:
-        """One gradient step; returns the row of metrics."""
+    def _step(self, batch: _Experience, rate: float) -> tuple[list[float], torch.Tensor, torch.Tensor]:
+        """One gradient step: ([policy loss, value loss, entropy], log ratios [N], length of the gradient)."""
         config, settings = self._config, self._settings
-        clip = settings["clip_range"]
-        log_prob, entropies = self._net.log_prob_and_entropy(batch.obs, batch.actions)
-        values = self._net.value(batch.obs)
-        log_ratio = log_prob - batch.old_log_prob
+        found = self._net.evaluate(batch.obs, batch.actions)
+        log_ratio = found.distribution.log_prob - batch.old_log_prob
         advantages = losses.standardise(batch.advantages) if config.normalise_advantages else batch.advantages
-        policy_loss = losses.clipped_surrogate(log_ratio, advantages, clip, batch.weight)
-        value_loss = losses.value_loss(values, batch.targets, batch.old_values, config.value_clip)
-        entropy = entropies.mean()
-        loss = policy_loss + config.value_coef * value_loss - settings["entropy_coef"] * entropy
-        if not math.isfinite(loss.item()):
+        policy_loss, d_log_prob = losses.clipped_surrogate(log_ratio, advantages, settings["clip_range"], batch.weight)
+        value_loss, d_value = losses.value_loss(found.value, batch.targets, batch.old_values, config.value_clip)
+        row = torch.stack([policy_loss, value_loss, found.distribution.entropy.mean()]).tolist()
+        if not all(map(math.isfinite, row)):
             raise TrainingError(
-                f"ppo: the loss is {loss.item()} at gradient step {self._adam.steps}: policy loss {policy_loss.item():.4g}, "
-                f"value loss {value_loss.item():.4g}, entropy {entropy.item():.4g}\n  lower ppo.learning_rate, or normalise "
-                "observations and rewards (ppo.normalise_obs, ppo.normalise_rewards)"
+                f"ppo: the loss is not finite at gradient step {self._adam.steps}: policy loss {row[0]:.4g}, value loss "
+                f"{row[1]:.4g}, entropy {row[2]:.4g}\n  lower ppo.learning_rate, or normalise observations and rewards "
+                "(ppo.normalise_obs, ppo.normalise_rewards)"
             )
-        self._parameters.grad.zero_()
-        loss.backward()
+        found.backward(d_log_prob, -settings["entropy_coef"] / len(log_ratio), config.value_coef * d_value)
         norm = self._parameters.clip_grad(config.max_grad_norm)
         self._adam.step(rate)
-        with torch.no_grad():
-            clipped = (log_ratio.exp() - 1).abs() > clip
-            return torch.stack(
-                [policy_loss, value_loss, entropy, losses.approximate_kl(log_ratio), clipped.float().mean(), norm]
-            )
+        return row, log_ratio, norm
 
     # -- state -----------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ VERBS = {
 
 ABOUT = "Asynchronous reinforcement learning: exact, bounded, never silently stuck."
 
-DONE, FAILED, BAD_USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+DONE, FAILED, BAD_USAGE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 1, 2, 130, 141, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,10 +83,12 @@ def _guarded(verb: Verb, words: list[str]) -> int:
 
     debug = "--debug" in words
     try:
-        return importlib.import_module(verb.module).main([w for w in words if w != "--debug"])
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone (`… | head`): there is nobody to hear more
-        return DONE
+        code = importlib.import_module(verb.module).main([w for w in words if w != "--debug"])
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of our output has gone (`… | head`): there is nobody to hear more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except KeyboardInterrupt:
         return _complain("interrupted", INTERRUPTED)
     except Exception as error:

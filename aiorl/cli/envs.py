@@ -124,6 +124,11 @@ def flat(table_: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
+def spaces_text(spaces: Spaces) -> str:
+    """`box 4 float32 -> discrete 2`."""
+    return f"{observation_text(spaces)} -> {leaf_text(spaces.action)}"
+
+
 def observation_text(spaces: Spaces) -> str:
     if len(spaces.observation) == 1:
         return leaf_text(spaces.observation[0])

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from aiorl.algos import algorithm_class
+from aiorl.checkpoint import load_manifest
+from aiorl.cli.envs import spaces_text
 from aiorl.cli.flags import Parser
+from aiorl.envs.make import probe
 from aiorl.envs.spec import EnvSpec, resolve_env
 from aiorl.errors import CheckpointError, ConfigError
 from aiorl.policy import LoadedPolicy, find, load
@@ -37,15 +40,25 @@ def read_policy(given: Mapping[str, Any], verb: str) -> tuple[LoadedPolicy, EnvS
     if which is not None and which not in WHICH:
         raise ConfigError(f"--which {which}: expected one of {', '.join(WHICH)}")
     path = find(Path(given["run"]), which)
-    algo = algorithm_class(given["algo"]) if "algo" in given else None
-    policy = load(path, algo=algo)
+    recorded = str(load_manifest(path).config.get("algo", ""))
+    if ":" in recorded and "algo" not in given:
+        raise _untrusted(f"the policy was trained with {recorded}, which is not part of aiorl", f"--algo {recorded}")
+    policy = load(path, algo=algorithm_class(given["algo"]) if "algo" in given else None)
     env, kwargs = policy.config.get("env"), policy.config.get("env_kwargs", {})
     if "env" in given:
         kwargs = kwargs if given["env"] == env else {}
         env = given["env"]
     elif not isinstance(env, str) or ":" in env:
+        raise _untrusted(f"the policy was trained on {env}, which is not an id of gymnasium's", f"--env {env}")
+    spec = resolve_env(env, kwargs, in_process=True, native=False)
+    seen = probe(spec).spaces
+    if seen != policy.spaces:
         raise CheckpointError(
-            f"the policy was trained on {env}, which is not an environment of gymnasium's\n"
-            f"  a file must not decide what is imported: say so with --env {env}"
+            f"{path} was made for other spaces than {env} has\n"
+            f"  saved: {spaces_text(policy.spaces)}\n  now:   {spaces_text(seen)}"
         )
-    return policy, resolve_env(env, kwargs, in_process=True, native=False), str(path)
+    return policy, spec, str(path)
+
+
+def _untrusted(what: str, say: str) -> CheckpointError:
+    return CheckpointError(f"{what}\n  a file must not decide what is imported: say so with {say}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from aiorl.cli.parse import read_resume
 from aiorl.config import Config
-from aiorl.errors import ConfigError
+from aiorl.errors import CheckpointError, ConfigError
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,11 +30,16 @@ def prepare(run: Path, changes: dict[str, Any]) -> tuple[Config, Path]:
     from aiorl.preflight import resumed_config
 
     checkpoint = find(run, "latest")
+    manifest = load_manifest(checkpoint)
+    if "learner.json" not in manifest.files:
+        raise CheckpointError(
+            f"{checkpoint} holds a policy, but not what learning goes on from\n"
+            f"  resume the run: python -m aiorl resume {checkpoint.parent}"
+        )
     config = resumed_config(run, **changes)
-    done = load_manifest(checkpoint).env_steps
-    if done >= config.total_steps:
+    if manifest.env_steps >= config.total_steps:
         raise ConfigError(
-            f"{run} is finished: its checkpoint has {done:,} of {config.total_steps:,} env steps\n"
+            f"{run} is finished: its checkpoint has {manifest.env_steps:,} of {config.total_steps:,} env steps\n"
             f"  to train longer, give a larger total: --steps {2 * config.total_steps}"
         )
     return config, checkpoint

@@ -133,7 +133,7 @@ class Signals:
         if self.code is None and self.run is not None:
             self.code = code
             self.run.stop(final_evaluation=False)
-            self._say("stopping: finishing the update in progress and saving (Ctrl-C again ends at once)")
+            self._say("stopping: the update in progress is finished and saved (Ctrl-C again ends at once)")
             return
         self.code = self.code or code
         self._leaving = True

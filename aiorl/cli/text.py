@@ -54,8 +54,9 @@ def plural(n: int, word: str) -> str:
 
 
 def spread(mean: float, std: float) -> str:
-    """475.0 ± 12.3."""
-    return f"{number(mean)} ± {number(std)}"
+    """475.0 ± 12.3, both with as many digits as the mean is given."""
+    digits = 0 if abs(mean) >= 10_000 else 3 if max(abs(mean), std) < 1 else 1
+    return f"{mean:,.{digits}f} ± {std:,.{digits}f}"
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

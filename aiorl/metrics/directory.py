@@ -1,4 +1,4 @@
-"""The run directory (DESIGN.md §8): what is written while a run goes on, by one thread, in batches."""
+"""The run directory: what is written while a run goes on, by one thread, in batches."""
 
 from __future__ import annotations
 

@@ -1,0 +1,57 @@
+"""The record of a run, `schedule.jsonl`: one line for each rollout, in order of use. It is all that a repetition needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from aiorl.errors import ConfigError
+from aiorl.pacing import RecordedRollout, RolloutPlan
+
+SCHEDULE = "schedule.jsonl"
+
+
+class RecordLine(msgspec.Struct, frozen=True):
+    """Rollout `k`: the groups side by side, the oldest version b_k that acted, each one's version where they differ, and a
+    mark of the weights that update k made."""
+
+    k: int
+    b_k: int
+    order: tuple[int, ...]
+    versions: tuple[int, ...] = ()
+    crc: int = 0
+
+
+def record_line(plan: RolloutPlan, fingerprint: int) -> dict[str, Any]:
+    """What is written for a rollout."""
+    versions = [part.version for part in plan.parts]
+    line = {"k": plan.index, "b_k": plan.behaviour_version, "order": [part.group for part in plan.parts]}
+    return line | ({"versions": versions} if len(set(versions)) > 1 else {}) | {"crc": fingerprint}
+
+
+def read_record(directory: Path) -> list[RecordLine]:
+    """The record of the run in `directory`. Raises ConfigError if it is missing, damaged or has a gap."""
+    path = directory / SCHEDULE
+    try:
+        data = path.read_bytes().splitlines()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}\n  only a run that aiorl has recorded can be repeated") from None
+    lines: list[RecordLine] = []
+    for number, text in enumerate(data):
+        try:
+            line = msgspec.json.decode(text, type=RecordLine)
+        except msgspec.MsgspecError as error:
+            raise ConfigError(f"{path}, line {number + 1}: {error}") from None
+        if line.k < len(lines):
+            del lines[line.k :]  # the run was resumed from an earlier checkpoint and did these rollouts again
+        if line.k != len(lines):
+            raise ConfigError(f"{path}, line {number + 1}: rollout {line.k} follows {len(lines) - 1}: there is a gap")
+        lines.append(line)
+    return lines
+
+
+def recorded_rollouts(lines: list[RecordLine]) -> list[RecordedRollout]:
+    """The record as the pacer takes it."""
+    return [RecordedRollout(line.order, line.versions or (line.b_k,) * len(line.order)) for line in lines]

@@ -1,0 +1,74 @@
+"""The record of a run, and repeating a run from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toys import Toy
+
+import aiorl
+from aiorl.record import RecordLine, read_record, recorded_rollouts
+
+
+def config(out: Path, **changes: Any) -> aiorl.Config:
+    fields: dict[str, Any] = {
+        "env": "run_envs:Jittery", "algo": Toy(), "total_steps": 1500, "envs": 8, "group_size": 2, "workers": 4,
+        "eval_every": 0, "eval_episodes": 2, "checkpoint_every": 0, "out": str(out),
+    }  # fmt: skip
+    return aiorl.Config(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"schedule": "eager", "off_policy_degree": 4}, {"off_policy_degree": 2}],
+    ids=["eager", "ordered"],
+)
+async def test_a_run_is_repeated_bit_for_bit(tmp_path: Path, changes: dict[str, Any]) -> None:
+    first = await aiorl.train(config(tmp_path / "first", **changes))
+    lines = read_record(tmp_path / "first")
+    assert [line.k for line in lines] == list(range(first.updates))
+    async with aiorl.Run(
+        config(tmp_path / "second", **{**changes, "workers": 1}),
+        record=recorded_rollouts(lines),
+    ) as run:
+        again = await run.wait()
+    assert again.params_sha256 == first.params_sha256
+    assert read_record(tmp_path / "second") == lines
+
+
+def write(path: Path, *lines: dict[str, Any] | str) -> Path:
+    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    (path / "schedule.jsonl").write_text(text)
+    return path
+
+
+def line(k: int, crc: int = 0) -> dict[str, Any]:
+    return {"k": k, "b_k": max(0, k - 1), "order": [0, 1], "crc": crc}
+
+
+def test_rollouts_done_again_after_a_resume_count_once(tmp_path: Path) -> None:
+    found = read_record(write(tmp_path, line(0), line(1), line(2, crc=5), line(2, crc=6), line(3)))
+    assert [(entry.k, entry.crc) for entry in found] == [(0, 0), (1, 0), (2, 6), (3, 0)]
+    assert recorded_rollouts(found)[3] == ((0, 1), (2, 2))
+    assert recorded_rollouts([RecordLine(5, 3, (1, 0), (4, 3))]) == [((1, 0), (4, 3))]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([line(0), line(2)], "line 2: rollout 2 follows 0: there is a gap"),
+        ([line(0), "{nonsense"], "line 2"),
+        ([{"k": "zero", "b_k": 0, "order": []}], "line 1"),
+    ],
+)
+def test_a_damaged_record_is_refused(tmp_path: Path, lines: list[Any], message: str) -> None:
+    with pytest.raises(aiorl.ConfigError, match=message):
+        read_record(write(tmp_path, *lines))
+
+
+def test_a_missing_record_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(aiorl.ConfigError, match="cannot be read"):
+        read_record(tmp_path)
