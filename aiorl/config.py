@@ -97,7 +97,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def groups(self) -> int:
-        return self.envs // cast(int, self.group_size) if self.group_size != "auto" else self.envs // auto_group_size(self.envs)
+        size = auto_group_size(self.envs) if self.group_size == "auto" else self.group_size
+        return self.envs // size
 
     def replace(self, **changes: Any) -> Config:
         """A copy with some fields changed, checked again."""

@@ -66,8 +66,10 @@ class RecordedRollout(NamedTuple):
 class Script(Protocol):
     """Says beforehand which segments make up which rollout, and which version acts in them."""
 
-    rollouts: int | None
-    """How many there are, None if only the budget ends them."""
+    @property
+    def rollouts(self) -> int | None:
+        """How many there are, None if only the budget ends them."""
+        ...
 
     def place(self, group: int, ordinal: int) -> tuple[int, int] | None:
         """(rollout, version) of a group's `ordinal`-th segment; None if the script has no such segment."""
@@ -81,7 +83,7 @@ class Script(Protocol):
 class Ordered:
     """Rollout k is the k-th segment of each group, acted by version max(0, k - D)."""
 
-    rollouts = None
+    rollouts: int | None = None
 
     def __init__(self, degree: int, groups: int) -> None:
         self._degree, self._groups = degree, groups
@@ -104,7 +106,8 @@ class Recorded:
         ordinals = [0] * groups
         for k, line in enumerate(record):
             stale = [v for v in line.versions if not 0 <= k - v <= degree]
-            if len(line.order) != groups or len(line.versions) != groups or stale or not set(line.order) <= set(range(groups)):
+            known = all(0 <= group < groups for group in line.order)
+            if len(line.order) != groups or len(line.versions) != groups or stale or not known:
                 raise ConfigError(
                     f"rollout {k} of the record does not fit {groups} groups at off_policy_degree = {degree}: {line}"
                 )

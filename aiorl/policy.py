@@ -102,6 +102,6 @@ def algorithm_of(manifest: checkpoint.Manifest, algo: type[Any] | None = None) -
             )
         algo = algorithm_class(name)
     fields = manifest.config.get(getattr(algo, "name", ""), {})
-    if not issubclass(algo, msgspec.Struct):
+    if not (isinstance(algo, type) and issubclass(algo, msgspec.Struct)):
         raise CheckpointError(f"algo must be a configuration class, got {algo!r}")
     return convert(fields, algo, "checkpoint")

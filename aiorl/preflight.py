@@ -172,6 +172,8 @@ def read_saved(path: Path) -> Saved:
 def resumed_config(path: str | Path, **changes: Any) -> Config:
     """The configuration that a checkpoint was made with, read from its run's config.toml, with `changes` on top."""
     found = policy.find(Path(path), "latest")
+    if found.parent.name != "checkpoints":
+        raise CheckpointError(f"{path} holds a policy to act with, not a state to go on from\n  resume the run or one of its checkpoints/")
     source = found.parent.parent / "config.toml"
     config = Config.from_toml(source)
     return config.replace(out=str(source.parent), **changes)

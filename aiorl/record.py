@@ -37,7 +37,7 @@ def read_record(directory: Path) -> list[RecordLine]:
     try:
         data = path.read_bytes().splitlines()
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}\n  only a run that aiorl has recorded can be repeated") from None
+        raise ConfigError(f"{path} cannot be read: {error.strerror}\n  only a recorded run can be repeated") from None
     lines: list[RecordLine] = []
     for number, text in enumerate(data):
         try:

@@ -23,7 +23,7 @@ def plain_loop(
     planned_rollouts: int | None = None, warmup: int | None = None,
     each: Callable[[int, Learner, dict[str, float]], Any] | None = None,
 ) -> Learner:  # fmt: skip
-    """Train for `rollouts` rollouts of `steps` x `envs` and return the learner. `each(k, learner, metrics)` follows update k.
+    """Train for `rollouts` rollouts of `steps` x `envs` and return the learner. `each(k, learner, metrics)` follows each.
 
     `planned_rollouts` is what schedules count with, if the loop ends before.
     """

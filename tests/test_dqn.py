@@ -33,7 +33,9 @@ def test_it_follows_the_protocols():
     assert isinstance(config.learner(space, context()), Learner)
 
 
-@pytest.mark.parametrize(("action", "kind"), [(Box(-1, 1, (2,), np.float32), "Box"), (MultiDiscrete([2, 2]), "MultiDiscrete")])
+@pytest.mark.parametrize(
+    ("action", "kind"), [(Box(-1, 1, (2,), np.float32), "Box"), (MultiDiscrete([2, 2]), "MultiDiscrete")]
+)
 def test_only_discrete_actions_and_a_word_on_what_fits(action: Any, kind: str):
     with pytest.raises(ConfigError, match=f"Discrete action space, this environment has {kind}\n.*ppo"):
         DQN().check(spaces(action))

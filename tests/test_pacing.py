@@ -163,7 +163,12 @@ def simulate(
 ) -> list[RolloutPlan]:
     """Run to the end with random durations on a virtual clock; returns the rollouts in order of use."""
     pacer = Pacer(
-        degree, groups, total_steps=20 * groups * SEGMENT_STEPS, segment_steps=SEGMENT_STEPS, schedule=schedule, record=record
+        degree,
+        groups,
+        total_steps=20 * groups * SEGMENT_STEPS,
+        segment_steps=SEGMENT_STEPS,
+        schedule=schedule,
+        record=record,
     )
     now, events = 0.0, []
     speeds = [rng.choice([0.2, 1.0, 5.0]) for _ in range(groups)]
@@ -233,7 +238,12 @@ def parts_of(used: list[RolloutPlan]) -> list[tuple[int, list[tuple[int, int, in
 
 @pytest.mark.parametrize(
     "line",
-    [RecordedRollout((0,), (0,)), RecordedRollout((0, 5), (0, 0)), RecordedRollout((0, 1), (1, 0)), RecordedRollout((0, 1), (0,))],
+    [
+        RecordedRollout((0,), (0,)),
+        RecordedRollout((0, 5), (0, 0)),
+        RecordedRollout((0, 1), (1, 0)),
+        RecordedRollout((0, 1), (0,)),
+    ],
     ids=["groups missing", "no such group", "version of the future", "versions missing"],
 )
 def test_a_record_of_something_else_is_refused(line: RecordedRollout) -> None:

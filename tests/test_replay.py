@@ -63,12 +63,11 @@ def history(rollouts: list[Rollout], envs: int) -> list[list[Step]]:
         for t in range(rollout.steps):
             for b in range(envs):
                 terminated = bool(column("terminated")[t, b])
-                steps[b].append(
-                    Step(
-                        obs[t, b].tolist(), int(column("action")[t, b]), float(column("reward")[t, b]), terminated,
-                        terminated or bool(column("truncated")[t, b]), bool(column("valid")[t, b]), next_obs[t, b].tolist(),
-                    )  # fmt: skip
-                )
+                step = Step(
+                    obs[t, b].tolist(), int(column("action")[t, b]), float(column("reward")[t, b]), terminated,
+                    terminated or bool(column("truncated")[t, b]), bool(column("valid")[t, b]), next_obs[t, b].tolist(),
+                )  # fmt: skip
+                steps[b].append(step)
     return steps
 
 

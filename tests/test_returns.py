@@ -21,7 +21,7 @@ def made_up(seed: int, steps: int, envs: int, takes_a_row: bool) -> dict[str, Ar
     rng = np.random.default_rng(seed)
     shape = (steps, envs)
     flags = ends(rng, steps, envs, resets_take_a_row=takes_a_row, ended=rng.random(envs) < 0.3)
-    return {"rewards": rng.normal(size=shape), "values": rng.normal(size=shape), "next_values": rng.normal(size=shape)} | flags
+    return {name: rng.normal(size=shape) for name in ("rewards", "values", "next_values")} | flags
 
 
 cases = st.builds(made_up, st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 4), st.booleans())
@@ -62,7 +62,8 @@ def test_constant_reward_over_a_whole_episode():
 def test_the_next_episode_does_not_flow_back():
     rewards = np.array([[1.0], [1000.0]])
     truncated = np.array([[True], [False]])
-    found = gae(rewards, np.zeros((2, 1)), np.full((2, 1), V_NEXT), truncated & False, truncated, gamma=GAMMA, gae_lambda=1.0)
+    flags = {"terminated": truncated & False, "truncated": truncated}
+    found = gae(rewards, np.zeros((2, 1)), np.full((2, 1), V_NEXT), **flags, gamma=GAMMA, gae_lambda=1.0)
     assert found[0, 0] == pytest.approx(1 + GAMMA * V_NEXT)
 
 

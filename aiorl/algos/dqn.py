@@ -72,7 +72,7 @@ class DQN(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         """Raise ConfigError unless the action space is Discrete."""
         if spaces.action.kind != "discrete":
             kind = {"box": "Box", "multi_discrete": "MultiDiscrete"}.get(spaces.action.kind, spaces.action.kind)
-            raise ConfigError(f"dqn needs a Discrete action space, this environment has {kind}\n  use ppo, which acts in all")
+            raise ConfigError(f"dqn needs a Discrete action space, this environment has {kind}\n  use ppo: it acts in all")
         if spaces.features == 0:
             raise ConfigError("dqn: the observation space is empty (shape with a 0): there is nothing to learn")
 

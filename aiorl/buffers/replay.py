@@ -42,10 +42,10 @@ class Batch:
 class Replay:
     """The newest rows of experience, [rows, B]; B environments side by side, time running on from rollout to rollout.
 
-    Each row keeps the observation its step led to as well, so nothing needs to be known about its neighbours, and an n-step
-    window that may not go on is cut short and bootstraps where it was cut. It may not go on past an episode's end, the newest
-    row, or into a row that does not follow: one that is not valid, or a rollout that does not begin where this column's last
-    one ended. Rows that are not valid are never sampled.
+    Each row keeps the observation its step led to as well, so nothing needs to be known about its neighbours, and an
+    n-step window that may not go on is cut short and bootstraps where it was cut. It may not go on past an episode's end,
+    past the newest row, or into a row that does not follow: one that is not valid, or a rollout that does not begin where
+    this column's last one ended. Rows that are not valid are never sampled.
     """
 
     def __init__(self, spaces: Spaces, envs: int, capacity: int) -> None:
@@ -53,8 +53,8 @@ class Replay:
         self.envs, self.rows = envs, max(1, capacity // envs)
         self.env_steps = 0  # valid transitions ever added
         self._size = self._head = 0  # rows in use; where the next one goes
-        flags = ("terminated", "cut", "valid")
-        columns = {"action": spaces.action_column, "reward": Column((), "float64")} | dict.fromkeys(flags, Column((), "bool"))
+        columns = {"action": spaces.action_column, "reward": Column((), "float64")}
+        columns |= dict.fromkeys(("terminated", "cut", "valid"), Column((), "bool"))
         self._columns = {name: self._empty(column) for name, column in columns.items()}
         self._obs = {name: self._empty(column) for name, column in spaces.obs_columns.items()}
         self._next_obs = {name: self._empty(column) for name, column in spaces.obs_columns.items()}

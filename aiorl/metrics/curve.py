@@ -129,9 +129,7 @@ def thin(points: Sequence[Point], axis: str, most: int = POINTS) -> list[Point]:
 
 def _mean(points: Sequence[Point]) -> Point:
     n = len(points)
-    return Point(
-        sum(p.env_steps for p in points) / n, sum(p.seconds for p in points) / n, sum(p.value for p in points) / n
-    )
+    return Point(sum(p.env_steps for p in points) / n, sum(p.seconds for p in points) / n, sum(p.value for p in points) / n)
 
 
 def _begin(curve: Curve, row: _Row) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import numpy as np
 
@@ -20,11 +21,10 @@ class LagMeter:
 
     async def measure(self) -> None:
         """Run until cancelled."""
-        loop = asyncio.get_running_loop()
         while True:
-            due = loop.time() + INTERVAL_S
+            due_s = time.perf_counter() + INTERVAL_S  # not loop.time(): uvloop's clock counts whole milliseconds
             await asyncio.sleep(INTERVAL_S)
-            self.note(max(0.0, loop.time() - due) * 1000)
+            self.note(max(0.0, time.perf_counter() - due_s) * 1000)
 
     def note(self, late_ms: float) -> None:
         self.max_ms = max(self.max_ms, late_ms)

@@ -174,12 +174,9 @@ class _Plot:
         parts: list[str] = []
         for goal in goals:
             at, right = self.py(goal), WIDTH - RIGHT
+            parts.append(f'<line class="goal" x1="{LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}" stroke-dasharray="6 4"/>')
             parts.append(
-                f'<line class="goal" x1="{LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}" stroke-dasharray="6 4"/>'
-            )
-            parts.append(
-                f'<text class="goal-text" x="{LEFT + 6}" y="{at - 5:.1f}" font-size="11">'
-                f"goal {short_number(goal)}</text>"
+                f'<text class="goal-text" x="{LEFT + 6}" y="{at - 5:.1f}" font-size="11">goal {short_number(goal)}</text>'
             )
         return parts
 

@@ -10,7 +10,7 @@ from typing import Any
 
 
 class SharedBlock:
-    """`nbytes` of zeroed memory. Pickled while a worker is being started, it arrives there as a mapping of the same pages."""
+    """`nbytes` of zeroed memory. Pickled into a worker that is being started, it arrives as a mapping of the same pages."""
 
     def __init__(self, nbytes: int, *, _fd: int | None = None) -> None:
         self.nbytes = max(nbytes, mmap.PAGESIZE)
