@@ -10,7 +10,7 @@ Layers. A module imports only lower ones, or its own without a cycle (tests/test
         learning  report  record  metrics/                  what a run is made from             3
     workers/                                                processes and shared memory         4
     preflight  assembly  checkpointing  loops               checks, set-up, the four coroutines 5
-    session  run                                            wires and owns everything           6
+    session  run  replay                                    wires and owns everything           6
     __main__  cli/                                          the edge                            -
 """
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import traceback
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -23,8 +22,9 @@ from aiorl.ledger import Ledger
 from aiorl.metrics.curve import write_curve
 from aiorl.metrics.directory import RunFiles, write_atomically
 from aiorl.offload import OffloadThread
-from aiorl.pacing import Pacer, RecordedRollout
+from aiorl.pacing import Pacer
 from aiorl.preflight import EVAL_WIDTH, Preflight
+from aiorl.record import Record
 from aiorl.report import Report, Result
 from aiorl.workers.launch import Launcher
 from aiorl.workers.pool import InlineWorkers, ProcessWorkers, Workers, plan_stations
@@ -78,7 +78,7 @@ class Assembly:
 
 
 async def assemble(
-    config: Config, report: Report, resume: str | Path | None = None, record: Sequence[RecordedRollout] | None = None
+    config: Config, report: Report, resume: str | Path | None = None, record: Record | None = None
 ) -> Assembly:
     """Check, then build everything; workers are made but not started. On an error nothing is left behind."""
     files_thread = OffloadThread("aiorl-files")
@@ -89,7 +89,7 @@ async def assemble(
         if checked.config.workers:
             launcher = Launcher(import_main=checked.needs_main)  # it loads its modules while this process imports torch
             await files_thread.run(launcher.warm_up)
-        trainer = await learner_thread.run(_make_trainer, checked)
+        trainer = await learner_thread.run(_make_trainer, checked, record)
         weights = await learner_thread.run(_make_weights, checked, trainer)
         parts = _wire(checked, launcher, learner_thread, trainer, weights, record)
         files = await files_thread.run(_begin_directory, checked)
@@ -106,7 +106,7 @@ async def assemble(
     return Assembly(checked, parts, files, files_thread)
 
 
-def _make_trainer(checked: Preflight) -> Trainer:
+def _make_trainer(checked: Preflight, record: Record | None) -> Trainer:
     config = checked.config
     context = LearnerContext(
         seed=config.seed,
@@ -118,7 +118,8 @@ def _make_trainer(checked: Preflight) -> Trainer:
         device=_choose_device(config.device),
     )
     ledger = Ledger(config.groups, cast(int, config.group_size))
-    trainer = Trainer(checked.algorithm, checked.spaces, context, ledger, config.torch_threads)
+    settings = record.settings if record is not None else None
+    trainer = Trainer(checked.algorithm, checked.spaces, context, ledger, config.torch_threads, settings)
     if checked.saved is not None:
         try:
             trainer.restore(checked.saved.parts)
@@ -166,7 +167,7 @@ def _wire(
     learner_thread: OffloadThread,
     trainer: Trainer,
     weights: WeightStore,
-    record: Sequence[RecordedRollout] | None,
+    record: Record | None,
 ) -> loops.Parts:
     config = checked.config
     group_size, groups = cast(int, config.group_size), config.groups
@@ -176,7 +177,7 @@ def _wire(
         total_steps=config.total_steps,
         segment_steps=checked.segment.steps * group_size,
         schedule=config.schedule,
-        record=record,
+        record=record.rollouts if record is not None else None,
     )
     cursors: dict[int, GroupCursor | None] = {g: trainer.ledger.cursor(g) for g in range(groups)}
     common = StationSetup(

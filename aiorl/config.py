@@ -108,7 +108,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """A copy without "auto" or None where a value can be worked out: what the run directory records."""
         size = auto_group_size(self.envs) if self.group_size == "auto" else self.group_size
         groups = self.envs // size
-        workers = min(groups, usable_cores()) if self.workers == "auto" else self.workers
+        # A group is never split, so more workers than groups would have nothing to do.
+        workers = min(groups, usable_cores() if self.workers == "auto" else self.workers)
         return self.replace(
             algo=self.algorithm,
             group_size=size,
@@ -217,9 +218,9 @@ def check_bounds(struct: msgspec.Struct, prefix: str) -> None:
 
 def _check_choices(config: Config) -> None:
     """Checks that need more than one field."""
-    algorithm = config.algorithm
-    if isinstance(algorithm, msgspec.Struct):
-        check_bounds(algorithm, f"{type(algorithm).name}.")  # type: ignore[attr-defined]
+    algorithm: Any = config.algorithm
+    if isinstance(config.algorithm, msgspec.Struct):
+        check_bounds(config.algorithm, f"{algorithm.name}.")
     for name in ("group_size", "segment_length"):
         value = getattr(config, name)
         if isinstance(value, int) and value < 1:
@@ -234,14 +235,9 @@ def _check_choices(config: Config) -> None:
             f"envs = {config.envs} is not a multiple of group_size = {config.group_size}\n"
             f"  group sizes that fit: {', '.join(divisors)}"
         )
-    if not isinstance(config.workers, str) and config.workers > config.groups:
-        raise ConfigError(
-            f"workers = {config.workers} but there are only {config.groups} groups of environments\n"
-            f"  use at most {config.groups} workers, more envs, or a smaller group_size"
-        )
     if config.off_policy_degree > 0 and not algorithm.corrects_staleness and not config.allow_uncorrected:
         raise ConfigError(
-            f"{type(algorithm).name} does not correct for stale data, so off_policy_degree = {config.off_policy_degree} "
+            f"{algorithm.name} does not correct for stale data, so off_policy_degree = {config.off_policy_degree} "
             "would bias it\n  set off_policy_degree = 0, or allow_uncorrected = true to accept that"
         )
     if config.memory_gb is not None and config.memory_gb <= 0:

@@ -38,8 +38,18 @@ class Outcome:
 class Trainer:
     """Learner and ledger of one run. Made and used on the learner thread only, one call at a time."""
 
-    def __init__(self, algorithm: Algorithm, spaces: Spaces, context: LearnerContext, ledger: Ledger, threads: int) -> None:
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        spaces: Spaces,
+        context: LearnerContext,
+        ledger: Ledger,
+        threads: int,
+        settings: Mapping[int, Mapping[str, float]] | None = None,
+    ) -> None:
+        """`settings`: changes to make after so many updates (when a run is repeated)."""
         self.ledger = ledger
+        self._settings = settings or {}
         self._updates = sum(ledger.segments_used())
         self._threads = threads
         self._restore_threads = _set_torch_threads(threads)
@@ -50,6 +60,8 @@ class Trainer:
         n = segments[0].envs
         envs = np.concatenate([np.arange(part.group * n, (part.group + 1) * n) for part in plan.parts])
         rollout = Rollout(plan.index, plan.behaviour_version, segments, envs)
+        if plan.index in self._settings:
+            self.learner.set(**self._settings[plan.index])
         begun = time.perf_counter()
         metrics = self.learner.update(rollout)
         took_s = time.perf_counter() - begun
@@ -109,7 +121,7 @@ def fingerprint(weights: Weights) -> int:
     """
     crc = 0
     for name in sorted(weights):
-        crc = zlib.crc32(np.ascontiguousarray(weights[name].reshape(-1)[:1024]), crc)
+        crc = zlib.crc32(weights[name].reshape(-1)[:1024].tobytes(), crc)
     return crc
 
 

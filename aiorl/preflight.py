@@ -34,6 +34,7 @@ class Preflight:
     segment: SegmentLayout
     directory: Path
     saved: Saved | None = None
+    idle_workers: int = 0
 
     @property
     def spaces(self) -> Spaces:
@@ -42,9 +43,15 @@ class Preflight:
     @property
     def warnings(self) -> list[str]:
         """What the user should know before it matters."""
+        found: list[str] = []
         if self.probe.why_inexact:
-            return [f"a resumed run may not be exact: {self.probe.why_inexact}"]
-        return []
+            found.append(f"a resumed run may not be exact: {self.probe.why_inexact}")
+        if self.idle_workers:
+            found.append(
+                f"{self.config.workers} workers are enough for {self.config.groups} groups of environments; for more, "
+                "use more envs or a smaller group_size"
+            )
+        return found
 
     @property
     def needs_main(self) -> bool:
@@ -69,7 +76,7 @@ def check(config: Config, resume: str | Path | None = None, *, write: bool = Tru
     saved = None
     if resume is not None:
         saved = read_saved(Path(resume))
-    config = config.resolve()
+    asked, config = config.workers, config.resolve()
     algorithm = cast(Algorithm, config.algorithm)
     spec = resolve_env(
         config.env, config.env_kwargs, in_process=config.workers == 0, native=config.native_vector
@@ -89,7 +96,8 @@ def check(config: Config, resume: str | Path | None = None, *, write: bool = Tru
         make_writable(directory)
         if saved is None and (directory / "summary.json").exists():
             raise ConfigError(f"{directory} already holds a run's summary\n  choose another out")
-    return Preflight(config, algorithm, found.spec, found, segment, directory, saved)
+    idle = asked - cast(int, config.workers) if isinstance(asked, int) else 0
+    return Preflight(config, algorithm, found.spec, found, segment, directory, saved, idle)
 
 
 def _check_importable(algorithm: Algorithm, workers: int) -> None:
@@ -173,7 +181,9 @@ def resumed_config(path: str | Path, **changes: Any) -> Config:
     """The configuration that a checkpoint was made with, read from its run's config.toml, with `changes` on top."""
     found = policy.find(Path(path), "latest")
     if found.parent.name != "checkpoints":
-        raise CheckpointError(f"{path} holds a policy to act with, not a state to go on from\n  resume the run or one of its checkpoints/")
+        raise CheckpointError(
+            f"{path} holds a policy to act with, not a state to go on from\n  resume the run, or one of its checkpoints/"
+        )
     source = found.parent.parent / "config.toml"
     config = Config.from_toml(source)
     return config.replace(out=str(source.parent), **changes)

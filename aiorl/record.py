@@ -10,7 +10,7 @@ import msgspec
 from aiorl.errors import ConfigError
 from aiorl.pacing import RecordedRollout, RolloutPlan
 
-SCHEDULE = "schedule.jsonl"
+SCHEDULE, EVENTS = "schedule.jsonl", "events.jsonl"
 
 
 class RecordLine(msgspec.Struct, frozen=True):
@@ -31,27 +31,57 @@ def record_line(plan: RolloutPlan, fingerprint: int) -> dict[str, Any]:
     return line | ({"versions": versions} if len(set(versions)) > 1 else {}) | {"crc": fingerprint}
 
 
-def read_record(directory: Path) -> list[RecordLine]:
+class Record(msgspec.Struct, frozen=True):
+    """What a run did: its rollouts in order, and the settings that were changed after so many updates."""
+
+    lines: tuple[RecordLine, ...]
+    settings: dict[int, dict[str, float]] = {}
+
+    @property
+    def rollouts(self) -> list[RecordedRollout]:
+        """As the pacer takes them."""
+        return [RecordedRollout(line.order, line.versions or (line.b_k,) * len(line.order)) for line in self.lines]
+
+
+def read_record(directory: Path) -> Record:
     """The record of the run in `directory`. Raises ConfigError if it is missing, damaged or has a gap."""
     path = directory / SCHEDULE
-    try:
-        data = path.read_bytes().splitlines()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}\n  only a recorded run can be repeated") from None
     lines: list[RecordLine] = []
-    for number, text in enumerate(data):
+    for number, text in enumerate(_read_lines(path), start=1):
         try:
             line = msgspec.json.decode(text, type=RecordLine)
         except msgspec.MsgspecError as error:
-            raise ConfigError(f"{path}, line {number + 1}: {error}") from None
+            raise ConfigError(f"{path}, line {number}: {error}") from None
         if line.k < len(lines):
             del lines[line.k :]  # the run was resumed from an earlier checkpoint and did these rollouts again
         if line.k != len(lines):
-            raise ConfigError(f"{path}, line {number + 1}: rollout {line.k} follows {len(lines) - 1}: there is a gap")
+            raise ConfigError(f"{path}, line {number}: rollout {line.k} follows {len(lines) - 1}: there is a gap")
         lines.append(line)
-    return lines
+    return Record(tuple(lines), _read_settings(directory / EVENTS))
 
 
-def recorded_rollouts(lines: list[RecordLine]) -> list[RecordedRollout]:
-    """The record as the pacer takes it."""
-    return [RecordedRollout(line.order, line.versions or (line.b_k,) * len(line.order)) for line in lines]
+class _SettingsLine(msgspec.Struct, frozen=True):
+    event: str
+    version: int = 0
+    changes: dict[str, float] = {}
+
+
+def _read_settings(path: Path) -> dict[int, dict[str, float]]:
+    """What `run.set` changed, by the number of updates that came before."""
+    settings: dict[int, dict[str, float]] = {}
+    for text in _read_lines(path) if path.exists() else []:
+        if b"settings_changed" not in text:
+            continue
+        try:
+            line = msgspec.json.decode(text, type=_SettingsLine)
+        except msgspec.MsgspecError as error:
+            raise ConfigError(f"{path}: {error}") from None
+        settings[line.version] = {**settings.get(line.version, {}), **line.changes}
+    return settings
+
+
+def _read_lines(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().splitlines()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}\n  only a recorded run can be repeated") from None

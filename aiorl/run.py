@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -15,8 +15,8 @@ from aiorl.config import Config
 from aiorl.errors import ConfigError
 from aiorl.events import AnyEvent, Evaluated, Paused, Resumed, SettingsChanged, Status
 from aiorl.metrics.broadcast import Subscription
-from aiorl.pacing import RecordedRollout
 from aiorl.policy import LoadedPolicy
+from aiorl.record import Record
 from aiorl.report import Result
 from aiorl.session import Session
 
@@ -41,9 +41,7 @@ class Run:
     `resume` is a run directory or a checkpoint to go on from; `record` makes the run repeat what another one did.
     """
 
-    def __init__(
-        self, config: Config, *, resume: str | Path | None = None, record: Sequence[RecordedRollout] | None = None
-    ) -> None:
+    def __init__(self, config: Config, *, resume: str | Path | None = None, record: Record | None = None) -> None:
         self._session = Session(config, resume, record)
         self._task: asyncio.Task[None] | None = None
         self._own_events: Subscription | None = None

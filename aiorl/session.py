@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,8 +21,8 @@ from aiorl.events import AnyEvent, Evaluated, EvaluationSkipped, Finished, Progr
 from aiorl.learning import Outcome, params_sha256
 from aiorl.metrics.broadcast import Broadcast
 from aiorl.metrics.lag import LagMeter
-from aiorl.pacing import RecordedRollout, RolloutPlan
-from aiorl.record import record_line
+from aiorl.pacing import RolloutPlan
+from aiorl.record import Record, record_line
 from aiorl.report import Report, Result
 from aiorl.segments import Array
 
@@ -36,9 +36,7 @@ class Session:
     failed. `snapshot` is the newest version and its weights, kept when the shared memory is given back.
     """
 
-    def __init__(
-        self, config: Config, resume: str | Path | None, record: Sequence[RecordedRollout] | None = None
-    ) -> None:
+    def __init__(self, config: Config, resume: str | Path | None, record: Record | None = None) -> None:
         self.config = config
         self.report = Report(config.stop_at)
         self.broadcast = Broadcast()

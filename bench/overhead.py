@@ -40,7 +40,7 @@ async def assembled(**changes: Any) -> AsyncIterator[Assembly]:
     """The parts of a run that does not run, with workers made and not started."""
     with tempfile.TemporaryDirectory() as out:
         config = aiorl.Config(env="bench.blank:Blank", algo=Idle(), total_steps=10**9, out=f"{out}/run", **changes)
-        made = await assemble(config, None, Report(None))
+        made = await assemble(config, Report(None))
         try:
             yield made
         finally:

@@ -10,7 +10,8 @@ import pytest
 from toys import Toy
 
 import aiorl
-from aiorl.record import RecordLine, read_record, recorded_rollouts
+from aiorl.record import Record, RecordLine, read_record
+from aiorl.replay import replay
 
 
 def config(out: Path, **changes: Any) -> aiorl.Config:
@@ -28,15 +29,35 @@ def config(out: Path, **changes: Any) -> aiorl.Config:
 )
 async def test_a_run_is_repeated_bit_for_bit(tmp_path: Path, changes: dict[str, Any]) -> None:
     first = await aiorl.train(config(tmp_path / "first", **changes))
-    lines = read_record(tmp_path / "first")
-    assert [line.k for line in lines] == list(range(first.updates))
-    async with aiorl.Run(
-        config(tmp_path / "second", **{**changes, "workers": 1}),
-        record=recorded_rollouts(lines),
-    ) as run:
-        again = await run.wait()
-    assert again.params_sha256 == first.params_sha256
-    assert read_record(tmp_path / "second") == lines
+    assert [line.k for line in read_record(tmp_path / "first").lines] == list(range(first.updates))
+    again = await replay(tmp_path / "first", workers=1)
+    assert again.equal
+    assert (again.rollouts, again.repeated_sha256) == (first.updates, first.params_sha256)
+
+
+async def test_a_run_that_was_stopped_resumed_and_retuned_is_repeated(tmp_path: Path) -> None:
+    halves = config(tmp_path, schedule="eager", off_policy_degree=3)
+    async with aiorl.Run(halves) as run:
+        async for event in run:
+            if isinstance(event, aiorl.Updated) and event.version == 5:
+                await run.set(learning_rate=0.7)
+                run.stop(final_evaluation=False)
+    second = await aiorl.train(halves, resume=tmp_path)
+    again = await replay(tmp_path, workers=2)
+    assert again.repeated_sha256 == second.params_sha256
+
+
+async def test_the_first_rollout_that_differs_is_named(tmp_path: Path) -> None:
+    await aiorl.train(config(tmp_path, off_policy_degree=2))
+    path = tmp_path / "schedule.jsonl"
+    lines = path.read_text().splitlines()
+    changed = json.loads(lines[9])
+    changed["versions"] = [changed["b_k"], changed["b_k"], changed["b_k"], 9]
+    lines[9] = json.dumps(changed)
+    path.write_text("\n".join(lines))
+    again = await replay(tmp_path, workers=2)
+    assert not again.equal
+    assert again.first_difference == 9
 
 
 def write(path: Path, *lines: dict[str, Any] | str) -> Path:
@@ -51,9 +72,9 @@ def line(k: int, crc: int = 0) -> dict[str, Any]:
 
 def test_rollouts_done_again_after_a_resume_count_once(tmp_path: Path) -> None:
     found = read_record(write(tmp_path, line(0), line(1), line(2, crc=5), line(2, crc=6), line(3)))
-    assert [(entry.k, entry.crc) for entry in found] == [(0, 0), (1, 0), (2, 6), (3, 0)]
-    assert recorded_rollouts(found)[3] == ((0, 1), (2, 2))
-    assert recorded_rollouts([RecordLine(5, 3, (1, 0), (4, 3))]) == [((1, 0), (4, 3))]
+    assert [(entry.k, entry.crc) for entry in found.lines] == [(0, 0), (1, 0), (2, 6), (3, 0)]
+    assert found.rollouts[3] == ((0, 1), (2, 2))
+    assert Record((RecordLine(5, 3, (1, 0), (4, 3)),)).rollouts == [((1, 0), (4, 3))]
 
 
 @pytest.mark.parametrize(

@@ -75,12 +75,12 @@ class ToyLearner:
         return {"w": self._w}
 
     def state_dict(self) -> StateTree:
-        return {"w": self._w.copy(), "updates": self.updates}
+        return {"w": self._w.copy(), "updates": self.updates, "rate": self._rate}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state["w"].shape != self._w.shape:
             raise ValueError(f"w: expected {self._w.shape}, got {state['w'].shape}")
-        self._w[...], self.updates = state["w"], int(state["updates"])
+        self._w[...], self.updates, self._rate = state["w"], int(state["updates"]), float(state["rate"])
 
     def set(self, **changes: float) -> None:
         for name, value in changes.items():

@@ -57,7 +57,7 @@ class LearnerContext:
 
 @runtime_checkable
 class Policy(Protocol):
-    """The acting half. One instance serves one group, so it may keep state from one step to the next (recurrence, search)."""
+    """The acting half. One instance serves one group, so it may keep state from step to step (recurrence, search)."""
 
     def begin(self, weights: Weights, rollout: int, rng: np.random.Generator | None, steps: int) -> None:
         """Start a segment of at most `steps` steps with these weights, which stay unchanged until the segment ends.

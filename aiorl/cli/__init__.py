@@ -26,6 +26,7 @@ class Verb(NamedTuple):
 VERBS = {
     "train": Verb("aiorl.cli.train", "train an agent", "train CartPole-v1 --steps 200k --seed 1"),
     "resume": Verb("aiorl.cli.resume", "go on with a run", "resume runs/CartPole-v1-ppo-0 --steps 400k"),
+    "replay": Verb("aiorl.cli.replay", "repeat a run bit for bit from its record", "replay runs/CartPole-v1-ppo-0"),
     "eval": Verb("aiorl.cli.evaluate", "measure a trained policy", "eval runs/CartPole-v1-ppo-0 --episodes 100"),
     "play": Verb("aiorl.cli.play", "watch or record a trained policy", "play runs/CartPole-v1-ppo-0 --record pole.gif"),
     "plot": Verb("aiorl.cli.plot", "draw learning curves of one or more runs", "plot runs/* --out curves.svg"),
