@@ -122,12 +122,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def to_dict(self) -> dict[str, Any]:
         """Plain data as in a TOML file: `algo` is a name, and a table of that name holds the algorithm's fields."""
         data = {k: v for k, v in msgspec.structs.asdict(self).items() if v is not None}
-        algorithm = data["algo"]
+        algorithm: Any = self.algo
         data["env"] = env_name(self.env)
         if not isinstance(algorithm, str):
             data["algo"] = algorithm_name(algorithm)
             fields = msgspec.to_builtins(algorithm)
-            data[type(algorithm).name] = {k: v for k, v in fields.items() if v is not None}
+            data[algorithm.name] = {k: v for k, v in fields.items() if v is not None}
         return data
 
     def to_toml(self) -> str:
