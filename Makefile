@@ -2,7 +2,7 @@
 #   make train ARGS="--seed 1"      more flags for the command
 #   make test ARGS="-k pacing"      more flags for pytest
 #   make train PYTHON=/opt/python3.12/bin/python3
-#   make train PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"   torch without CUDA on Linux
+#   make train PIP_FLAGS="--index-url …"   more flags for pip, e.g. an index that has torch without CUDA
 PYTHON ?=
 PYTHONS := python3.13 python3.12 python3.11 python3
 PIP_FLAGS ?=

@@ -305,3 +305,18 @@ def test_nobody_reads_the_output():
     done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_replay_repeats_a_run_and_sees_a_difference(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["replay", str(finished), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["equal"]
+    assert told["repeated_sha256"] == json.loads((finished / "summary.json").read_text())["params_sha256"]
+    other = copy(finished, tmp_path)
+    config = (other / "config.toml").read_text()
+    (other / "config.toml").write_text(config.replace("seed = 5", "seed = 6"))
+    assert main(["replay", str(other)]) == 1
+    assert "differs  from rollout 0 on" in capsys.readouterr().out
+    assert main(["replay", str(tmp_path)]) == 2
+    assert main(["replay"]) == 2
+    assert "no run given" in capsys.readouterr().err
