@@ -1,23 +1,28 @@
-"""Checkpoints: directories of plain arrays and JSON with a manifest, written beside and renamed into place.
+"""Checkpoints: directories of plain arrays and JSON, with a manifest that is the last to be written.
 
-A checkpoint is either complete or not there: files are written to a temporary directory and synced, the manifest (with size
-and SHA-256 of each) last, then the directory is renamed. Reading trusts nothing: names, sizes and hashes are checked before
-any content is looked at, and no content can name code.
+The manifest names every file with its size and SHA-256, and the hash is part of the name the file has on disk. So the files
+of a new checkpoint lie beside those of the one it replaces, and renaming the new manifest into place, which is atomic, is
+the moment of change: before it the old checkpoint is complete, after it the new one. What an interrupted write leaves
+behind is named by no manifest. Reading trusts nothing: names, sizes and hashes are checked before any content is looked at,
+and no content can name code.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, BinaryIO, cast
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
 from aiorl.envs.spaces import Spaces
 from aiorl.errors import CheckpointError
@@ -25,15 +30,20 @@ from aiorl.segments import Array
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-MANIFEST_BYTES_MAX = 16 * 2**20
-_FILE_NAME = re.compile(r"[a-z0-9_]+\.(safetensors|json)")
+JSON_BYTES_MAX = 256 * 2**20
+CHUNK_BYTES = 2**20
+_NAME = re.compile(r"([a-z0-9_]+)\.(safetensors|json)")
+_STORED = re.compile(r"[a-z0-9_]+-[0-9a-f]{16}\.(safetensors|json)|\.[a-z0-9_.]+\.tmp")
+
+_DTYPES = {"bool": "BOOL", "float16": "F16", "float32": "F32", "float64": "F64"}
+_DTYPES |= {f"{u}int{bits}": f"{u or 'i'}{bits}".upper() for u in ("", "u") for bits in (8, 16, 32, 64)}
 
 Tree = dict[str, Any]
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    size: int
-    sha256: str
+    size: Annotated[int, Meta(ge=0)]
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,111 +51,155 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     schema: int
     kind: str
-    version: int
-    env_steps: int
+    version: Annotated[int, Meta(ge=0)]
+    env_steps: Annotated[int, Meta(ge=0)]
     config: dict[str, Any]
     spaces: Spaces
     libraries: dict[str, str]
     files: dict[str, FileEntry] = {}
     notes: dict[str, Any] = {}
 
+    def path_of(self, directory: Path, name: str) -> Path:
+        """Where the file that the manifest calls `name` lies."""
+        stem, _, suffix = name.partition(".")
+        return directory / f"{stem}-{self.files[name].sha256[:16]}.{suffix}"
+
 
 def save(path: Path, manifest: Manifest, parts: Mapping[str, Tree]) -> None:
-    """Write a checkpoint directory at `path`, replacing one that is there. Raises OSError if the disk does not let it."""
-    temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    """Write a checkpoint into the directory `path`, replacing the one that is there, if any.
+
+    Raises OSError if the disk does not let it; then, as after a kill at any moment, the old one is still complete.
+    """
+    path.mkdir(parents=True, exist_ok=True)
     try:
         files: dict[str, FileEntry] = {}
         for name, tree in parts.items():
             arrays, plain = flatten(tree)
-            files[f"{name}.safetensors"] = _write(temporary / f"{name}.safetensors", encode_arrays(arrays))
-            files[f"{name}.json"] = _write(temporary / f"{name}.json", json.dumps(plain).encode())
+            files[f"{name}.safetensors"] = _store(path, f"{name}.safetensors", encode_arrays(arrays))
+            files[f"{name}.json"] = _store(path, f"{name}.json", [_encode_json(plain, name)])
         manifest = msgspec.structs.replace(manifest, files=files)
-        _write(temporary / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest)))
-        _sync_directory(temporary)
-        _move_into_place(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _move_into_place(temporary: Path, path: Path) -> None:
-    old = path.parent / f".{path.name}.old-{os.getpid()}"
-    if path.exists():
-        os.rename(path, old)
-    os.rename(temporary, path)
-    _sync_directory(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        _sync_directory(path)
+        _write(path / f".{MANIFEST}.tmp", [msgspec.json.format(msgspec.json.encode(manifest))])
+        os.replace(path / f".{MANIFEST}.tmp", path / MANIFEST)
+        _sync_directory(path)
+        _sync_directory(path.parent)
+    finally:
+        remove_leftovers(path)
 
 
 def load(path: Path, parts: tuple[str, ...] = ()) -> tuple[Manifest, dict[str, Tree]]:
     """Read the manifest and the named parts. Raises CheckpointError naming the file and what is wrong with it."""
     manifest = load_manifest(path)
-    trees: dict[str, Tree] = {}
-    for name in parts:
-        if f"{name}.json" not in manifest.files or f"{name}.safetensors" not in manifest.files:
-            raise CheckpointError(f"{path} holds no {name}: it is a {manifest.kind} checkpoint\n  use one of checkpoints/")
-        plain = _decode_json(_read(path, f"{name}.json", manifest), path / f"{name}.json")
-        arrays = decode_arrays(_read(path, f"{name}.safetensors", manifest), path / f"{name}.safetensors")
-        trees[name] = unflatten(arrays, plain, path / name)
-    return manifest, trees
+    while True:
+        try:
+            return manifest, {name: _load_part(path, name, manifest) for name in parts}
+        except FileNotFoundError as error:
+            before, manifest = manifest, load_manifest(path)
+            if manifest == before:
+                raise CheckpointError(f"{error.filename} is missing") from None
+            # else a running program has just replaced this checkpoint: read the new one
 
 
 def load_manifest(path: Path) -> Manifest:
+    """Read the manifest alone. Raises CheckpointError."""
     try:
-        data = _read_file(path / MANIFEST, MANIFEST_BYTES_MAX)
-    except FileNotFoundError:
+        with _open(path / MANIFEST) as file:
+            if os.fstat(file.fileno()).st_size > JSON_BYTES_MAX:
+                raise CheckpointError(f"{path / MANIFEST} is damaged: it has more than {JSON_BYTES_MAX} bytes")
+            manifest = msgspec.json.decode(file.read(), type=Manifest)
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path} is not a checkpoint: it has no {MANIFEST}") from None
-    try:
-        manifest = msgspec.json.decode(data, type=Manifest)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged or of another make: {error}") from None
     if manifest.schema != SCHEMA:
         raise CheckpointError(
             f"{path} has checkpoint schema {manifest.schema}, this version of aiorl reads {SCHEMA}\n"
             f"  it was written by aiorl {manifest.libraries.get('aiorl', '?')}"
         )
+    for name in manifest.files:
+        if not _NAME.fullmatch(name):
+            raise CheckpointError(f"{path / MANIFEST}: refusing the file name {name!r}")
     return manifest
+
+
+def _load_part(path: Path, name: str, manifest: Manifest) -> Tree:
+    if f"{name}.json" not in manifest.files or f"{name}.safetensors" not in manifest.files:
+        raise CheckpointError(f"{path} holds no {name}: it is a {manifest.kind} checkpoint\n  use one of checkpoints/")
+    plain = _decode_json(_checked(path, f"{name}.json", manifest))
+    arrays = decode_arrays(_checked(path, f"{name}.safetensors", manifest))
+    return unflatten(arrays, plain, path / name)
+
+
+# -- directories of checkpoints ----------------------------------------------------------------------------------------
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
     """The complete checkpoints in `directory`, oldest first."""
+    return [path for path in _numbered(directory) if (path / MANIFEST).is_file()]
+
+
+def prune(directory: Path, keep: int, newest: int) -> None:
+    """Keep the last `keep` checkpoints up to version `newest`; delete all others and what interrupted writes left.
+
+    Later versions than the newest are of a future that was given up when the run was resumed from before it.
+    """
+    kept = [path for path in complete_checkpoints(directory) if int(path.name) <= newest][-keep:]
+    for path in _numbered(directory):
+        if path in kept:
+            remove_leftovers(path)
+        else:
+            with contextlib.suppress(OSError):
+                (path / MANIFEST).unlink(missing_ok=True)  # first: half deleted it must not look complete
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what an interrupted write left in the checkpoint directory `path`, and the directory if that empties it."""
+    try:
+        manifest = load_manifest(path) if (path / MANIFEST).exists() else None
+    except CheckpointError:
+        return  # not to be understood: nothing in it is ours to delete
+    named = {manifest.path_of(path, name) for name in manifest.files} if manifest else set[Path]()
+    with contextlib.suppress(OSError):
+        for file in path.iterdir():
+            if _STORED.fullmatch(file.name) and file not in named:
+                file.unlink()
+        if manifest is None:
+            path.rmdir()
+
+
+def _numbered(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
-    found = [p for p in directory.iterdir() if p.name.isdigit() and (p / MANIFEST).is_file()]
-    return sorted(found, key=lambda p: int(p.name))
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Delete what an interrupted write left behind."""
-    if directory.is_dir():
-        for path in directory.glob(".*.tmp-*"):
-            shutil.rmtree(path, ignore_errors=True)
-        for path in directory.glob(".*.old-*"):
-            shutil.rmtree(path, ignore_errors=True)
+    return sorted((p for p in directory.iterdir() if p.name.isdecimal()), key=lambda p: int(p.name))
 
 
 # -- trees of arrays and plain values ----------------------------------------------------------------------------------
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Array], dict[str, Any]]:
-    """Split a nested dict into arrays by path (`a/b/c`) and everything else by path."""
+    """Split a nested dict into arrays by path (`a/b/c`) and everything else by path. ValueError for what cannot be kept.
+
+    In a path, a key's own `~` and `/` are written `~0` and `~1`, as in JSON pointers.
+    """
     arrays: dict[str, Array] = {}
     plain: dict[str, Any] = {}
     for key, value in tree.items():
-        if "/" in key:
-            raise ValueError(f"state key {prefix + key!r} must not contain '/'")
-        if isinstance(value, Mapping):
-            inner_arrays, inner_plain = flatten(cast("Mapping[str, Any]", value), f"{prefix}{key}/")
+        if not isinstance(key, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"state key {key!r} under {prefix!r}: expected a str")
+        path = prefix + key.replace("~", "~0").replace("/", "~1")
+        if isinstance(value, np.ndarray):
+            arrays[path] = cast(Array, value)
+        elif isinstance(value, Mapping) and value:
+            inner_arrays, inner_plain = flatten(cast("Mapping[str, Any]", value), f"{path}/")
             arrays |= inner_arrays
             plain |= inner_plain
-        elif isinstance(value, np.ndarray):
-            arrays[prefix + key] = cast(Array, value)
+        elif value is None or isinstance(value, str | int | float | list | tuple | Mapping):
+            plain[path] = value
+        elif isinstance(value, np.generic):
+            plain[path] = value.item()
         else:
-            plain[prefix + key] = value
-    if not tree and prefix:
-        plain[prefix] = None  # an empty dict
+            raise ValueError(f"state {path!r} is a {type(value).__name__}: expected an array, number, str, list or None")
     return arrays, plain
 
 
@@ -153,42 +207,93 @@ def unflatten(arrays: Mapping[str, Array], plain: Mapping[str, Any], where: Path
     """Inverse of `flatten`."""
     tree: Tree = {}
     for path, value in [*arrays.items(), *plain.items()]:
-        *parents, last = path.split("/")
+        *parents, last = (key.replace("~1", "/").replace("~0", "~") for key in path.split("/"))
         node = tree
         for key in parents:
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
                 raise CheckpointError(f"{where}: {path} lies inside something that is not a group")
-        if last:
-            node[last] = value
+        if last in node:
+            raise CheckpointError(f"{where}: {path} is there twice")
+        node[last] = value
     return tree
 
 
-def encode_arrays(arrays: Mapping[str, Array]) -> bytes:
-    from safetensors.numpy import save as encode
+def encode_arrays(arrays: Mapping[str, Array]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, piece by piece: large arrays are neither copied nor do they hold up other threads.
 
-    return encode({name: np.ascontiguousarray(a).reshape(a.shape) for name, a in arrays.items()})
+    The format: 8 bytes, the length of the header; the header, JSON padded to a multiple of 8; the arrays, little-endian.
+    """
+    header: dict[str, Any] = {}
+    pieces: list[Array] = []
+    offset = 0
+    for name, array in sorted(arrays.items(), key=lambda item: (-item[1].itemsize, item[0])):  # wide ones first: aligned
+        if array.dtype.name not in _DTYPES or name == "__metadata__":
+            raise ValueError(f"state {name!r} is an array of {array.dtype}, which a checkpoint cannot hold under this name")
+        end = offset + array.nbytes
+        header[name] = {"dtype": _DTYPES[array.dtype.name], "shape": array.shape, "data_offsets": (offset, end)}
+        pieces.append(array)
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for array in pieces:
+        plain = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        yield plain.reshape(-1).view(np.uint8).data
 
 
-def decode_arrays(data: bytes, where: Path) -> dict[str, Array]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load as decode
+def decode_arrays(path: Path) -> dict[str, Array]:
+    """The arrays of a safetensors file, as copies. Raises CheckpointError."""
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return {name: array.copy() for name, array in decode(data).items()}
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{where} is not a valid safetensors file: {error}") from None
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+    except (SafetensorError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a valid safetensors file: {error}") from None
+
+
+def _encode_json(plain: dict[str, Any], part: str) -> bytes:
+    data = json.dumps(plain).encode()
+    if len(data) > JSON_BYTES_MAX:
+        raise ValueError(f"the state of {part!r} has {len(data)} bytes outside arrays: keep long lists as NumPy arrays")
+    return data
+
+
+def _decode_json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > JSON_BYTES_MAX:
+        raise CheckpointError(f"{path} is damaged: it has more than {JSON_BYTES_MAX} bytes")
+    try:
+        plain = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(plain, dict):
+        raise CheckpointError(f"{path} holds a {type(plain).__name__}, expected an object")
+    return cast("dict[str, Any]", plain)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def _write(path: Path, data: bytes) -> FileEntry:
+def _store(directory: Path, name: str, pieces: Iterable[bytes | memoryview]) -> FileEntry:
+    """Write a file of a coming manifest under its name with the hash in it."""
+    temporary = directory / f".{name}.tmp"
+    entry = _write(temporary, pieces)
+    stem, _, suffix = name.partition(".")
+    os.replace(temporary, directory / f"{stem}-{entry.sha256[:16]}.{suffix}")
+    return entry
+
+
+def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> FileEntry:
+    digest, size = hashlib.sha256(), 0
     with open(path, "wb") as file:
-        file.write(data)
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
+            size += len(piece)
         file.flush()
         os.fsync(file.fileno())
-    return FileEntry(len(data), hashlib.sha256(data).hexdigest())
+    return FileEntry(size, digest.hexdigest())
 
 
 def _sync_directory(path: Path) -> None:
@@ -199,40 +304,30 @@ def _sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def _read(path: Path, name: str, manifest: Manifest) -> bytes:
-    if not _FILE_NAME.fullmatch(name):
-        raise CheckpointError(f"{path}: refusing the file name {name!r}")
-    entry = manifest.files[name]
-    try:
-        data = _read_file(path / name, entry.size)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path / name} is missing") from None
-    if len(data) != entry.size:
-        raise CheckpointError(f"{path / name} has {len(data)} bytes, the manifest says {entry.size}")
-    if hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise CheckpointError(f"{path / name} does not match its SHA-256 in the manifest: the file is damaged")
-    return data
+def _checked(directory: Path, name: str, manifest: Manifest) -> Path:
+    """The path of a file that is just as the manifest says. FileNotFoundError if it is missing."""
+    path, entry = manifest.path_of(directory, name), manifest.files[name]
+    with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != entry.size:
+            raise CheckpointError(f"{path} has {size} bytes, the manifest says {entry.size}: the file is damaged")
+        digest = hashlib.sha256()
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    if digest.hexdigest() != entry.sha256:
+        raise CheckpointError(f"{path} does not match its SHA-256 in the manifest: the file is damaged")
+    return path
 
 
-def _read_file(path: Path, bytes_max: int) -> bytes:
+def _open(path: Path) -> BinaryIO:
+    """Open a regular file, nothing else: no link, and no pipe on which reading would wait."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    except FileNotFoundError:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    with os.fdopen(fd, "rb") as file:
-        size = os.fstat(fd).st_size
-        if size > bytes_max:
-            raise CheckpointError(f"{path} has {size} bytes, expected at most {bytes_max}")
-        return file.read()
-
-
-def _decode_json(data: bytes, where: Path) -> dict[str, Any]:
-    try:
-        plain = json.loads(data)
-    except ValueError as error:
-        raise CheckpointError(f"{where} is not valid JSON: {error}") from None
-    if not isinstance(plain, dict):
-        raise CheckpointError(f"{where} holds {type(plain).__name__}, expected an object")
-    return cast("dict[str, Any]", plain)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CheckpointError(f"{path} is not a regular file")
+    return os.fdopen(fd, "rb")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,6 @@ class Checkpointer:
         self._writing: asyncio.Task[Path] | None = None
         self._failures = 0
         self._saved_version = -1
-        checkpoint.remove_leftovers(made.checked.directory)
-        checkpoint.remove_leftovers(self._directory)
 
     @property
     def _directory(self) -> Path:
@@ -88,7 +85,8 @@ class Checkpointer:
     async def _write(self, manifest: checkpoint.Manifest, trees: dict[str, Any]) -> Path:
         path = self._directory / f"{manifest.version:08d}"
         await self._made.files_thread.run(checkpoint.save, path, manifest, trees)
-        await self._made.files_thread.run(self._remove_old)
+        keep = self._made.checked.config.keep
+        await self._made.files_thread.run(checkpoint.prune, self._directory, keep, manifest.version)
         self._saved_version = manifest.version
         self._note_success(path, manifest)
         return path
@@ -104,7 +102,7 @@ class Checkpointer:
             self._note_failure(error)
 
     async def _save_policy(self, kind: str, version: int, env_steps: int, buffer: int, notes: dict[str, Any]) -> None:
-        weights = {name: array.copy() for name, array in self._made.parts.weights.arrays(buffer).items()}
+        weights = self._made.parts.weights.arrays(buffer)  # held by the caller: nobody writes into it meanwhile
         path = self._made.checked.directory / kind
         manifest = self._manifest(kind, version, env_steps, notes)
         try:
@@ -141,8 +139,3 @@ class Checkpointer:
     def _place(self) -> dict[str, Any]:
         report = self._report
         return {"seconds": report.seconds, "version": self._made.parts.pacer.commits, "env_steps": report.stored}
-
-    def _remove_old(self) -> None:
-        keep = self._made.checked.config.keep
-        for path in checkpoint.complete_checkpoints(self._directory)[:-keep]:
-            shutil.rmtree(path, ignore_errors=True)

@@ -50,7 +50,6 @@ class Trainer:
         """`settings`: changes to make after so many updates (when a run is repeated)."""
         self.ledger = ledger
         self._settings = settings or {}
-        self._updates = sum(ledger.segments_used())
         self._threads = threads
         self._restore_threads = _set_torch_threads(threads)
         self.learner: Learner = algorithm.learner(spaces, context)
@@ -70,7 +69,6 @@ class Trainer:
                 f"{type(self.learner).__name__}.update returned no `gradient_steps`\n  add it to the metrics (0 in warm-up)"
             )
         episodes = self.ledger.store(plan.parts, segments)
-        self._updates += 1
         weights = self.learner.weights()
         times = [float(s.header[SegmentHeader.ENDED_S] - s.header[SegmentHeader.STARTED_S]) for s in segments]
         return Outcome(
@@ -89,7 +87,7 @@ class Trainer:
     def set(self, changes: Mapping[str, float]) -> int:
         """Change settings of the learner; returns how many updates came before. ValueError for what it does not have."""
         self.learner.set(**changes)
-        return self._updates
+        return self.ledger.rollouts
 
     def capture(self, behaviour: Mapping[int, Weights]) -> dict[str, Any]:
         """Everything a resume needs, as it is between two updates: the parts of a checkpoint.
@@ -126,11 +124,10 @@ def fingerprint(weights: Weights) -> int:
 
 
 def params_sha256(weights: Mapping[str, Array]) -> str:
-    """Hash of the policy's parameters: arrays sorted by name, raw little-endian bytes."""
+    """Hash of the policy's parameters: raw little-endian bytes, one array after the other, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         array = np.ascontiguousarray(weights[name])
-        digest.update(name.encode())
         digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
     return digest.hexdigest()
 

@@ -15,6 +15,7 @@ import numpy as np
 from aiorl.envs.cursor import GroupCursor, advance
 from aiorl.pacing import Grant
 from aiorl.segments import Array, Segment
+from aiorl.trees import check_tree
 
 
 class Episode(NamedTuple):
@@ -97,6 +98,11 @@ class Ledger:
         """How many segments of each group have been learned from."""
         return [books.segments for books in self._books]
 
+    @property
+    def rollouts(self) -> int:
+        """How many rollouts have been learned from: each takes as many segments as there are groups."""
+        return sum(self.segments_used()) // len(self._books)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything above as a tree of arrays and numbers (copies)."""
         groups: dict[str, Any] = {}
@@ -115,19 +121,21 @@ class Ledger:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
+        """Inverse of `state_dict`. ValueError or KeyError for the state of other groups."""
         groups = state["groups"]
         if len(groups) != len(self._books):
             raise ValueError(f"ledger has {len(groups)} groups, expected {len(self._books)}")
         self.stored, self.episodes = int(state["stored"]), int(state["episodes"])
         self.recent = deque(state["recent"].tolist(), maxlen=100)
         for index, books in enumerate(self._books):
-            saved = groups[str(index)]
-            if saved["totals"].shape != books.totals.shape:
-                raise ValueError(f"group {index} has {len(saved['totals'])} environments, expected {len(books.totals)}")
-            books.segments = int(saved["segments"])
-            books.totals, books.lengths = saved["totals"], saved["lengths"]
-            books.cursor = _cursor_from(saved["cursor"])
+            saved, n = groups[str(index)], len(books.totals)
+            for name, like in (("totals", books.totals), ("lengths", books.lengths)):
+                check_tree(saved[name], like, f"ledger.groups.{index}.{name}")
+            cursor = _cursor_from(saved["cursor"])
+            if cursor is not None and not len(cursor.actions) == len(cursor.episodes) == len(cursor.done) == n:
+                raise ValueError(f"ledger.groups.{index}.cursor: expected {n} environments, got {len(cursor.actions)}")
+            books.segments, books.cursor = int(saved["segments"]), cursor
+            books.totals, books.lengths = saved["totals"].copy(), saved["lengths"].copy()
 
 
 def _cursor_tree(cursor: GroupCursor | None) -> dict[str, Any]:

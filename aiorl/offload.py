@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-import time
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -20,37 +19,36 @@ R = TypeVar("R")
 class OffloadThread:
     """A daemon thread that runs one call after the other. Make and use it in one event loop."""
 
-    def __init__(self, name: str, initializer: Callable[[], Any] | None = None) -> None:
+    def __init__(self, name: str) -> None:
         self._loop = asyncio.get_running_loop()
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._done = asyncio.Event()
         self._closing = False
-        self.busy_s = 0.0
-        self._thread = threading.Thread(target=self._serve, args=(initializer,), name=name, daemon=True)
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
     async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run `function` on the thread. If the caller is cancelled the call still ends by itself, unheard."""
+        """Run `function` on the thread. If the caller is cancelled the call still ends by itself, unheard.
+
+        What it raises is raised here. `SystemExit` and the like, which would end the host, come as RuntimeError.
+        """
         if self._closing:
             raise RuntimeError(f"{self._thread.name} is closed")
         result: asyncio.Future[R] = self._loop.create_future()
 
         def call() -> None:
-            begun = time.perf_counter()
             try:
                 value = function(*args, **kwargs)
             except BaseException as error:
-                self._post(_set_exception, result, error)
+                self._post(_set_exception, result, _as_ordinary(error))
             else:
                 self._post(_set_result, result, value)
-            finally:
-                self.busy_s += time.perf_counter() - begun
 
         self._calls.put(call)
         return await result
 
     async def aclose(self, timeout_s: float) -> bool:
-        """Let the thread end after what it is doing now; False if it is still busy after `timeout_s`."""
+        """Let the thread end after the calls it has got; False if it is still busy after `timeout_s`."""
         if not self._closing:
             self._closing = True
             self._calls.put(None)
@@ -62,9 +60,7 @@ class OffloadThread:
         self._thread.join(0.1)
         return True
 
-    def _serve(self, initializer: Callable[[], Any] | None) -> None:
-        if initializer is not None:
-            initializer()
+    def _serve(self) -> None:
         while (call := self._calls.get()) is not None:
             call()
             del call  # else the last call's arguments live until the next one
@@ -77,11 +73,20 @@ class OffloadThread:
             pass  # the host closed its loop while the call was running: nobody is left to hear
 
 
+def _as_ordinary(error: BaseException) -> Exception:
+    """An error that a future can carry: asyncio takes SystemExit, CancelledError and StopIteration as addressed to itself."""
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        return error
+    ordinary = RuntimeError(f"{type(error).__name__}: {error}")
+    ordinary.__cause__ = error
+    return ordinary
+
+
 def _set_result(future: asyncio.Future[Any], value: Any) -> None:
     if not future.done():
         future.set_result(value)
 
 
-def _set_exception(future: asyncio.Future[Any], error: BaseException) -> None:
+def _set_exception(future: asyncio.Future[Any], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)

@@ -37,7 +37,11 @@ def _children() -> set[str]:
     """Command lines of living child processes, where /proc tells; the standard library's resource tracker may stay."""
     found: set[str] = set()
     for listing in Path("/proc/self/task").glob("*/children"):
-        for pid in listing.read_text().split():
+        try:
+            pids = listing.read_text().split()
+        except OSError:
+            continue  # the thread ended between the two looks
+        for pid in pids:
             try:
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             except OSError:

@@ -90,6 +90,16 @@ def test_gaussian_log_densities_are_of_the_action_as_rounded():
     assert head.mode(mean[:1]).tolist() == [[3, -2]]
 
 
+def test_gaussian_log_densities_stay_exact_where_rounding_matters():
+    head = acting.distribution(spaces(Box(-1, 1, (1,), np.float32)).action)
+    assert isinstance(head, Gaussian)
+    head.load(np.array([-9.0], np.float32))
+    mean = np.full((100, 1), 100.0, np.float32)  # neighbouring floats are a tenth of a deviation apart
+    actions, log_prob = head.sample(mean, head.noise(np.random.default_rng(0), 1, 100)[0])
+    normal = torch.distributions.Normal(torch.from_numpy(mean).double(), np.exp(-9.0))
+    np.testing.assert_allclose(log_prob, normal.log_prob(torch.from_numpy(actions)).sum(1).numpy(), atol=1e-4)
+
+
 def test_noise_is_drawn_for_whole_segments_and_depends_on_the_generator_alone():
     calls: list[tuple[int, int]] = []
 

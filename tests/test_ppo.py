@@ -183,11 +183,12 @@ def test_stale_rollouts_are_learned_from_and_measured(correction: Any):
     assert all(math.isfinite(value) for row in metrics for value in row.values())
 
 
-def test_invalid_rows_change_nothing():
+@pytest.mark.parametrize("correction", ["decoupled", "vtrace", "none"])
+def test_invalid_rows_change_nothing(correction: Any):
     """Junk in rows that are no transitions leaves no trace in parameters, statistics or metrics."""
     results = []
-    for junk in (0.0, 1e6, np.nan):
-        config = PPO(**SMALL, normalise_obs=True, normalise_rewards=True, correction="vtrace")
+    for junk, action in ((0.0, 0), (1e6, 1), (np.nan, 0)):
+        config = PPO(**SMALL, normalise_obs=True, normalise_rewards=True, correction=correction)
         stream = Stream(spaces(), 4, 8, resets_take_a_row=True)
         learner = config.learner(stream.space, context())
         for _ in range(2):
@@ -195,7 +196,7 @@ def test_invalid_rows_change_nothing():
             columns = rollout.segments[0].columns
             invalid = ~columns["valid"]
             assert invalid.any()
-            columns["reward"][invalid], columns["log_prob"][invalid] = junk, junk
+            columns["reward"][invalid], columns["log_prob"][invalid], columns["action"][invalid] = junk, junk, action
             metrics = learner.update(rollout)
         results.append((digest(learner.state_dict()), metrics))
     assert results[0] == results[1] == results[2]
@@ -250,7 +251,7 @@ def test_an_unusable_loss_stops_before_the_parameters_change():
     rollout = stream.next()
     rollout.segments[0].columns["reward"][3, 1] = np.inf
     before = learner.state_dict()["parameters"]
-    expected = pytest.raises(TrainingError, match=r"policy loss nan, value loss .*\n.*learning_rate")
+    expected = pytest.raises(TrainingError, match=r"policy_loss nan, value_loss .*\n.*learning_rate")
     with np.errstate(invalid="ignore"), expected:
         learner.update(rollout)
     after = learner.state_dict()["parameters"]
@@ -276,6 +277,19 @@ def test_it_learns_what_pays(action: Any, degree: int):
     policy.begin(learner.weights(), 0, None, 0)
     best, _ = policy.act({"obs": np.full((1, 3), 0.5, np.float32)}, np.ones(1, bool))
     np.testing.assert_allclose(best.reshape(-1), 1, atol=0.2)
+
+
+def test_an_unusable_gradient_stops_as_well():
+    """The losses are finite, but their gradient is not."""
+    stream = Stream(spaces(), 4, 8)
+    learner = PPO(**SMALL, value_coef=1e38).learner(stream.space, context())
+    rollout = stream.next()
+    rollout.segments[0].columns["reward"][...] *= 1e6
+    before = learner.state_dict()["parameters"]
+    with pytest.raises(TrainingError, match=r"grad_norm (inf|nan)"):
+        learner.update(rollout)
+    after = learner.state_dict()["parameters"]
+    assert all((before[name] == after[name]).all() for name in before)
 
 
 # -- exactness ---------------------------------------------------------------------------------------------------------

@@ -146,6 +146,21 @@ def test_a_rollout_that_does_not_follow_cuts_the_window():
     assert discount_of_last(b) == pytest.approx(0.5)
 
 
+def test_a_window_does_not_go_on_into_a_row_that_is_no_transition():
+    """Rows that a shorter segment left unused follow without an episode's end."""
+    stream = Stream(spaces(), 1, 4)
+    rollout = stream.next()
+    columns = rollout.segments[0].columns
+    columns["terminated"][...] = columns["truncated"][...] = False
+    columns["reward"][:, 0], columns["valid"][:, 0] = [1, 1, 100, 100], [True, True, False, False]
+    rollout.segments[0].clear()
+    replay = Replay(stream.space, 1, 10)
+    replay.add(rollout)
+    batch = replay.gather(np.array([0]), 3, 0.5)
+    assert (batch.returns[0], batch.discounts[0]) == (1.5, 0.25)
+    assert batch.next_obs["obs"][0].tolist() == [2, 0, 0]
+
+
 def test_only_the_end_of_a_long_rollout_is_kept():
     stream = Stream(spaces(), 2, 10)
     replay = Replay(stream.space, 2, 6)

@@ -35,6 +35,7 @@ else:
     torch, losses, networks = LazyModule("torch"), LazyModule("aiorl.losses"), LazyModule("aiorl.networks")
 
 INIT, SAMPLE = 0, 1  # what a learner's random numbers are for
+_PARTS = ("loss", "q_mean", "target_mean", "grad_norm")
 Positive = Annotated[float, Meta(gt=0)]
 
 
@@ -148,14 +149,14 @@ class DQNLearner:
         rng = self._context.rng(SAMPLE, rollout.index)
         with torch.no_grad():  # gradients are written out
             seen = [self._step(self._sample(rng), rate) for _ in range(owed)]
-        metrics = {
+        metrics: dict[str, float] = {
             "gradient_steps": float(owed),
             "learning_rate": rate,
             "epsilon": epsilon_at(rollout.index, self._schedule()),
             "replay_size": float(len(self._replay)),
         }
         if seen:
-            metrics |= dict(zip(("loss", "q_mean", "grad_norm"), torch.stack(seen).mean(0).tolist(), strict=True))
+            metrics |= dict(zip(_PARTS, np.mean(seen, axis=0).tolist(), strict=True))
         return metrics
 
     def _sample(self, rng: np.random.Generator) -> Batch:
@@ -164,8 +165,8 @@ class DQNLearner:
     def _tensor(self, array: Array, dtype: type[np.generic] | None = None) -> torch.Tensor:
         return torch.from_numpy(array if dtype is None else array.astype(dtype)).to(self._context.device)
 
-    def _step(self, batch: Batch, rate: float) -> torch.Tensor:
-        """One gradient step, and the target update that may be due after it: loss, mean Q, length of the gradient."""
+    def _step(self, batch: Batch, rate: float) -> list[float]:
+        """One gradient step, and the target update that may be due after it: what `_PARTS` names."""
         config = self._config
         obs, next_obs = (self._tensor(self._spaces.encode(leaves)) for leaves in (batch.obs, batch.next_obs))
         returns, discounts = (self._tensor(array, np.float32) for array in (batch.returns, batch.discounts))
@@ -173,18 +174,19 @@ class DQNLearner:
         targets = losses.q_targets(returns, discounts, self._target.trace(next_obs)[-1], next_online)
         seen = self._online.trace(obs)
         loss, d_q = losses.q_loss(seen[-1], self._tensor(batch.action), targets, config.huber_delta)
-        if not math.isfinite(loss.item()):
-            raise TrainingError(
-                f"dqn: the loss is {loss.item()} at gradient step {self._adam.steps}: largest |Q| "
-                f"{seen[-1].abs().max().item():.4g}, largest |target| {targets.abs().max().item():.4g}\n"
-                "  lower dqn.learning_rate, or update the target less often (dqn.target_every)"
-            )
         self._online.backward(seen, d_q)
         norm = self._parameters.clip_grad(config.max_grad_norm)
+        row = torch.stack([loss, seen[-1].mean(), targets.mean(), norm]).tolist()
+        if not all(map(math.isfinite, row)):
+            parts = ", ".join(f"{name} {value:.4g}" for name, value in zip(_PARTS, row, strict=True))
+            raise TrainingError(
+                f"dqn: the loss is not finite at gradient step {self._adam.steps}: {parts}\n"
+                "  lower dqn.learning_rate, or update the target less often (dqn.target_every)"
+            )
         self._adam.step(rate)
         if self._adam.steps % config.target_every == 0:
             self._target_parameters.vector.lerp_(self._parameters.vector, config.target_tau)
-        return torch.stack([loss, seen[-1].mean(), norm])
+        return row
 
     # -- state -----------------------------------------------------------------------------------------------------
 

@@ -43,6 +43,7 @@ else:
 
 INIT, PERMUTE = 0, 1  # what a learner's random numbers are for
 REWARD_CLIP = 10.0
+_PARTS = ("policy_loss", "value_loss", "entropy", "grad_norm")
 Positive = Annotated[float, Meta(gt=0)]
 
 
@@ -78,9 +79,13 @@ class PPO(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     ratio_cap: Annotated[float, Meta(description="largest weight proximal / behaviour", gt=0)] = 2.0
     adam_eps: Annotated[float, Meta(description="Adam's epsilon", gt=0)] = 1e-5
 
-    @property
-    def corrects_staleness(self) -> bool:
-        return self.correction != "none"
+    if TYPE_CHECKING:
+        corrects_staleness: ClassVar[bool]
+    else:
+
+        @property
+        def corrects_staleness(self) -> bool:
+            return self.correction != "none"
 
     def check(self, spaces: Spaces) -> None:
         """PPO acts in all supported spaces. Raises ConfigError if there is nothing to choose or to see."""
@@ -250,46 +255,43 @@ class PPOLearner:
         config, count = self._config, len(experience.obs)
         parts = min(config.minibatches, count)
         sizes = [len(part) for part in np.array_split(np.empty(count), parts)]
-        losses_seen: list[list[float]] = []
-        norms: list[torch.Tensor] = []
+        seen: list[list[float]] = []
         log_ratios: list[torch.Tensor] = []
         for epoch in range(config.epochs):
             order = self._context.rng(PERMUTE, rollout, epoch).permutation(count)
             shuffled = experience.select(torch.from_numpy(order).to(experience.obs.device))
             for minibatch in shuffled.split(sizes):
-                row, log_ratio, norm = self._step(minibatch, rate)
-                losses_seen.append(row)
+                row, log_ratio = self._step(minibatch, rate)
+                seen.append(row)
                 log_ratios.append(log_ratio)
-                norms.append(norm)
             epoch_kl = 0.0 if config.target_kl is None else losses.approximate_kl(torch.cat(log_ratios[-parts:])).item()
             if epoch_kl > (config.target_kl or math.inf):
                 break
-        means = dict(zip(("policy_loss", "value_loss", "entropy"), np.mean(losses_seen, axis=0).tolist(), strict=True))
+        metrics: dict[str, float] = dict(zip(_PARTS, np.mean(seen, axis=0).tolist(), strict=True))
         log_ratio = torch.cat(log_ratios)
-        outside = (log_ratio.expm1().abs() > self._settings["clip_range"]).float()
-        sizes_apart = torch.stack([losses.approximate_kl(log_ratio), outside.mean(), torch.stack(norms).mean()]).tolist()
-        means |= dict(zip(("approx_kl", "clip_fraction", "grad_norm"), sizes_apart, strict=True))
-        return means | {"gradient_steps": float(len(norms))}
+        metrics["approx_kl"] = losses.approximate_kl(log_ratio).item()
+        metrics["clip_fraction"] = (log_ratio.expm1().abs() > self._settings["clip_range"]).float().mean().item()
+        return metrics | {"gradient_steps": float(len(seen))}
 
-    def _step(self, batch: _Experience, rate: float) -> tuple[list[float], torch.Tensor, torch.Tensor]:
-        """One gradient step: ([policy loss, value loss, entropy], log ratios [N], length of the gradient)."""
+    def _step(self, batch: _Experience, rate: float) -> tuple[list[float], torch.Tensor]:
+        """One gradient step: (what `_PARTS` names, log ratios [N])."""
         config, settings = self._config, self._settings
         found = self._net.evaluate(batch.obs, batch.actions)
         log_ratio = found.distribution.log_prob - batch.old_log_prob
         advantages = losses.standardise(batch.advantages) if config.normalise_advantages else batch.advantages
         policy_loss, d_log_prob = losses.clipped_surrogate(log_ratio, advantages, settings["clip_range"], batch.weight)
         value_loss, d_value = losses.value_loss(found.value, batch.targets, batch.old_values, config.value_clip)
-        row = torch.stack([policy_loss, value_loss, found.distribution.entropy.mean()]).tolist()
-        if not all(map(math.isfinite, row)):
-            raise TrainingError(
-                f"ppo: the loss is not finite at gradient step {self._adam.steps}: policy loss {row[0]:.4g}, value loss "
-                f"{row[1]:.4g}, entropy {row[2]:.4g}\n  lower ppo.learning_rate, or normalise observations and rewards "
-                "(ppo.normalise_obs, ppo.normalise_rewards)"
-            )
         found.backward(d_log_prob, -settings["entropy_coef"] / len(log_ratio), config.value_coef * d_value)
         norm = self._parameters.clip_grad(config.max_grad_norm)
+        row = torch.stack([policy_loss, value_loss, found.distribution.entropy.mean(), norm]).tolist()
+        if not all(map(math.isfinite, row)):
+            parts = ", ".join(f"{name} {value:.4g}" for name, value in zip(_PARTS, row, strict=True))
+            raise TrainingError(
+                f"ppo: a loss is not finite at gradient step {self._adam.steps}: {parts}\n  lower ppo.learning_rate, or "
+                "normalise observations and rewards (ppo.normalise_obs, ppo.normalise_rewards)"
+            )
         self._adam.step(rate)
-        return row, log_ratio, norm
+        return row, log_ratio
 
     # -- state -----------------------------------------------------------------------------------------------------
 
