@@ -19,6 +19,8 @@ def limit_threads() -> None:
 def main() -> int:
     """Run the command that this process was started with; returns the exit code."""
     limit_threads()
+    # The event loop waits at most this long for the learner thread to let go of the interpreter (default: 5 ms).
+    sys.setswitchinterval(0.0005)
     from aiorl.cli import main as cli
 
     return cli(sys.argv[1:])

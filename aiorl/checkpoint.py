@@ -35,8 +35,10 @@ CHUNK_BYTES = 2**20
 _NAME = re.compile(r"([a-z0-9_]+)\.(safetensors|json)")
 _STORED = re.compile(r"[a-z0-9_]+-[0-9a-f]{16}\.(safetensors|json)|\.[a-z0-9_.]+\.tmp")
 
-_DTYPES = {"bool": "BOOL", "float16": "F16", "float32": "F32", "float64": "F64"}
-_DTYPES |= {f"{u}int{bits}": f"{u or 'i'}{bits}".upper() for u in ("", "u") for bits in (8, 16, 32, 64)}
+_DTYPES = {
+    "bool": "BOOL", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64", "uint8": "U8", "uint16": "U16",
+    "uint32": "U32", "uint64": "U64", "float16": "F16", "float32": "F32", "float64": "F64",
+}  # fmt: skip
 
 Tree = dict[str, Any]
 
@@ -210,9 +212,10 @@ def unflatten(arrays: Mapping[str, Array], plain: Mapping[str, Any], where: Path
         *parents, last = (key.replace("~1", "/").replace("~0", "~") for key in path.split("/"))
         node = tree
         for key in parents:
-            node = node.setdefault(key, {})
-            if not isinstance(node, dict):
+            inner: Any = node.setdefault(key, {})
+            if not isinstance(inner, dict):
                 raise CheckpointError(f"{where}: {path} lies inside something that is not a group")
+            node = cast(Tree, inner)
         if last in node:
             raise CheckpointError(f"{where}: {path} is there twice")
         node[last] = value
@@ -247,7 +250,7 @@ def decode_arrays(path: Path) -> dict[str, Array]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="numpy") as file:
+        with cast(Any, safe_open)(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
     except (SafetensorError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a valid safetensors file: {error}") from None

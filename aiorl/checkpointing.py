@@ -85,8 +85,8 @@ class Checkpointer:
     async def _write(self, manifest: checkpoint.Manifest, trees: dict[str, Any]) -> Path:
         path = self._directory / f"{manifest.version:08d}"
         await self._made.files_thread.run(checkpoint.save, path, manifest, trees)
-        keep = self._made.checked.config.keep
-        await self._made.files_thread.run(checkpoint.prune, self._directory, keep, manifest.version)
+        keep, newest = self._made.checked.config.keep, self._made.parts.pacer.commits
+        await self._made.files_thread.run(checkpoint.prune, self._directory, keep, newest)
         self._saved_version = manifest.version
         self._note_success(path, manifest)
         return path

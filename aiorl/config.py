@@ -5,18 +5,23 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
 
 from aiorl.algos import algorithm_class, algorithm_name
+from aiorl.algos.base import Algorithm
 from aiorl.errors import ConfigError
 
 Auto = Literal["auto"]
+
+INT_MAX = 2**63 - 1  # of TOML
+GROUPS_MAX = 2**16 - 1  # the records between processes number groups with 16 bits
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,7 +48,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         int | None, Meta(description="steps each environment contributes to a rollout (default: the algorithm's)")
     ] = None
     off_policy_degree: Annotated[
-        int, Meta(description="how many versions acting may trail learning; 0 is the sequential loop", ge=0)
+        int, Meta(description="how many versions acting may trail learning; 0 is the sequential loop", ge=0, le=10_000)
     ] = 1
     schedule: Annotated[
         Literal["ordered", "eager"],
@@ -78,6 +83,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     out: Annotated[str | None, Meta(description="run directory (default: runs/ENV-ALGO-SEED)")] = None
 
     def __post_init__(self) -> None:
+        check_plain(self.env_kwargs, "env_kwargs")
         check_bounds(self, "")
         _check_choices(self)
 
@@ -102,6 +108,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def replace(self, **changes: Any) -> Config:
         """A copy with some fields changed, checked again."""
+        _refuse_unknown(changes, Config, "configuration")
         return msgspec.structs.replace(self, **changes)
 
     def resolve(self) -> Config:
@@ -111,6 +118,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         # A group is never split, so more workers than groups would have nothing to do.
         workers = min(groups, usable_cores() if self.workers == "auto" else self.workers)
         return self.replace(
+            env_kwargs=msgspec.json.decode(msgspec.json.encode(self.env_kwargs)),  # as a file gives them: lists, no tuples
             algo=self.algorithm,
             group_size=size,
             workers=workers,
@@ -142,7 +150,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         algo = data.get("algo", "ppo")
         if isinstance(algo, str):
             algorithm = algorithm_class(algo)
-            data["algo"] = convert(data.pop(algorithm.name, {}), algorithm, f"{where}: {algorithm.name}")
+            data["algo"] = convert(data.pop(algorithm.name, {}), algorithm, where, f"{algorithm.name}.")
         if "env" not in data:
             raise ConfigError(f"{where}: no `env` given\n  name an environment, e.g. env = \"CartPole-v1\"")
         return convert(data, cls, where)
@@ -156,7 +164,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """The tuned configuration for this environment and algorithm if there is one, with `changes` on top."""
         from aiorl.presets import preset
 
-        return cls.from_dict({**preset(algo, env), "env": env, "algo": algo, **changes}, "preset")
+        settings = preset(algo, env)
+        own = algorithm_class(algo).name
+        if isinstance(changes.get(own), Mapping):
+            changes[own] = {**settings.get(own, {}), **changes[own]}
+        return cls.from_dict({**settings, "env": env, "algo": algo, **changes}, "preset")
 
 
 def auto_group_size(envs: int) -> int:
@@ -186,41 +198,103 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read as TOML: {error}") from None
 
 
-def convert(data: Any, kind: type[Any], where: str) -> Any:
-    """Build a struct from plain data; unknown keys get a suggestion."""
-    known = [f.name for f in msgspec.structs.fields(kind)]
-    if isinstance(data, Mapping):
-        keys = [str(k) for k in cast("Mapping[Any, Any]", data)]
-        for key in keys:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, 1)
-                hint = f" — did you mean `{near[0]}`?" if near else f"\n  known: {', '.join(known)}"
-                raise ConfigError(f"{where}: unknown key `{key}`{hint}")
+def convert(data: Any, kind: type[Any], where: str, prefix: str = "") -> Any:
+    """Build a struct from plain data. ConfigError names `where`, the key (after `prefix`), its value and what to expect."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the whole'} = {data!r}: expected a table")
+    table = cast("Mapping[Any, Any]", data)
+    _refuse_unknown(table, kind, where, prefix)
     try:
-        return msgspec.convert(data, kind)
+        return msgspec.convert(table, kind)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{where}: {error}") from error.__cause__
+        text, _, place = str(error).partition(" - at `$.")
+        place = place.rstrip("`")
+        key = re.split(r"[.\[]", place)[0]
+        if key not in table:
+            raise ConfigError(f"{where}: {text}") from error.__cause__
+        types = {field.name: field.type for field in msgspec.structs.fields(kind)}
+        expected = _expected(text, types[key] if place == key else None)
+        raise ConfigError(f"{where}: {prefix}{key} = {table[key]!r}: {expected}") from None
+
+
+def _refuse_unknown(keys: Iterable[Any], kind: type[Any], where: str, prefix: str = "") -> None:
+    known = [field.name for field in msgspec.structs.fields(kind)]
+    for key in map(str, keys):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f" — did you mean `{prefix}{near[0]}`?" if near else f"\n  known: {', '.join(known)}"
+            raise ConfigError(f"{where}: unknown key `{prefix}{key}`{hint}")
+
+
+def _expected(message: str, kind: Any) -> str:
+    """What msgspec found wrong, with the words that a field of type `kind` takes."""
+    options = _options(kind)
+    words = [str(option) for option in options if isinstance(option, str)]
+    if words and "null" not in message:
+        return f"expected {' or '.join(['int'] * (int in options) + words)}"
+    return (message[:1].lower() + message[1:]).replace("`", "").replace("object", "table").replace(" | null", " or none")
+
+
+def _options(kind: Any) -> list[Any]:
+    """The alternatives of a type: int | Literal["auto"] gives [int, "auto"]."""
+    if get_origin(kind) is Literal:
+        return list(get_args(kind))
+    parts = get_args(kind)[:1] if get_origin(kind) is Annotated else get_args(kind)
+    return [option for part in parts for option in _options(part)] or [kind]
 
 
 def check_bounds(struct: msgspec.Struct, prefix: str) -> None:
     """Check types and bounds of a struct that was made by hand (msgspec checks only what it decodes)."""
     for field in msgspec.structs.fields(type(struct)):
-        value = getattr(struct, field.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{prefix}{field.name}: expected a finite number, got {value}")
-        if isinstance(value, msgspec.Struct) or callable(value):
+        value, name = getattr(struct, field.name), prefix + field.name
+        if field.type is Any or get_args(field.type)[:1] == (Any,):
+            continue  # env and algo: looked at by themselves
+        if isinstance(value, msgspec.Struct):
+            check_bounds(value, f"{name}.")
             continue
         try:
-            msgspec.convert(msgspec.to_builtins(value), field.type)
-        except (msgspec.ValidationError, TypeError) as error:
-            raise ConfigError(f"{prefix}{field.name} = {value!r}: {error}") from None
+            plain = msgspec.to_builtins(value)
+            check_plain(plain, name)
+            msgspec.convert(plain, field.type)
+        except TypeError:
+            raise _not_for_toml(name, value) from None
+        except msgspec.ValidationError as error:
+            text = str(error).partition(" - at ")[0]
+            raise ConfigError(f"{name} = {value!r}: {_expected(text, field.type)}") from None
+
+
+def check_plain(value: Any, name: str) -> None:
+    """Refuse what would not be the same after it was written to TOML and read again (but for tuples, which become lists)."""
+    if isinstance(value, Mapping):
+        for key, inner in cast("Mapping[Any, Any]", value).items():
+            if inner is None or not isinstance(key, str):
+                raise ConfigError(f"{name}: TOML cannot hold {key!r} = {inner!r}\n  give it a str as key, or leave it out")
+            check_plain(inner, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(cast("list[Any]", value)):
+            check_plain(inner, f"{name}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} = {value}: expected a finite number")
+    elif isinstance(value, int) and abs(value) > INT_MAX:
+        raise ConfigError(f"{name} = {value}: expected at most {INT_MAX}")
+    elif not (value is None or isinstance(value, str | int | float)):
+        raise _not_for_toml(name, value)
+
+
+def _not_for_toml(name: str, value: Any) -> ConfigError:
+    return ConfigError(
+        f"{name} = {value!r}: values of type {type(value).__name__} cannot be written to TOML\n"
+        "  use numbers, texts, true or false, lists and tables"
+    )
 
 
 def _check_choices(config: Config) -> None:
-    """Checks that need more than one field."""
-    algorithm: Any = config.algorithm
-    if isinstance(config.algorithm, msgspec.Struct):
-        check_bounds(config.algorithm, f"{algorithm.name}.")
+    """Checks that need more than one field, or more than a type."""
+    if not (isinstance(config.env, str) or callable(config.env)):
+        raise ConfigError(f"env = {config.env!r}: expected a gymnasium id, \"module:callable\" or a callable")
+    _check_algorithm(config.algorithm)
+    if config.out == "":
+        raise ConfigError("out is empty: expected a directory")
     for name in ("group_size", "segment_length"):
         value = getattr(config, name)
         if isinstance(value, int) and value < 1:
@@ -229,19 +303,35 @@ def _check_choices(config: Config) -> None:
         value = getattr(config, name)
         if isinstance(value, int) and value < 0:
             raise ConfigError(f"{name} = {value}: expected 0 or more")
-    if not isinstance(config.group_size, str) and config.envs % config.group_size:
-        divisors = [str(d) for d in range(1, config.envs + 1) if config.envs % d == 0]
-        raise ConfigError(
-            f"envs = {config.envs} is not a multiple of group_size = {config.group_size}\n"
-            f"  group sizes that fit: {', '.join(divisors)}"
-        )
+    if config.memory_gb is not None and config.memory_gb <= 0:
+        raise ConfigError(f"memory_gb = {config.memory_gb}: expected more than 0")
+    _check_groups(config)
+    algorithm = config.algorithm
     if config.off_policy_degree > 0 and not algorithm.corrects_staleness and not config.allow_uncorrected:
         raise ConfigError(
             f"{algorithm.name} does not correct for stale data, so off_policy_degree = {config.off_policy_degree} "
             "would bias it\n  set off_policy_degree = 0, or allow_uncorrected = true to accept that"
         )
-    if config.memory_gb is not None and config.memory_gb <= 0:
-        raise ConfigError(f"memory_gb = {config.memory_gb}: expected more than 0")
 
 
-EnvFactory = Callable[..., Any]
+def _check_algorithm(algorithm: Any) -> None:
+    if isinstance(algorithm, type):
+        name = algorithm.__name__
+        raise ConfigError(f"algo = {name}: expected an instance, got the class\n  write algo={name}()")
+    if not (isinstance(algorithm, Algorithm) and isinstance(algorithm, msgspec.Struct)):
+        raise ConfigError(f"algo = {algorithm!r}: expected an algorithm's name, or one configured such as aiorl.PPO()")
+    if algorithm.name in (field.name for field in msgspec.structs.fields(Config)):
+        raise ConfigError(f"algo: an algorithm cannot be called {algorithm.name!r}, as a field of Config is\n  rename it")
+    check_bounds(algorithm, f"{algorithm.name}.")
+
+
+def _check_groups(config: Config) -> None:
+    if not isinstance(config.group_size, str) and config.envs % config.group_size:
+        sizes = [str(size) for size in range(1, min(config.envs, 256) + 1) if config.envs % size == 0]
+        raise ConfigError(
+            f"envs = {config.envs} is not a multiple of group_size = {config.group_size}\n"
+            f"  group sizes that fit: {', '.join(sizes)}"
+        )
+    if config.groups > GROUPS_MAX:
+        raise ConfigError(f"envs = {config.envs} make {config.groups} groups: expected at most {GROUPS_MAX}\n"
+                          "  use a larger group_size, or fewer environments")  # fmt: skip

@@ -50,12 +50,16 @@ class Parts:
 
 async def collect(parts: Parts) -> None:
     """Grant every group what the pacer allows, then wait until something has changed."""
-    pacer = parts.pacer
     while True:
-        for group in range(pacer.groups):
-            while (grant := pacer.grant(group)) is not None:
-                parts.workers.collect(grant, parts.weights.acquire(grant.version))
+        grant_credits(parts)
         await parts.gate.wait()
+
+
+def grant_credits(parts: Parts) -> None:
+    """Hand out every credit that the pacer allows now."""
+    for group in range(parts.pacer.groups):
+        while (grant := parts.pacer.grant(group)) is not None:
+            parts.workers.collect(grant, parts.weights.acquire(grant.version))
 
 
 async def drain(parts: Parts) -> None:
@@ -91,7 +95,7 @@ async def train(parts: Parts, booked: Booked) -> None:
         parts.weights.publish(buffer, pacer.commits + 1)
         pacer.commit()
         parts.weights.retire(pacer.oldest_needed_version)
-        gate.wake()
+        grant_credits(parts)  # before the next update competes for the interpreter: the workers wait for this
         await booked(plan, outcome, waited_s)
         parts.updating = False
         gate.wake()

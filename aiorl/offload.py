@@ -7,13 +7,18 @@ users of it could starve the learner.
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+BACKGROUND_NICENESS = 5
+"""Of these threads and of workers: with every core busy the loop's thread would else wait its turn behind them."""
 
 
 class OffloadThread:
@@ -61,6 +66,8 @@ class OffloadThread:
         return True
 
     def _serve(self) -> None:
+        if sys.platform == "linux":  # where niceness is a thread's own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BACKGROUND_NICENESS)
         while (call := self._calls.get()) is not None:
             call()
             del call  # else the last call's arguments live until the next one
@@ -74,7 +81,7 @@ class OffloadThread:
 
 
 def _as_ordinary(error: BaseException) -> Exception:
-    """An error that a future can carry: asyncio takes SystemExit, CancelledError and StopIteration as addressed to itself."""
+    """An error that a future can carry: asyncio takes SystemExit, CancelledError and StopIteration as meant for itself."""
     if isinstance(error, Exception) and not isinstance(error, StopIteration):
         return error
     ordinary = RuntimeError(f"{type(error).__name__}: {error}")

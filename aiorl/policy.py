@@ -13,7 +13,7 @@ from aiorl.algos import algorithm_class
 from aiorl.algos.base import Algorithm, Weights
 from aiorl.config import convert
 from aiorl.envs.spaces import Spaces
-from aiorl.errors import CheckpointError
+from aiorl.errors import CheckpointError, ConfigError
 from aiorl.segments import Array
 
 Which = Literal["best", "final", "latest"]
@@ -67,11 +67,14 @@ def load(path: str | Path, *, which: Which | None = None, algo: type[Any] | None
     path = find(Path(path), which)
     manifest, parts = checkpoint.load(path, ("policy",))
     algorithm = algorithm_of(manifest, algo)
+
+    def make() -> LoadedPolicy:
+        return LoadedPolicy(algorithm, manifest.spaces, parts["policy"], manifest.version, manifest.config, manifest.notes)
+
     try:
-        return LoadedPolicy(
-            algorithm, manifest.spaces, parts["policy"], manifest.version, manifest.config, manifest.notes
-        )
-    except (KeyError, ValueError, IndexError) as error:
+        make().act({name: np.zeros((1, *c.shape), c.dtype) for name, c in manifest.spaces.obs_columns.items()})
+        return make()  # another one: acting may have left a trace in the first
+    except Exception as error:  # there is no end of what wrong contents may lead to
         raise CheckpointError(f"{path} does not fit its own description: {error!r}") from error
 
 
@@ -88,7 +91,7 @@ def find(path: Path, which: Which | None = None) -> Path:
                 return found[-1]
         elif (path / str(kind) / checkpoint.MANIFEST).is_file():
             return path / str(kind)
-    raise CheckpointError(f"{path} holds no {which or ''} checkpoint yet".replace("  ", " "))
+    raise CheckpointError(f"{path} holds no {which + ' ' if which else ''}checkpoint yet")
 
 
 def algorithm_of(manifest: checkpoint.Manifest, algo: type[Any] | None = None) -> Algorithm:
@@ -100,8 +103,16 @@ def algorithm_of(manifest: checkpoint.Manifest, algo: type[Any] | None = None) -
                 f"the policy was trained with {name}, which is not part of aiorl\n"
                 "  a file must not decide what is imported: pass algo=YourClass"
             )
-        algo = algorithm_class(name)
-    fields = manifest.config.get(getattr(algo, "name", ""), {})
+        try:
+            algo = algorithm_class(name)
+        except ConfigError as error:
+            raise CheckpointError(f"checkpoint: {error}") from None
     if not (isinstance(algo, type) and issubclass(algo, msgspec.Struct)):
         raise CheckpointError(f"algo must be a configuration class, got {algo!r}")
-    return convert(fields, algo, "checkpoint")
+    own = str(getattr(algo, "name", ""))
+    if own not in manifest.config:
+        raise CheckpointError(f"the policy was trained with {name}, not with {own or algo.__name__}")
+    try:
+        return convert(manifest.config[own], algo, "checkpoint", f"{own}.")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None

@@ -89,13 +89,12 @@ def check(config: Config, resume: str | Path | None = None, *, write: bool = Tru
     _check_descriptors(cast(int, config.workers))
     if saved is not None:
         _check_fits(saved, config, found.spaces)
+    if saved is not None and saved.path.parent.name == "checkpoints":
         directory = saved.path.parent.parent
     else:
-        directory = choose_directory(config, env_name(config.env), algorithm.name)
+        directory = choose_directory(config, env_name(config.env), algorithm.name, create=write)
     if write:
         make_writable(directory)
-        if saved is None and (directory / "summary.json").exists():
-            raise ConfigError(f"{directory} already holds a run's summary\n  choose another out")
     idle = asked - cast(int, config.workers) if isinstance(asked, int) else 0
     return Preflight(config, algorithm, found.spec, found, segment, directory, saved, idle)
 
@@ -172,14 +171,14 @@ def _check_descriptors(workers: int) -> None:
 
 def read_saved(path: Path) -> Saved:
     """The checkpoint to resume: a checkpoint directory, or the newest one of a run directory."""
-    found = policy.find(path, "latest")
+    found = policy.find(path.absolute(), "latest")
     manifest, parts = checkpoint.load(found, ("policy", "learner", "run"))
     return Saved(found, manifest, parts)
 
 
 def resumed_config(path: str | Path, **changes: Any) -> Config:
     """The configuration that a checkpoint was made with, read from its run's config.toml, with `changes` on top."""
-    found = policy.find(Path(path), "latest")
+    found = policy.find(Path(path).absolute(), "latest")
     if found.parent.name != "checkpoints":
         raise CheckpointError(
             f"{path} holds a policy to act with, not a state to go on from\n  resume the run, or one of its checkpoints/"
@@ -189,14 +188,15 @@ def resumed_config(path: str | Path, **changes: Any) -> Config:
     return config.replace(out=str(source.parent), **changes)
 
 
-_FIXED = ("seed", "envs", "group_size", "segment_length")  # a resumed run must agree in these with its checkpoint
+# A resumed run must agree in these with its checkpoint.
+_FIXED = ("env", "env_kwargs", "native_vector", "algo", "seed", "envs", "group_size", "segment_length", "schedule")
 
 
 def _check_fits(saved: Saved, config: Config, spaces: Spaces) -> None:
     """Name the first thing in which a checkpoint and a configuration disagree."""
     made = saved.manifest.config
     now = msgspec.to_builtins(config.to_dict())
-    for key in ("env", "algo", *_FIXED):
+    for key in _FIXED:
         if made.get(key) != now.get(key):
             raise CheckpointError(
                 f"{saved.path} was made with {key} = {made.get(key)!r}, the configuration says {now.get(key)!r}\n"

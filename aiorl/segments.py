@@ -18,6 +18,7 @@ row the next observation is `final_obs` where there is one and `obs[t + 1]` othe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ class Column:
 
     @property
     def nbytes(self) -> int:
-        return int(np.dtype(self.dtype).itemsize * np.prod(self.shape, dtype=np.int64))
+        return np.dtype(self.dtype).itemsize * math.prod(self.shape)  # exact, however large
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +140,7 @@ class SegmentLayout:
         plain: dict[str, Array] = {}
         named: dict[str, dict[str, Array]] = {"obs": {}, "columns": {}, "final_obs": {}}
         for kind, name, shape, dtype in self._blocks():
-            count = int(np.prod(shape, dtype=np.int64))
-            array = np.frombuffer(buffer, dtype, count, offset).reshape(shape)
+            array = np.frombuffer(buffer, dtype, math.prod(shape), offset).reshape(shape)
             if kind in named:
                 named[kind][name] = array
             else:
@@ -157,8 +157,7 @@ class SegmentLayout:
 
 
 def _padded(shape: tuple[int, ...], dtype: str) -> int:
-    size = int(np.dtype(dtype).itemsize * np.prod(shape, dtype=np.int64))
-    return -(-size // ALIGN) * ALIGN
+    return -(-Column(shape, dtype).nbytes // ALIGN) * ALIGN
 
 
 @dataclass(frozen=True)

@@ -44,22 +44,29 @@ class Subscription:
         return self
 
     async def __anext__(self) -> AnyEvent:
-        if self._over:
-            raise StopAsyncIteration
-        while not self._events:
+        while not self._events and not self._over:
             self._wakeup.clear()
             await self._wakeup.wait()
+        if self._over:
+            raise StopAsyncIteration
         if self._dropped:
-            next_event = self._events[0]
-            dropped, self._dropped = self._dropped, 0
-            return Lagged(
-                seconds=next_event.seconds, version=next_event.version, env_steps=next_event.env_steps, dropped=dropped
-            )
+            return self._report_dropped(self._events[0])
         event = self._events.popleft()
         if not event.important:
             self._frequent -= 1
-        self._over = isinstance(event, Finished)
+        if isinstance(event, Finished):
+            self.end()
         return event
+
+    def _report_dropped(self, before: AnyEvent) -> Lagged:
+        dropped, self._dropped = self._dropped, 0
+        return Lagged(seconds=before.seconds, version=before.version, env_steps=before.env_steps, dropped=dropped)
+
+    def end(self) -> None:
+        """Nothing more will be read: iteration ends, for whoever waits now too."""
+        self._over = True
+        self._events.clear()
+        self._wakeup.set()
 
 
 class Broadcast:
@@ -77,8 +84,10 @@ class Broadcast:
         return subscription
 
     def unsubscribe(self, subscription: Subscription) -> None:
+        """Send no more events to this subscription, and end it."""
         if subscription in self._subscriptions:
             self._subscriptions.remove(subscription)
+        subscription.end()
 
     def emit(self, event: AnyEvent) -> None:
         if event.important:

@@ -21,11 +21,14 @@ CSV_COLUMNS = (
 )  # fmt: skip
 
 
-def choose_directory(config: Config, env: str, algo: str) -> Path:
-    """Where a run goes: `config.out`, refused if it holds another run, or a new directory under runs/."""
+def choose_directory(config: Config, env: str, algo: str, *, create: bool = False) -> Path:
+    """Where a run goes: `config.out`, refused if it holds another run, or a new directory under runs/.
+
+    With `create` a new one is made at once, so that no other run can choose it too.
+    """
     if config.out is not None:
         path = Path(config.out)
-        if (path / "config.toml").exists():
+        if (path / "config.toml").exists() or (path / "summary.json").exists():
             raise ConfigError(
                 f"{path} already holds a run\n  choose another out, or go on with it: python -m aiorl resume {path}"
             )
@@ -33,9 +36,20 @@ def choose_directory(config: Config, env: str, algo: str) -> Path:
     stem = f"{env.rsplit('/', 1)[-1].replace(':', '.')}-{algo}-{config.seed}"
     for number in range(1, 100_000):
         path = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
-        if not path.exists():
+        if not path.exists() and (not create or _make_new(path)):
             return path
     raise ConfigError(f"no free name for {stem} under runs/\n  set out")
+
+
+def _make_new(path: Path) -> bool:
+    """Create a directory; False if it exists by now."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise _not_writable(path, error) from None
+    return True
 
 
 def make_writable(path: Path) -> None:
@@ -46,18 +60,27 @@ def make_writable(path: Path) -> None:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise ConfigError(f"cannot write to {path}: {error.strerror}\n  choose another out directory") from None
+        raise _not_writable(path, error) from None
+
+
+def _not_writable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"cannot write to {path}: {error.strerror}\n  choose another out directory")
 
 
 class RunFiles:
-    """Appends to events.jsonl, metrics.csv and schedule.jsonl. `take` on the loop, `write` on the files' thread."""
+    """Appends to events.jsonl, metrics.csv and schedule.jsonl, also to those of a run that is resumed.
+
+    Make it and call `write` on the files' thread, the rest on the loop.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._events: list[AnyEvent] = []
         self._schedule: list[dict[str, Any]] = []
-        self._metric_names: list[str] | None = None
         self._encoder = msgspec.json.Encoder()
+        for name in ("events.jsonl", "schedule.jsonl", "metrics.csv"):
+            _drop_torn_line(path / name)
+        self._metric_names = _metric_names(path / "metrics.csv")
 
     def event(self, event: AnyEvent) -> None:
         if not isinstance(event, Progress):
@@ -89,33 +112,57 @@ class RunFiles:
 
     def _append_metrics(self, updates: list[Updated]) -> None:
         target = self.path / "metrics.csv"
-        text = io.StringIO()
-        writer = csv.writer(text)
-        if self._metric_names is None:
-            self._metric_names = _existing_columns(target)
-        if self._metric_names is None:
-            # Some learners only report losses once warm-up is over: take the names when there are some to take.
-            named = max(updates, key=lambda u: len(u.metrics))
-            self._metric_names = sorted(named.metrics)
-            writer.writerow([*CSV_COLUMNS, *self._metric_names])
-        for update in updates:
-            row = [getattr(update, name) for name in CSV_COLUMNS]
-            writer.writerow([*row, *(update.metrics.get(name, "") for name in self._metric_names)])
+        new = {name for update in updates for name in update.metrics}.difference(self._metric_names)
+        if new or not target.exists():
+            # Some learners report losses only once warm-up is over: the rows so far get empty cells for them.
+            self._metric_names += sorted(new)
+            _widen(target, [*CSV_COLUMNS, *self._metric_names])
+        rows = [
+            [getattr(update, name) for name in CSV_COLUMNS] + [update.metrics.get(name, "") for name in self._metric_names]
+            for update in updates
+        ]
         with open(target, "a", encoding="utf-8", newline="") as file:
-            file.write(text.getvalue())
+            csv.writer(file).writerows(rows)
 
 
-def _existing_columns(path: Path) -> list[str] | None:
-    """Metric names of a file that a resumed run goes on with."""
+def _widen(path: Path, columns: list[str]) -> None:
+    """Give a CSV file these columns, of which it may have the first ones already."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    if path.exists():
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = csv.reader(file)
+            next(rows, None)
+            writer.writerows(row + [""] * (len(columns) - len(row)) for row in rows)
+    write_atomically(path, text.getvalue().encode())
+
+
+def _metric_names(path: Path) -> list[str]:
+    """Metric names in a file that a resumed run goes on with."""
     if not path.exists():
-        return None
+        return []
     with open(path, encoding="utf-8", newline="") as file:
-        header = next(csv.reader(file), [])
-    return header[len(CSV_COLUMNS) :]
+        return next(csv.reader(file))[len(CSV_COLUMNS) :]
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off the line that a killed run did not finish writing."""
+    if path.exists():
+        data = path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole == 0:
+            path.unlink()
+        elif whole < len(data):
+            os.truncate(path, whole)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a small file as a whole."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -6,7 +6,10 @@ import contextlib
 import mmap
 import os
 import tempfile
+from pathlib import Path
 from typing import Any
+
+CGROUP_MEMORY = "/sys/fs/cgroup/memory"
 
 
 class SharedBlock:
@@ -65,11 +68,11 @@ def available_bytes() -> int | None:
 
 
 def _cgroup_limit() -> int | None:
+    """What the control group leaves. Its cache of files counts as free: it gives way when memory is needed."""
     try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit, open(
-            "/sys/fs/cgroup/memory.current", encoding="ascii"
-        ) as current:
-            text = limit.read().strip()
-            return None if text == "max" else max(0, int(text) - int(current.read()))
-    except (OSError, ValueError):
+        texts = {name: Path(f"{CGROUP_MEMORY}.{name}").read_text(encoding="ascii") for name in ("max", "current", "stat")}
+        limit, used = int(texts["max"]), int(texts["current"])
+        stat = dict(line.split() for line in texts["stat"].splitlines())
+        return max(0, limit - used + int(stat["inactive_file"]) + int(stat["active_file"]))
+    except (OSError, KeyError, ValueError):  # no control group, or its limit is "max"
         return None

@@ -26,6 +26,7 @@ from aiorl.envs.group import Group, make_group
 from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import EnvSpec
 from aiorl.errors import AiorlError
+from aiorl.offload import BACKGROUND_NICENESS
 from aiorl.seeding import ACT
 from aiorl.segments import Array, Segment, SegmentHeader, SegmentLayout
 from aiorl.workers.memory import SharedBlock
@@ -211,6 +212,7 @@ class Pipes:
 def prepare(log_path: str | None) -> None:
     """First thing in a worker process: own log, no interest in the terminal's Ctrl-C, an end with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training process decides when a worker stops
+    os.nice(BACKGROUND_NICENESS)
     log = os.open(log_path or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -7,6 +7,7 @@ buffer takes a reference, the doorbell that answers it gives the reference back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -36,8 +37,7 @@ class WeightLayout:
         offset = buffer * self.nbytes
         views: dict[str, Array] = {}
         for name, column in self.arrays.items():
-            count = int(np.prod(column.shape, dtype=np.int64))
-            views[name] = np.frombuffer(memory, column.dtype, count, offset).reshape(column.shape)
+            views[name] = np.frombuffer(memory, column.dtype, math.prod(column.shape), offset).reshape(column.shape)
             offset += -(-column.nbytes // ALIGN) * ALIGN
         return views
 
@@ -76,6 +76,8 @@ class WeightStore:
         """The claimed buffer now holds `version`."""
         if version in self._buffer_of:
             raise InvariantError(f"version {version} was published twice")
+        if buffer in self._free or self._holders[buffer]:
+            raise InvariantError(f"weight buffer {buffer} was published without a claim")
         self._buffer_of[version] = buffer
         self._holders[buffer] = 1
 

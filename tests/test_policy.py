@@ -1,0 +1,231 @@
+"""A policy by itself: found, loaded without its environment, and refused if it is not what it says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from experience import context, spaces
+from toys import Toy
+
+import aiorl
+from aiorl import checkpoint
+from aiorl.algos.base import Algorithm, Weights
+from aiorl.checkpoint import Manifest
+from aiorl.config import Config
+from aiorl.envs.spaces import Spaces
+from aiorl.errors import CheckpointError
+from aiorl.policy import LoadedPolicy, find, load
+
+SPACES = spaces()
+
+
+def save(path: Path, algo: Any, version: int = 1, space: Spaces = SPACES, weights: Weights | None = None) -> Weights:
+    """A checkpoint with the weights of a fresh learner."""
+    made = dict(weights or algo.learner(space, context(seed=version)).weights())
+    manifest = Manifest(
+        schema=checkpoint.SCHEMA, kind="best", version=version, env_steps=32, libraries={},
+        config=Config(env="CartPole-v1", algo=algo).resolve().to_dict(), spaces=space, notes={"mark": version},
+    )  # fmt: skip
+    checkpoint.save(path, manifest, {"policy": made})
+    return made
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    data = json.loads((path / "manifest.json").read_text())
+    change(data)
+    (path / "manifest.json").write_text(json.dumps(data))
+
+
+def expected_actions(algo: Algorithm, weights: Weights, obs: Any) -> list[Any]:
+    policy = algo.policy(SPACES)
+    policy.begin(weights, 0, None, 0)
+    return policy.act({"obs": obs}, np.ones(len(obs), bool))[0].tolist()
+
+
+@pytest.mark.parametrize(
+    "algo", [aiorl.PPO(hidden=(8,)), aiorl.PPO(hidden=(8,), normalise_obs=True), aiorl.DQN(hidden=(8,))]
+)
+def test_a_loaded_policy_acts_as_the_learner_would(tmp_path: Path, algo: Any) -> None:
+    weights = save(tmp_path / "best", algo)
+    policy = load(tmp_path)
+    assert policy.algorithm == algo
+    assert (policy.version, policy.spaces, policy.notes) == (1, SPACES, {"mark": 1})
+    assert policy.config["env"] == "CartPole-v1"
+    obs = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    expected = expected_actions(algo, weights, obs)
+    assert policy.act({"obs": obs}).tolist() == expected
+    assert [policy(one) for one in obs] == expected
+    assert [policy(one.tolist()) for one in obs] == expected, "any form that the environment may give"
+
+
+@pytest.mark.parametrize(
+    ("action", "expected"),
+    [
+        (gymnasium.spaces.Discrete(3, start=5), lambda a: int(a) in (5, 6, 7)),
+        (gymnasium.spaces.Box(-0.001, 0.001, (2, 2), np.float32), lambda a: a.shape == (2, 2) and np.abs(a).max() <= 0.001),
+        (gymnasium.spaces.MultiDiscrete([2, 3]), lambda a: a.shape == (2,) and a.dtype == np.int64),
+    ],
+)
+def test_actions_have_the_form_that_the_environment_takes(tmp_path: Path, action: Any, expected: Any) -> None:
+    space = spaces(action)
+    save(tmp_path / "best", aiorl.PPO(hidden=(4,)), space=space)
+    taken = load(tmp_path)(np.ones(3, np.float32))
+    assert expected(taken)
+    assert action.contains(taken)
+
+
+def test_observations_with_parts(tmp_path: Path) -> None:
+    nested = gymnasium.spaces.Dict({"a": gymnasium.spaces.Discrete(3), "b": gymnasium.spaces.Box(-1, 1, (2,), np.float32)})
+    save(tmp_path / "best", aiorl.PPO(hidden=(4,)), space=spaces(observation=nested))
+    policy = load(tmp_path)
+    assert policy({"a": 2, "b": [0.1, 0.2]}) in (0, 1)
+    with pytest.raises(ValueError, match=r"obs\.b"):
+        policy({"a": 2})
+
+
+def test_the_policy_owns_its_weights() -> None:
+    algo = Toy()
+    weights = {"w": np.ones((3, 2), np.float32)}
+    policy = LoadedPolicy(algo, SPACES, weights, 0)
+    weights["w"][:, 1] = 100
+    assert policy([1, 1, 1]) == 0
+
+
+class Memory(Toy, frozen=True, kw_only=True):
+    """Acts by how often it was asked since the episode began."""
+
+    def policy(self, spaces: Spaces) -> Any:
+        class Counts:
+            def begin(self, *args: Any) -> None:
+                self.count = 0
+
+            def act(self, obs: Any, first: Any) -> Any:
+                self.count = 0 if first[0] else self.count + 1
+                return np.array([self.count % 2]), {}
+
+        return Counts()
+
+
+def test_a_policy_with_memory_begins_anew_at_each_reset(tmp_path: Path) -> None:
+    policy = LoadedPolicy(Memory(), SPACES, {}, 0)
+    for _ in range(2):
+        assert [policy([0, 0, 0]) for _ in range(4)] == [0, 1, 0, 1]
+        policy([0, 0, 0])
+        policy.reset()
+
+
+def test_loading_needs_neither_torch_nor_gymnasium(tmp_path: Path) -> None:
+    save(tmp_path / "best", aiorl.PPO(hidden=(4,)))
+    program = (
+        f"import sys, aiorl; p = aiorl.load({str(tmp_path)!r}); print(int(p([0.0, 0.0, 0.0])));"
+        "assert not {'torch', 'gymnasium'} & set(sys.modules), 'imported'"
+    )
+    root = Path(aiorl.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in ("0", "1")
+
+
+# -- finding -----------------------------------------------------------------------------------------------------------
+
+
+def test_which_checkpoint_of_a_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(CheckpointError, match="holds no checkpoint yet"):
+        find(run)
+    for version in (7, 12):
+        save(run / "checkpoints" / f"{version:08d}", Toy(), version)
+    assert load(run, algo=Toy).version == 12
+    with pytest.raises(CheckpointError, match="holds no best checkpoint yet"):
+        load(run, which="best", algo=Toy)
+    save(run / "final", Toy(), 20)
+    assert load(run, algo=Toy).version == 20
+    save(run / "best", Toy(), 15)
+    assert load(run, algo=Toy).version == 15
+    assert load(run, which="final", algo=Toy).version == 20
+    assert load(run, which="latest", algo=Toy).version == 12
+    assert load(run / "checkpoints" / "00000007", algo=Toy).version == 7
+    assert load(str(run / "best"), which="final", algo=Toy).version == 15, "a checkpoint is itself"
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"there is no run or checkpoint at .*nowhere"):
+        load(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="there is no run or checkpoint"):
+        load(tmp_path / "file")
+
+
+# -- refusing ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_does_not_decide_what_is_imported(tmp_path: Path) -> None:
+    save(tmp_path / "best", Toy())
+    with pytest.raises(CheckpointError, match=r"trained with toys:Toy, .*\n.*pass algo=YourClass"):
+        load(tmp_path)
+    assert load(tmp_path, algo=Toy).algorithm == Toy()
+    edit(tmp_path / "best", lambda m: m["config"].update(algo="antigravity:Algo"))
+    with pytest.raises(CheckpointError, match="antigravity"):
+        load(tmp_path)
+    assert "antigravity" not in sys.modules
+
+
+def test_another_algorithm_than_it_was_trained_with(tmp_path: Path) -> None:
+    save(tmp_path / "best", aiorl.PPO(hidden=(4,)))
+    with pytest.raises(CheckpointError, match="trained with ppo, not with dqn"):
+        load(tmp_path, algo=aiorl.DQN)
+    with pytest.raises(CheckpointError, match="algo must be a configuration class"):
+        load(tmp_path, algo=Toy())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["config"].update(algo="ppq"), "unknown algorithm 'ppq' — did you mean ppo"),
+        (lambda m: m["config"].update(algo=""), "unknown algorithm ''"),
+        (lambda m: m["config"].update(algo={"ppo": 1}), "not part of aiorl"),
+        (lambda m: m["config"].pop("algo"), "unknown algorithm"),
+        (lambda m: m["config"].pop("ppo"), "trained with ppo, not with ppo"),
+        (lambda m: m["config"].update(ppo=3), "ppo = 3: expected a table"),
+        (lambda m: m["config"]["ppo"].update(hooks=3), "unknown key `ppo.hooks`"),
+        (lambda m: m["config"]["ppo"].update(gamma="x"), "ppo.gamma = 'x': expected float"),
+        (lambda m: m["config"]["ppo"].update(normalise_obs=True), "does not fit its own description: KeyError.*obs_mean"),
+        (lambda m: m["spaces"]["observation"][0].update(shape=[4]), "does not fit its own description"),
+        (lambda m: m["spaces"]["observation"][0].update(shape=[10**15]), "does not fit its own description"),
+        (lambda m: m["spaces"].update(observation=[]), "does not fit its own description"),
+        (lambda m: m["spaces"]["action"].update(kind="box", nvec=[], start=[]), "does not fit its own description"),
+    ],
+)  # fmt: skip
+def test_a_description_that_is_wrong(tmp_path: Path, change: Any, message: str) -> None:
+    save(tmp_path / "best", aiorl.PPO(hidden=(4,)))
+    edit(tmp_path / "best", change)
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"actor.0.weight": None}, "KeyError.*actor"),
+        ({"actor.0.bias": None}, "KeyError.*actor.0.bias"),
+        ({"actor.0.weight": np.zeros((4, 9), np.float32)}, "ValueError"),
+        ({"actor.0.weight": np.zeros(3, np.float32)}, "does not fit"),
+        ({"actor.0.weight": "text"}, "does not fit"),
+        ({"actor.1.bias": np.zeros(7, np.float32)}, "ValueError"),
+    ],
+    ids=str,
+)
+def test_weights_that_are_wrong(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    weights = dict(aiorl.PPO(hidden=(4,)).learner(SPACES, context()).weights()) | change
+    save(tmp_path / "best", aiorl.PPO(hidden=(4,)), weights={k: v for k, v in weights.items() if v is not None})
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path)
