@@ -49,7 +49,6 @@ CASES = (
     Case("ppo", "MountainCar-v0", -130, 3),
     Case("dqn", "CartPole-v1", 475, 3),
     Case("dqn", "Acrobot-v1", -100, 3),
-    Case("dqn", "MountainCar-v0", -130, 3),
 )
 
 
