@@ -20,11 +20,14 @@ class Reinforce(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """The configuration: its fields become flags (`--reinforce.gamma`) and keys of `[reinforce]` in a TOML file."""
 
     name: ClassVar[str] = "reinforce"
-    corrects_staleness: ClassVar[bool] = False  # plain policy gradients hold only for the policy that acted
     default_segment_length: ClassVar[int] = 128
 
     learning_rate: float = 5.0  # advantages are normalised and features small, so steps may be large
     gamma: float = 0.99
+
+    @property
+    def corrects_staleness(self) -> bool:
+        return False  # plain policy gradients hold only for the policy that acted
 
     def check(self, spaces: Spaces) -> None:
         if spaces.action.kind != "discrete":

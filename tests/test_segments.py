@@ -33,7 +33,9 @@ NAMED = st.dictionaries(st.text("abc", min_size=1, max_size=2), st.builds(Column
 
 
 @settings(deadline=None, max_examples=100)
-@given(steps=st.integers(1, 4), envs=st.integers(1, 3), obs=NAMED, columns=NAMED, state=st.integers(0, 70), at=st.integers(0, 2))
+@given(
+    steps=st.integers(1, 4), envs=st.integers(1, 3), obs=NAMED, columns=NAMED, state=st.integers(0, 70), at=st.integers(0, 2)
+)  # fmt: skip
 def test_nothing_overlaps_and_all_is_inside(
     steps: int, envs: int, obs: dict[str, Column], columns: dict[str, Column], state: int, at: int
 ) -> None:

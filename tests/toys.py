@@ -17,12 +17,15 @@ class Toy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Linear scores for discrete actions, pushed by rewards."""
 
     name: ClassVar[str] = "toy"
-    corrects_staleness: ClassVar[bool] = True
     default_segment_length: ClassVar[int] = 8
 
     learning_rate: float = 0.1
     fail_at: int = -1
     """Update that raises, for tests of failure."""
+
+    @property
+    def corrects_staleness(self) -> bool:
+        return True
 
     def check(self, spaces: Spaces) -> None:
         assert spaces.action.kind == "discrete"

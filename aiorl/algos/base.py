@@ -112,11 +112,13 @@ class Algorithm(Protocol):
     name: ClassVar[str]
     """Short name: `--algo NAME`, the `[NAME]` table of a TOML file, the `--NAME.field` flags."""
 
-    corrects_staleness: ClassVar[bool]
-    """Whether learning stays sound for rollouts that an older version collected (needed for off_policy_degree >= 1)."""
-
     default_segment_length: ClassVar[int]
     """Steps per segment when the configuration does not say."""
+
+    @property
+    def corrects_staleness(self) -> bool:
+        """Whether learning stays sound for rollouts that an older version collected (needed at off_policy_degree >= 1)."""
+        ...
 
     def check(self, spaces: Spaces) -> None:
         """Raise ConfigError, naming the space, if the algorithm cannot act in these spaces."""

@@ -43,7 +43,6 @@ class DQN(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Settings of DQN. Every `target_every` gradient steps, target += target_tau * (online - target)."""
 
     name: ClassVar[str] = "dqn"
-    corrects_staleness: ClassVar[bool] = True
     default_segment_length: ClassVar[int] = 32
 
     learning_rate: Annotated[float, Meta(description="Adam's step size", gt=0)] = 5e-4
@@ -68,6 +67,10 @@ class DQN(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     hidden: Annotated[tuple[int, ...], Meta(description="sizes of the hidden layers", min_length=1)] = (128, 128)
     activation: Annotated[Literal["tanh", "relu"], Meta(description="after each hidden layer")] = "relu"
     adam_eps: Annotated[float, Meta(description="Adam's epsilon", gt=0)] = 1e-8
+
+    @property
+    def corrects_staleness(self) -> bool:
+        return True
 
     def check(self, spaces: Spaces) -> None:
         """Raise ConfigError unless the action space is Discrete."""

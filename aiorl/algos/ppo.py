@@ -79,13 +79,9 @@ class PPO(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     ratio_cap: Annotated[float, Meta(description="largest weight proximal / behaviour", gt=0)] = 2.0
     adam_eps: Annotated[float, Meta(description="Adam's epsilon", gt=0)] = 1e-5
 
-    if TYPE_CHECKING:
-        corrects_staleness: ClassVar[bool]
-    else:
-
-        @property
-        def corrects_staleness(self) -> bool:
-            return self.correction != "none"
+    @property
+    def corrects_staleness(self) -> bool:
+        return self.correction != "none"
 
     def check(self, spaces: Spaces) -> None:
         """PPO acts in all supported spaces. Raises ConfigError if there is nothing to choose or to see."""
