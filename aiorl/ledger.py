@@ -14,7 +14,7 @@ import numpy as np
 
 from aiorl.envs.cursor import GroupCursor, advance
 from aiorl.pacing import Grant
-from aiorl.segments import Array, Segment
+from aiorl.segments import Array, Segment, SegmentLayout
 from aiorl.trees import check_tree
 
 
@@ -121,21 +121,41 @@ class Ledger:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`. ValueError or KeyError for the state of other groups."""
-        groups = state["groups"]
-        if len(groups) != len(self._books):
-            raise ValueError(f"ledger has {len(groups)} groups, expected {len(self._books)}")
+        """Inverse of `state_dict`, for a state that `check_state` lets pass."""
         self.stored, self.episodes = int(state["stored"]), int(state["episodes"])
         self.recent = deque(state["recent"].tolist(), maxlen=100)
         for index, books in enumerate(self._books):
-            saved, n = groups[str(index)], len(books.totals)
-            for name, like in (("totals", books.totals), ("lengths", books.lengths)):
-                check_tree(saved[name], like, f"ledger.groups.{index}.{name}")
-            cursor = _cursor_from(saved["cursor"])
-            if cursor is not None and not len(cursor.actions) == len(cursor.episodes) == len(cursor.done) == n:
-                raise ValueError(f"ledger.groups.{index}.cursor: expected {n} environments, got {len(cursor.actions)}")
-            books.segments, books.cursor = int(saved["segments"]), cursor
+            saved = state["groups"][str(index)]
+            books.segments, books.cursor = int(saved["segments"]), _cursor_from(saved["cursor"])
             books.totals, books.lengths = saved["totals"].copy(), saved["lengths"].copy()
+
+
+def check_state(state: dict[str, Any], groups: int, layout: SegmentLayout) -> None:
+    """Raise ValueError naming the first thing that is not as in the state of a ledger of so many groups and this layout."""
+    n, action = layout.envs, layout.columns["action"]
+    like = Ledger(groups, n).state_dict()
+    like["recent"] = _as_long_as(state.get("recent"), np.zeros(0))
+    check_tree({**state, "groups": {}}, {**like, "groups": {}}, "ledger")
+    check_tree({key: None for key in state["groups"]}, {key: None for key in like["groups"]}, "ledger.groups")
+    for index, books in like["groups"].items():
+        where, saved = f"ledger.groups.{index}", state["groups"][index]
+        check_tree({**saved, "cursor": {}}, {**books, "cursor": {}}, where)
+        if cursor := saved["cursor"]:
+            actions = {str(env): np.zeros((0, *action.shape), action.dtype) for env in range(n)}
+            like_cursor = {
+                "episodes": np.zeros(n, np.int64),
+                "actions": {env: _as_long_as(cursor.get("actions", {}).get(env), like) for env, like in actions.items()},
+                "done": np.zeros(n, np.bool_),
+                "obs": {name: np.zeros((n, *leaf.shape), leaf.dtype) for name, leaf in layout.obs.items()},
+                "env_state": _as_long_as(cursor.get("env_state"), np.zeros(0, np.uint8)),
+            }
+            check_tree(cursor, like_cursor, f"{where}.cursor")
+
+
+def _as_long_as(value: Any, like: Array) -> Array:
+    """An array like `like`, with as many rows as `value` has."""
+    rows = len(value) if isinstance(value, np.ndarray) and value.ndim else 0
+    return np.zeros((rows, *like.shape[1:]), like.dtype)
 
 
 def _cursor_tree(cursor: GroupCursor | None) -> dict[str, Any]:

@@ -16,8 +16,10 @@ from aiorl.envs.make import Probe, probe
 from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import EnvSpec, main_is_guarded, resolve_env
 from aiorl.errors import CheckpointError, ConfigError
+from aiorl.ledger import check_state
 from aiorl.metrics.directory import choose_directory, make_writable
 from aiorl.segments import Column, SegmentLayout
+from aiorl.trees import check_tree
 from aiorl.workers.memory import available_bytes
 
 EVAL_WIDTH = 10  # environments an evaluation runs side by side
@@ -89,6 +91,7 @@ def check(config: Config, resume: str | Path | None = None, *, write: bool = Tru
     _check_descriptors(cast(int, config.workers))
     if saved is not None:
         _check_fits(saved, config, found.spaces)
+        _check_state(saved, config, segment)
     if saved is not None and saved.path.parent.name == "checkpoints":
         directory = saved.path.parent.parent
     else:
@@ -207,6 +210,21 @@ def _check_fits(saved: Saved, config: Config, spaces: Spaces) -> None:
             f"{saved.path} was made for other spaces than {config.env} has now\n"
             f"  saved: {_describe(saved.manifest.spaces)}\n  now:   {_describe(spaces)}"
         )
+
+
+def _check_state(saved: Saved, config: Config, segment: SegmentLayout) -> None:
+    """See that the saved books and weights are of this run, and agree with the manifest."""
+    manifest, run = saved.manifest, saved.parts["run"]
+    try:
+        ledger = run["ledger"]
+        check_state(ledger, config.groups, segment)
+        for version, weights in run["behaviour"].items():
+            check_tree(weights, saved.parts["policy"], f"behaviour.{int(version)}")
+        segments = sum(books["segments"] for books in ledger["groups"].values())
+        if (segments, ledger["stored"]) != (manifest.version * config.groups, manifest.env_steps):
+            raise ValueError(f"{segments} segments with {ledger['stored']} transitions are not {manifest.version} updates")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{saved.path} is damaged or of another make: {error}") from None
 
 
 def _describe(spaces: Spaces) -> str:

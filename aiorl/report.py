@@ -27,6 +27,16 @@ class EvaluationRecord(msgspec.Struct, frozen=True, kw_only=True):
     std_return: float
 
 
+class ReportState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a checkpoint keeps of a report."""
+
+    seconds: float
+    gradient_steps: int
+    episodes: int
+    staleness: dict[int, int]
+    evaluations: list[EvaluationRecord]
+
+
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     """How a run ended: the contents of summary.json.
 
@@ -239,19 +249,20 @@ class Report:
 
     def state_dict(self) -> dict[str, Any]:
         """Counters that a resumed run goes on with."""
-        return {
-            "seconds": self.seconds,
-            "gradient_steps": self.gradient_steps,
-            "episodes": self.episodes,
-            "staleness": {str(s): n for s, n in self.staleness.items()},
-            "evaluations": msgspec.to_builtins(self.evaluations),
-        }
+        state = ReportState(
+            seconds=self.seconds,
+            gradient_steps=self.gradient_steps,
+            episodes=self.episodes,
+            staleness=self.staleness,
+            evaluations=self.evaluations,
+        )
+        return msgspec.to_builtins(state, str_keys=True)
 
     def load_state_dict(self, state: dict[str, Any], stored: int) -> None:
-        self._earlier_s = float(state["seconds"])
-        self.gradient_steps, self.episodes = int(state["gradient_steps"]), int(state["episodes"])
-        self.staleness = {int(s): int(n) for s, n in state.get("staleness", {}).items()}
-        self.evaluations = msgspec.convert(state["evaluations"], list[EvaluationRecord])
+        """Inverse of `state_dict`. msgspec.ValidationError (a ValueError) for anything else."""
+        saved = msgspec.convert(state, ReportState, str_keys=True)
+        self._earlier_s, self.gradient_steps, self.episodes = saved.seconds, saved.gradient_steps, saved.episodes
+        self.staleness, self.evaluations = dict(saved.staleness), list(saved.evaluations)
         self.stored = stored
 
 

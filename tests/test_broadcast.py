@@ -79,6 +79,16 @@ async def test_a_slow_reader_is_told_how_many_it_missed_before_the_next_event() 
     assert rest == [frequent(3), frequent(4), important(5), finished()]
 
 
+async def test_a_reader_that_catches_up_misses_nothing_more() -> None:
+    broadcast = Broadcast()
+    reader = broadcast.subscribe(2)
+    sent(broadcast, (frequent(n) for n in range(9)))
+    assert [await anext(reader) for _ in range(3)][1:] == [frequent(7), frequent(8)]
+    for n in range(10, 20, 2):
+        sent(broadcast, [frequent(n), frequent(n + 1)])
+        assert [await anext(reader) for _ in range(2)] == [frequent(n), frequent(n + 1)]
+
+
 async def test_one_slow_reader_costs_the_others_nothing() -> None:
     broadcast = Broadcast()
     slow, quick = broadcast.subscribe(1), broadcast.subscribe(100)

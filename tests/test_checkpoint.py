@@ -262,6 +262,29 @@ def test_a_kill_in_the_first_save_leaves_nothing_that_looks_complete(tmp_path: P
             return
 
 
+def test_what_the_manifest_names_is_on_the_disk_before_the_manifest(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut only what was synced is sure to be there, and renamings only once their directory was."""
+    log: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def logged_fsync(fd: int) -> None:
+        log.append(f"sync {Path(f'/proc/self/fd/{fd}').readlink().name}")
+        fsync(fd)
+
+    def logged_replace(source: Path, target: Path) -> None:
+        log.append(f"rename {source.name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(os, "replace", logged_replace)
+    checkpoint.save(saved, manifest(version=4), part(4))
+    files = [f".{name}.{kind}.tmp" for name in ("policy", "run") for kind in ("safetensors", "json")]
+    order = [step for file in files for step in (f"sync {file}", f"rename {file}")]
+    end = [f"sync {saved.name}", "sync .manifest.json.tmp", "rename .manifest.json.tmp", f"sync {saved.name}"]
+    assert log[: len(order) + 4] == order + end
+    assert log[len(order) + 4 :] == [f"sync {saved.parent.name}"]
+
+
 def test_a_reader_meets_the_old_or_the_new_one_while_it_is_replaced(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between reading the manifest and reading the files the checkpoint is replaced and its old files deleted."""
     real, replaced = checkpoint._checked, False

@@ -73,7 +73,7 @@ def test_columns_are_named_by_their_environments(make: Make) -> None:
 def test_metrics_without_gradient_steps_are_refused(make: Make) -> None:
     trainer = make()
     trainer.learner.update = lambda r: {"loss": 1.0}  # type: ignore[method-assign]
-    with pytest.raises(TrainingError, match="ToyLearner.update returned no `gradient_steps`"):
+    with pytest.raises(TrainingError, match=r"ToyLearner\.update returned no `gradient_steps`"):
         train(trainer, 0, 1)
 
 

@@ -138,6 +138,7 @@ def test_status_and_result_carry_the_counters() -> None:
     )  # fmt: skip
     assert (status.env_steps, status.episodes, status.last_evaluation, status.best_evaluation) == (10, 1, 5.0, 5.0)
     assert status.recent_returns == (2.0,)
+    report.begun_s, report.ready_s, report.trained_s = 10.0, 12.0, 17.0
     result = report.result(
         status="completed", error=None, env="e", algo="a", seed=0, updates=1, off_policy_degree=0, ledger=report.ledger(0),
         busy={}, waiting={}, event_loop_lag_ms=lag, queue={}, params_sha256="", directory="d",
@@ -145,7 +146,8 @@ def test_status_and_result_carry_the_counters() -> None:
     data = result.to_dict()
     assert (data["env_steps"], data["train_return_mean_100"], data["final_evaluation"]["mean_return"]) == (10, 2.0, 5.0)
     assert msgspec.convert(data["best"], EvaluationRecord) == report.best
-    assert data["wall_seconds"] >= data["start_seconds"] + data["train_seconds"] - 1e-6
+    assert (data["start_seconds"], data["train_seconds"]) == (2.0, 5.0)
+    assert (data["env_steps_per_second"], data["gradient_steps_per_second"]) == (10 / 5, 3 / 5)
 
 
 def test_versions_of_what_it_stands_on() -> None:

@@ -1,0 +1,183 @@
+"""The run directory: where it is, and what the files in it hold after warm-up, a resume or a kill."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_broadcast import finished, frequent, important
+from test_events import example
+
+from aiorl.config import Config
+from aiorl.errors import ConfigError
+from aiorl.events import AnyEvent, Progress, Updated
+from aiorl.metrics.directory import CSV_COLUMNS, RunFiles, choose_directory, make_writable, write_atomically
+
+
+@pytest.fixture(autouse=True)
+def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def config(**changes: Any) -> Config:
+    return Config(env="CartPole-v1", seed=3, **changes)
+
+
+def updated(n: int, **metrics: float) -> Updated:
+    event = frequent(n)
+    return Updated(**{name: getattr(event, name) for name in event.__struct_fields__ if name != "metrics"}, metrics=metrics)
+
+
+def write(files: RunFiles, *events: AnyEvent, rollouts: tuple[int, ...] = ()) -> None:
+    for event in events:
+        files.event(event)
+    for k in rollouts:
+        files.rollout({"k": k, "b_k": k, "order": [0]})
+    files.write(files.take())
+
+
+def lines(name: str) -> list[Any]:
+    return [json.loads(line) for line in Path(name).read_text().splitlines()]
+
+
+def table() -> list[dict[str, str]]:
+    with open("metrics.csv", newline="") as file:
+        return list(csv.DictReader(file, strict=True))
+
+
+# -- which directory ---------------------------------------------------------------------------------------------------
+
+
+def test_the_first_free_name_under_runs() -> None:
+    assert choose_directory(config(), "CartPole-v1", "ppo") == Path("runs/CartPole-v1-ppo-3")
+    assert not Path("runs").exists(), "looking makes nothing"
+    assert choose_directory(config(), "CartPole-v1", "ppo", create=True) == Path("runs/CartPole-v1-ppo-3")
+    assert choose_directory(config(), "CartPole-v1", "ppo", create=True) == Path("runs/CartPole-v1-ppo-3-2")
+    assert choose_directory(config(), "ALE/Pong-v5", "dqn") == Path("runs/Pong-v5-dqn-3")
+    assert choose_directory(config(), "my.module:Env.make", "ppo") == Path("runs/my.module.Env.make-ppo-3")
+
+
+def test_two_runs_that_start_together_get_directories_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other run makes its directory between looking and making."""
+    real = Path.exists
+
+    def exists(path: Path, **given: Any) -> bool:
+        seen = real(path, **given)
+        if not seen and path.name == "CartPole-v1-ppo-3":
+            path.mkdir(parents=True)
+        return seen
+
+    monkeypatch.setattr(Path, "exists", exists)
+    assert choose_directory(config(), "CartPole-v1", "ppo", create=True) == Path("runs/CartPole-v1-ppo-3-2")
+
+
+def test_a_directory_that_is_asked_for() -> None:
+    assert choose_directory(config(out="here"), "CartPole-v1", "ppo") == Path("here")
+    Path("here").mkdir()
+    Path("here/notes.txt").write_text("mine")
+    assert choose_directory(config(out="here"), "CartPole-v1", "ppo") == Path("here")
+    for name in ("config.toml", "summary.json"):
+        Path("here", name).write_text("")
+        with pytest.raises(ConfigError, match=r"here already holds a run\n.*python -m aiorl resume here"):
+            choose_directory(config(out="here"), "CartPole-v1", "ppo")
+        Path("here", name).unlink()
+
+
+def test_making_it_writable(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_writable(Path("deep/down/run"))
+    make_writable(Path("deep/down/run"))
+    assert list(Path("deep/down/run").iterdir()) == []
+    Path("file").write_text("x")
+    for path in ("file", "file/inside"):
+        with pytest.raises(ConfigError, match=rf"cannot write to {path}: .*\n  choose another out"):
+            make_writable(Path(path))
+    with pytest.raises(ConfigError, match="cannot write to"):
+        choose_directory(config(), "x/" + "n" * 300, "ppo", create=True)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_events_and_schedule_are_appended_in_order() -> None:
+    files = RunFiles(Path())
+    write(files)
+    assert list(Path().iterdir()) == [], "nothing to write makes no file"
+    write(files, important(1), updated(2, loss=0.5), rollouts=(0, 1))
+    write(files, finished(3), rollouts=(2,))
+    assert [line["event"] for line in lines("events.jsonl")] == ["warned", "updated", "finished"]
+    assert lines("events.jsonl")[1] == updated(2, loss=0.5).to_dict()
+    assert [line["k"] for line in lines("schedule.jsonl")] == [0, 1, 2]
+    assert files.take() == ([], [])
+
+
+def test_progress_is_for_displays() -> None:
+    files = RunFiles(Path())
+    files.event(example(Progress))
+    assert files.take() == ([], [])
+
+
+def test_metrics_are_a_table() -> None:
+    files = RunFiles(Path())
+    write(files, updated(1, loss=0.1, entropy=2.0), important(2), updated(3, loss=1 / 3, entropy=float("inf")))
+    rows = table()
+    assert list(rows[0]) == [*CSV_COLUMNS, "entropy", "loss"]
+    assert [(row["version"], float(row["loss"]), row["entropy"]) for row in rows] == [("1", 0.1, "2.0"), ("3", 1 / 3, "inf")]
+    assert rows[0]["return_mean"] == "", "nothing ended: an empty cell"
+
+
+def test_columns_of_metrics_that_appear_only_after_warm_up() -> None:
+    files = RunFiles(Path())
+    write(files, updated(1), updated(2))
+    assert list(table()[0]) == list(CSV_COLUMNS)
+    write(files, updated(3), updated(4, loss=0.4, q=4.0))
+    write(files, updated(5, loss=0.5, q=5.0, epsilon=0.05))
+    write(files, updated(6, q=6.0))
+    rows = table()
+    assert list(rows[0]) == [*CSV_COLUMNS, "loss", "q", "epsilon"]
+    assert [row["version"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
+    assert [row["q"] for row in rows] == ["", "", "", "4.0", "5.0", "6.0"]
+    assert [row["epsilon"] for row in rows] == ["", "", "", "", "0.05", ""]
+    assert None not in rows[0], "a row is longer than the header"
+
+
+def test_a_resumed_run_goes_on_in_the_same_files() -> None:
+    write(RunFiles(Path()), updated(1, b=1.0, a=2.0), rollouts=(0,))
+    write(RunFiles(Path()), updated(2, a=3.0, b=4.0, c=5.0), rollouts=(1,))
+    assert [line["version"] for line in lines("events.jsonl")] == [1, 2]
+    assert [line["k"] for line in lines("schedule.jsonl")] == [0, 1]
+    rows = table()
+    assert [(row["a"], row["b"], row["c"]) for row in rows] == [("2.0", "1.0", ""), ("3.0", "4.0", "5.0")]
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "schedule.jsonl", "metrics.csv"])
+@pytest.mark.parametrize("cut", [1, 5, 10_000])
+def test_a_line_that_a_kill_cut_off_does_not_spoil_the_next(name: str, cut: int) -> None:
+    write(RunFiles(Path()), updated(1, loss=1.0), updated(2, loss=2.0), rollouts=(0, 1))
+    whole = Path(name).read_bytes()
+    Path(name).write_bytes(whole[: max(5, len(whole) - cut)])
+    write(RunFiles(Path()), updated(3, loss=3.0), rollouts=(2,))
+    kept = ["1"] if cut < 10_000 else []
+    if name == "metrics.csv":
+        assert [(row["version"], row["loss"]) for row in table()] == [*((v, "1.0") for v in kept), ("3", "3.0")]
+    else:
+        key = "k" if name == "schedule.jsonl" else "version"
+        assert [line[key] for line in lines(name)] == [*(int(v) - (key == "k") for v in kept), 3 - (key == "k")]
+
+
+def test_writing_a_small_file_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path("config.toml")
+    write_atomically(path, b"old")
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(Path().iterdir()) == [path], "no temporary file is left"
+    monkeypatch.undo()
