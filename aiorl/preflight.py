@@ -18,6 +18,7 @@ from aiorl.envs.spec import EnvSpec, main_is_guarded, resolve_env
 from aiorl.errors import CheckpointError, ConfigError
 from aiorl.ledger import check_state
 from aiorl.metrics.directory import choose_directory, make_writable
+from aiorl.report import Report
 from aiorl.segments import Column, SegmentLayout
 from aiorl.trees import check_tree
 from aiorl.workers.memory import available_bytes
@@ -213,16 +214,17 @@ def _check_fits(saved: Saved, config: Config, spaces: Spaces) -> None:
 
 
 def _check_state(saved: Saved, config: Config, segment: SegmentLayout) -> None:
-    """See that the saved books and weights are of this run, and agree with the manifest."""
+    """See that what was saved is of this run in form, and that its parts agree with each other."""
     manifest, run = saved.manifest, saved.parts["run"]
     try:
         ledger = run["ledger"]
         check_state(ledger, config.groups, segment)
+        Report(None).load_state_dict(run["report"], 0)
         for version, weights in run["behaviour"].items():
             check_tree(weights, saved.parts["policy"], f"behaviour.{int(version)}")
         segments = sum(books["segments"] for books in ledger["groups"].values())
         if (segments, ledger["stored"]) != (manifest.version * config.groups, manifest.env_steps):
-            raise ValueError(f"{segments} segments with {ledger['stored']} transitions are not {manifest.version} updates")
+            raise ValueError(f"{segments} segments with {ledger['stored']} env steps are not {manifest.version} updates")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{saved.path} is damaged or of another make: {error}") from None
 

@@ -259,7 +259,7 @@ class Report:
         return msgspec.to_builtins(state, str_keys=True)
 
     def load_state_dict(self, state: dict[str, Any], stored: int) -> None:
-        """Inverse of `state_dict`. msgspec.ValidationError (a ValueError) for anything else."""
+        """Inverse of `state_dict`. ValueError for anything else."""
         saved = msgspec.convert(state, ReportState, str_keys=True)
         self._earlier_s, self.gradient_steps, self.episodes = saved.seconds, saved.gradient_steps, saved.episodes
         self.staleness, self.evaluations = dict(saved.staleness), list(saved.evaluations)

@@ -22,6 +22,7 @@ import numpy as np
 
 import aiorl
 from aiorl.assembly import Assembly, assemble
+from aiorl.cli.session import run_async
 from aiorl.metrics.lag import LagMeter
 from aiorl.offload import OffloadThread
 from aiorl.pacing import Grant
@@ -180,4 +181,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    run_async(main())  # on uvloop where it is installed, as the command line does

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiorl.envs.cursor import GroupCursor, advance
-from aiorl.ledger import Episode, Ledger
+from aiorl.ledger import Episode, Ledger, check_state
 from aiorl.pacing import Grant
 from aiorl.segments import CORE_COLUMNS, Column, Segment, SegmentLayout
 
@@ -175,24 +175,38 @@ def test_the_books_keep_nothing_of_the_slot() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s["groups"].pop("1"), "1 groups, expected 2"),
-        (lambda s: s["groups"]["1"].update(totals=np.zeros(5)), r"groups.1.totals: expected float64 \[2\]"),
-        (lambda s: s["groups"]["0"].update(lengths=np.zeros(2, np.float32)), r"groups.0.lengths: expected int64 \[2\]"),
-        (lambda s: s["groups"]["0"]["cursor"].update(episodes=np.zeros(3, np.int64)), "cursor: expected 2 environments"),
-        (lambda s: s["groups"]["0"]["cursor"]["actions"].pop("1"), "cursor: expected 2 environments"),
-        (lambda s: s["groups"]["0"]["cursor"].pop("obs"), "obs"),
+        (lambda s: None, None),
+        (lambda s: s.pop("stored"), r"ledger\.stored is missing"),
+        (lambda s: s.update(episodes="3"), r"ledger\.episodes: expected int, got str"),
+        (lambda s: s.update(recent=np.zeros((2, 2))), r"ledger\.recent: expected float64 \[2\], got float64 \[2, 2\]"),
+        (lambda s: s.update(code=1), r"ledger\.code is not expected here"),
+        (lambda s: s["groups"].pop("1"), r"ledger\.groups\.1 is missing"),
+        (lambda s: s["groups"].update({"2": 1}), r"ledger\.groups\.2 is not expected"),
+        (lambda s: s["groups"]["1"].update(totals=np.zeros(5)), r"groups\.1\.totals: expected float64 \[2\]"),
+        (lambda s: s["groups"]["0"].update(lengths=np.zeros(2, np.float32)), r"groups\.0\.lengths: expected int64 \[2\]"),
+        (lambda s: s["groups"]["0"].update(segments=1.5), r"groups\.0\.segments: expected int"),
+        (lambda s: s["groups"]["0"]["cursor"].update(episodes=np.zeros(3)), r"cursor\.episodes: expected int64 \[2\]"),
+        (lambda s: s["groups"]["0"]["cursor"]["actions"].pop("1"), r"cursor\.actions\.1 is missing"),
+        (lambda s: s["groups"]["0"]["cursor"]["actions"].update({"1": np.zeros((2, 2))}), r"1: expected int64 \[2\]"),
+        (lambda s: s["groups"]["0"]["cursor"].update(done=None), r"cursor\.done: expected bool \[2\]"),
+        (lambda s: s["groups"]["0"]["cursor"]["obs"].update(obs=np.zeros((2, 3))), r"obs\.obs: expected float32 \[2, 2\]"),
+        (lambda s: s["groups"]["0"]["cursor"].pop("obs"), r"cursor\.obs is missing"),
     ],
 )  # fmt: skip
-def test_the_state_of_other_groups_is_refused(change: Any, message: str) -> None:
+def test_a_state_that_is_not_of_this_form_is_named(change: Any, message: str | None) -> None:
     rng = np.random.default_rng(5)
-    ledger = Ledger(2, 2)
+    layout, ledger = SegmentLayout(4, 2, OBS, COLUMNS), Ledger(2, 2)
+    check_state(ledger.state_dict(), 2, layout)
     ledger.store(
         parts_of([0, 1], [0, 0]), tuple(cut(long_segment(rng, 4, 2, takes_a_row=False), 0, 4) for _ in range(2))
     )
     state = ledger.state_dict()
     change(state)
-    with pytest.raises((ValueError, KeyError), match=message):
-        Ledger(2, 2).load_state_dict(state)
+    if message is None:
+        check_state(state, 2, layout)
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_state(state, 2, layout)
 
 
 def test_parts_and_segments_must_match() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -268,6 +269,39 @@ def test_nothing_to_resume() -> None:
 def test_a_damaged_checkpoint(run: Path) -> None:
     next(newest(run).glob("learner-*.safetensors")).write_bytes(b"")
     refused("learner-", "the file is damaged", resume=run, **again())
+
+
+def places(tree: dict[str, Any], *path: str) -> list[tuple[str, ...]]:
+    """Where something is in a tree: the paths of all that it holds."""
+    found = [(*path, key) for key in tree]
+    return found + [p for key, value in tree.items() if isinstance(value, dict) for p in places(value, *path, key)]
+
+
+def test_a_checkpoint_whose_contents_are_of_another_make(run: Path) -> None:
+    """Files and hashes are right, but at some place there is nothing, or something else."""
+    path = newest(run)
+    found, parts = checkpoint.load(path, ("policy", "learner", "run"))
+    assert check(make(**again()), run).saved is not None
+    for place in places(parts["run"]):
+        for change in ("delete", "replace"):
+            wrong = copy.deepcopy(parts)
+            node = wrong["run"]
+            for key in place[:-1]:
+                node = node[key]
+            if change == "delete":
+                if place[:-1] in (("behaviour",), ("report", "staleness")) or place == ("behaviour",):
+                    continue  # a smaller degree would have fewer, which is for others to say
+                del node[place[-1]]
+            else:
+                node[place[-1]] = {"x": "y"}
+            checkpoint.save(path, found, wrong)
+            refused(str(path.name), "is damaged or of another make", resume=run, **again())
+
+
+@pytest.mark.parametrize("change", [{"version": 1}, {"version": 0}, {"env_steps": 5}])
+def test_a_manifest_that_belongs_to_other_books(run: Path, change: dict[str, int]) -> None:
+    edit(newest(run), lambda m: m.update(change))
+    refused("is damaged or of another make", "8 segments with 128 env steps", resume=run, **again())
 
 
 def test_parts_are_read_as_they_are() -> None:

@@ -119,10 +119,14 @@ def test_a_resumed_run_goes_on_counting() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"evaluations": [{"version": "x"}]}, {"gradient_steps": "many"}, {"staleness": {"a": 1}}]
-)
+    "change",
+    [
+        {"evaluations": [{"version": "x"}]}, {"gradient_steps": "many"}, {"staleness": {"a": 1}}, {"staleness": None},
+        {"seconds": None}, {"more": 1},
+    ],
+)  # fmt: skip
 def test_counters_that_are_none_are_refused(change: dict[str, Any]) -> None:
-    with pytest.raises((ValueError, msgspec.ValidationError)):
+    with pytest.raises(ValueError):
         Report(None).load_state_dict({**Report(None).state_dict(), **change}, 0)
 
 

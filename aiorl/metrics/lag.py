@@ -15,8 +15,8 @@ class LagMeter:
     """Sleeps a fixed time again and again and notes by how much it woke up late."""
 
     def __init__(self) -> None:
-        self._late_ms: list[float] = []
-        self._next = 0
+        self._late_ms = np.zeros(KEEP)  # a ring
+        self._count = 0
         self.max_ms = 0.0
 
     async def measure(self) -> None:
@@ -28,15 +28,12 @@ class LagMeter:
 
     def note(self, late_ms: float) -> None:
         self.max_ms = max(self.max_ms, late_ms)
-        if len(self._late_ms) < KEEP:
-            self._late_ms.append(late_ms)
-        else:
-            self._late_ms[self._next % KEEP] = late_ms
-            self._next += 1
+        self._late_ms[self._count % KEEP] = late_ms
+        self._count += 1
 
     def percentiles(self) -> dict[str, float]:
         """p50, p99 and max in milliseconds (0 before the first sample)."""
-        if not self._late_ms:
+        if not self._count:
             return {"p50": 0.0, "p99": 0.0, "max": 0.0}
-        p50, p99 = np.percentile(self._late_ms, (50, 99))
+        p50, p99 = np.percentile(self._late_ms[: self._count], (50, 99))
         return {"p50": round(float(p50), 3), "p99": round(float(p99), 3), "max": round(self.max_ms, 3)}
