@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -154,7 +154,7 @@ def check_state(state: dict[str, Any], groups: int, layout: SegmentLayout) -> No
 
 def _as_long_as(value: Any, like: Array) -> Array:
     """An array like `like`, with as many rows as `value` has."""
-    rows = len(value) if isinstance(value, np.ndarray) and value.ndim else 0
+    rows = len(cast(Array, value)) if isinstance(value, np.ndarray) and value.ndim else 0
     return np.zeros((rows, *like.shape[1:]), like.dtype)
 
 
