@@ -33,6 +33,7 @@ from aiorl.workers.weights import WeightLayout, WeightStore
 
 SPARE_BUFFERS = 3  # one being written, one being evaluated, one waiting for evaluation
 LEARNER_GRACE_S = 0.5
+FILES_GRACE_S = 1.0  # a thread that is still busy after its grace ends by itself
 
 
 @dataclass
@@ -59,11 +60,12 @@ class Assembly:
         return None
 
     async def write_files(self, result: Result | None, error: BaseException | None) -> None:
-        """The last things in the run directory; closes the files' thread."""
-        with contextlib.suppress(OSError):
-            await self.flush_files()
-            await self.files_thread.run(_write_end, self.checked.directory, result, error)
-        await self.files_thread.aclose(1.0)
+        """The last things in the run directory; closes the files' thread. A disk that is stuck does not hold the host."""
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(FILES_GRACE_S):
+                await self.flush_files()
+                await self.files_thread.run(_write_end, self.checked.directory, result, error)
+        await self.files_thread.aclose(0.2)
 
     async def aclose(self) -> None:
         """End workers and learner and give the shared memory back."""

@@ -65,6 +65,11 @@ class Checkpointer:
         notes = {"evaluation": msgspec.to_builtins(event)}
         await self._save_policy("best", snapshot.version, snapshot.env_steps, snapshot.buffer, notes)
 
+    def close(self) -> None:
+        """The run ends: a write under way goes on by itself, but nothing more is reported."""
+        if self._writing is not None:
+            self._writing.cancel()
+
     # -- the work --------------------------------------------------------------------------------------------------
 
     async def _begin(self, kind: str) -> asyncio.Task[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import os
 import re
@@ -117,8 +118,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         groups = self.envs // size
         # A group is never split, so more workers than groups would have nothing to do.
         workers = min(groups, usable_cores() if self.workers == "auto" else self.workers)
+        env, env_kwargs = self.env, self.env_kwargs
+        while isinstance(env, functools.partial) and not env.args:  # so that it can be written by name
+            env, env_kwargs = env.func, {**env.keywords, **env_kwargs}
+        check_plain(env_kwargs, "env_kwargs")
         return self.replace(
-            env_kwargs=msgspec.json.decode(msgspec.json.encode(self.env_kwargs)),  # as a file gives them: lists, no tuples
+            env=env,
+            env_kwargs=msgspec.json.decode(msgspec.json.encode(env_kwargs)),  # as a file gives them: lists, no tuples
             algo=self.algorithm,
             group_size=size,
             workers=workers,

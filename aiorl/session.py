@@ -138,6 +138,8 @@ class Session:
         """End everything, whatever state the run is in, and write the summary."""
         self.state = status
         made, parts = self.made, self.parts
+        if self.checkpointer is not None:
+            self.checkpointer.close()
         if made is not None and parts is not None:
             self._count_unused(parts)
             self.result = self._make_result(status, made, parts)

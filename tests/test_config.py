@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import tomllib
 from pathlib import Path
@@ -284,3 +285,13 @@ def test_a_preset_lies_under_what_is_given() -> None:
     assert Config.preset("Acrobot-v1").envs == make().envs
     assert Config.preset("CartPole-v1", "dqn", off_policy_degree=0).algo == aiorl.DQN()
     refusal("unknown key `enbs`", call=Config.preset, env="CartPole-v1", enbs=3)
+
+
+def make_counting(length: int = 7) -> object:
+    return length
+
+
+def test_a_partial_is_written_by_name_with_its_arguments():
+    config = Config(env=functools.partial(make_counting, length=3), env_kwargs={}).resolve()
+    assert config.to_dict()["env"] == f"{__name__}:make_counting"
+    assert config.env_kwargs == {"length": 3}

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -360,6 +361,23 @@ async def test_every_way_out_ends_everything(config: Make, no_leaks: None, way: 
     gc.collect()
     if descriptors:
         assert len(os.listdir("/proc/self/fd")) <= descriptors + 1, "a descriptor was left open"  # + resource tracker
+
+
+async def test_a_stuck_disk_does_not_hold_the_host(config: Make) -> None:
+    release = threading.Event()
+    loop = asyncio.get_running_loop()
+    async with aiorl.Run(config(total_steps=10**7)) as run:
+        await first_update(run)
+        made = run._session.made
+        assert made is not None
+        stuck = asyncio.ensure_future(made.files_thread.run(release.wait))  # every later write waits behind this one
+        await asyncio.sleep(0)
+        begun = loop.time()
+    took_s = loop.time() - begun
+    release.set()
+    await stuck
+    assert took_s < 10, "leaving waited for the disk"
+    assert run.result.status == "stopped"
 
 
 PARENT = """
