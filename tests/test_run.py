@@ -343,7 +343,7 @@ async def test_every_way_out_ends_everything(config: Make, no_leaks: None, way: 
                 task = asyncio.current_task()
                 assert task is not None
                 task.cancel()
-                await asyncio.sleep(3600)
+                await asyncio.Event().wait()
             if way == "stop":
                 run.stop()
                 await run.wait()
