@@ -17,7 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
-BACKGROUND_NICENESS = 5
+BACKGROUND_NICENESS = 10
 """Of these threads and of workers: with every core busy the loop's thread would else wait its turn behind them."""
 
 
