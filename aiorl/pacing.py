@@ -21,10 +21,15 @@ earlier run. So every finished run can be repeated, also an eager one.
 overtaken, so it is not enough to bound each segment when it starts: it also limits what may be admitted after it. A segment
 acted by version b lands, at the latest, behind everything admitted so far; keeping admitted <= (b + D + 1) * G for the
 oldest b in flight keeps its rollout index within b + D.
+
+The degree may change while running, up to the `degree_max` that memory was laid out for. What has been admitted keeps the
+bound that it was admitted under; what follows acts with no older version than the newest one at the change, so lowering
+the degree only holds admission back until the new bound is met, and raising it asks for no version that is gone.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -86,10 +91,16 @@ class Ordered:
     rollouts: int | None = None
 
     def __init__(self, degree: int, groups: int) -> None:
-        self._degree, self._groups = degree, groups
+        self._groups = groups
+        self._changes = [(0, degree, 0)]  # (first rollout, degree, oldest version that may act from there on)
+
+    def change_degree(self, degree: int, rollout: int, version: int) -> None:
+        """From `rollout` on the degree is another one, and no version older than `version` acts."""
+        self._changes.append((rollout, degree, version))
 
     def place(self, group: int, ordinal: int) -> tuple[int, int] | None:
-        return ordinal, max(0, ordinal - self._degree)
+        _, degree, oldest = self._changes[bisect_right(self._changes, ordinal, key=lambda change: change[0]) - 1]
+        return ordinal, max(oldest, ordinal - degree)
 
     def parts(self, rollout: int) -> Sequence[tuple[int, int]]:
         return [(group, rollout) for group in range(self._groups)]
@@ -127,9 +138,9 @@ class Recorded:
 class Pacer:
     """Decides who may do what next. It owns no task and reads no clock.
 
-    `degree` is off_policy_degree, `segment_steps` the most transitions one segment can hold, `total_steps` the budget:
-    a rollout is admitted only if it is needed however few valid steps the outstanding ones turn out to hold, so none
-    is collected in vain.
+    `degree` is off_policy_degree, `degree_max` the largest that it may be changed to (default: no other),
+    `segment_steps` the most transitions one segment can hold, `total_steps` the budget: a rollout is admitted only if
+    it is needed however few valid steps the outstanding ones turn out to hold, so none is collected in vain.
     """
 
     def __init__(
@@ -141,9 +152,11 @@ class Pacer:
         segment_steps: int,
         schedule: str = "ordered",
         record: Sequence[RecordedRollout] | None = None,
+        degree_max: int | None = None,
     ) -> None:
-        if degree < 0:
-            raise ConfigError(f"off_policy_degree = {degree}: expected 0 or more")
+        self.degree_max = degree if degree_max is None else degree_max
+        if not 0 <= degree <= self.degree_max:
+            raise ConfigError(f"off_policy_degree = {degree}: expected 0 to {max(0, self.degree_max)}")
         if groups < 1 or segment_steps < 1 or total_steps < 1:
             raise ConfigError(
                 f"nothing could ever be collected: groups = {groups}, segment_steps = {segment_steps}, "
@@ -154,9 +167,10 @@ class Pacer:
         self.degree, self.groups = degree, groups
         self._script: Script | None = Ordered(degree, groups) if schedule == "ordered" else None
         if record is not None:
-            self._script = Recorded(record, degree, groups)
+            self._script = Recorded(record, self.degree_max, groups)
         self.segment_steps, self.total_steps = segment_steps, total_steps
-        self.slots = degree + 1
+        self.slots = self.degree_max + 1
+        self.degree_changed = False
         self.commits = 0  # updates done = the newest version
         self.started = 0  # updates begun
         self.steps = 0  # transitions in all arrived segments
@@ -165,6 +179,7 @@ class Pacer:
         self._ordinals = [0] * groups  # next segment of each group
         self._flying: list[list[Grant]] = [[] for _ in range(groups)]  # granted, not arrived, oldest first
         self._landed: dict[tuple[int, int], Grant] = {}  # arrived, not yet in a rollout, in order of arrival
+        self._latest: dict[tuple[int, int], int] = {}  # of these two: the last rollout each may be part of
         self._planned = 0  # rollouts made up so far
         self._in_use: dict[int, RolloutPlan] = {}  # made up and not yet learned from
         self._free = [set(range(self.slots)) for _ in range(groups)]
@@ -178,20 +193,33 @@ class Pacer:
         ordinal = self._ordinals[group]
         self._decide()
         if self._script is None:
-            version = self.commits
-            if self._flying[group] or not self._may_admit_eagerly(version):
+            version, latest = self.commits, self.commits + self.degree
+            if self._flying[group] or not self._may_admit_eagerly(latest):
                 return None
         else:
             place = self._script.place(group, ordinal)
             if place is None or place[0] >= self._decided or place[1] > self.commits:
                 return None
-            version = place[1]
+            latest, version = place
         slot = min(self._free[group])
         self._free[group].remove(slot)
         granted = Grant(group, ordinal, slot, version)
         self._ordinals[group] += 1
         self._flying[group].append(granted)
+        self._latest[group, ordinal] = latest
         return granted
+
+    def change_degree(self, degree: int) -> None:
+        """Admit under another degree from the next rollout on. Raises ConfigError if memory was not laid out for it.
+
+        A repeated run keeps to its record, whatever the degree.
+        """
+        if not 0 <= degree <= self.degree_max:
+            raise ConfigError(f"off_policy_degree = {degree}: this run can change it to 0 to {self.degree_max}")
+        self._decide()
+        self.degree, self.degree_changed = degree, True
+        if isinstance(self._script, Ordered):
+            self._script.change_degree(degree, self._decided, self.commits)
 
     def _decide(self) -> None:
         """Admit further rollouts while the bound on run-ahead allows and the budget, or the record, needs them."""
@@ -205,10 +233,10 @@ class Pacer:
                 return
             self._decided += 1
 
-    def _may_admit_eagerly(self, version: int) -> bool:
-        admitted = sum(self._ordinals)
-        oldest = min([version, *(g.version for flying in self._flying for g in flying)])
-        return admitted < min(self._decided, oldest + self.degree + 1) * self.groups
+    def _may_admit_eagerly(self, latest: int) -> bool:
+        """Whether one more segment leaves everything in flight, and itself, within the last rollout it may be part of."""
+        in_flight = [self._latest[g.group, g.ordinal] for flying in self._flying for g in flying]
+        return sum(self._ordinals) < min(self._decided, min([latest, *in_flight]) + 1) * self.groups
 
     @property
     def _arrived(self) -> int:
@@ -241,8 +269,12 @@ class Pacer:
 
     def _plan(self, parts: tuple[Grant, ...]) -> RolloutPlan:
         plan = RolloutPlan(self._planned, parts)
-        if not 0 <= plan.staleness <= self.degree:
-            raise InvariantError(f"rollout {plan.index} has staleness {plan.staleness}, the bound is {self.degree}")
+        latest = min(self._latest.pop((part.group, part.ordinal)) for part in parts)
+        if not 0 <= plan.staleness <= self.degree_max or plan.index > latest:
+            raise InvariantError(
+                f"rollout {plan.index} has staleness {plan.staleness}, the bound is {self.degree} (at most {self.degree_max}); "
+                f"it may be learned from up to rollout {latest}"
+            )
         self._planned += 1
         self._in_use[plan.index] = plan
         return plan
@@ -283,7 +315,7 @@ class Pacer:
     @property
     def oldest_needed_version(self) -> int:
         """No later grant asks for an older version than this, also after a resume from the newest update."""
-        return max(0, self.commits - self.degree)
+        return max(0, self.commits - self.degree_max)
 
     def unused(self) -> tuple[list[Grant], list[Grant]]:
         """What no update has used: (grants still in flight, segments that have arrived)."""
@@ -291,12 +323,20 @@ class Pacer:
         whole = [part for plan in self._in_use.values() if plan.index >= self.started for part in plan.parts]
         return flying, whole + list(self._landed.values())
 
-    def resume(self, commits: int, ordinals: list[int], steps: int) -> None:
-        """Go on after `commits` updates that stored `steps` transitions and used `ordinals[g]` segments of each group."""
+    def resume(self, commits: int, ordinals: list[int], steps: int, degree: int | None = None) -> None:
+        """Go on after `commits` updates that stored `steps` transitions and used `ordinals[g]` segments of each group.
+
+        `degree` is what it had been changed to, None if never: then rollouts act with the very versions that they would
+        have acted with. After a change they begin with the newest.
+        """
         if self.commits or self.in_flight or len(ordinals) != self.groups or sum(ordinals) != commits * self.groups:
             raise InvariantError(f"cannot resume at update {commits} with segments {ordinals} of {self.groups} groups")
         self.commits = self.started = self._planned = self._decided = commits
         self.steps, self._ordinals = steps, list(ordinals)
+        if degree is not None:
+            self.degree, self.degree_changed = degree, True
+            if isinstance(self._script, Ordered):
+                self._script.change_degree(degree, commits, commits)
 
     def statistics(self) -> dict[str, Any]:
         """Counters, for status and error messages."""
