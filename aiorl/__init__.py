@@ -2,16 +2,17 @@
 
 Layers. A module imports only lower ones, or its own without a cycle (tests/test_layering.py reads this table):
 
-    errors  events  lazy  seeding  segments  trees          records, errors, sources of chance  0
+    errors  events  faultpoints  lazy  seeding
+        segments  trees                                     records, errors, sources of chance  0
     envs/  buffers/  returns  losses  networks  acting
-        normalise  pacing  ledger                           synchronous: no clock, no loop      1
+        normalise  pacing  tuning  ledger                   synchronous: no clock, no loop      1
     algos/                                                  one file per algorithm              2
     config  presets  policy  checkpoint  channel  offload
-        learning  report  record  metrics/                  what a run is made from             3
+        learning  report  record  degree  metrics/          what a run is made from             3
     workers/                                                processes and shared memory         4
-    preflight  assembly  checkpointing  loops               checks, set-up, the four coroutines 5
+    preflight  assembly  checkpointing  loops  evaluation   checks, set-up, the four coroutines 5
     session  run  replay                                    wires and owns everything           6
-    __main__  cli/                                          the edge                            -
+    __main__  cli/  testing/                                the edge: programs, the test kit    -
 """
 
 from __future__ import annotations
@@ -22,40 +23,44 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "aiorl.config": ["Config"],
+    "aiorl.config": ["Config", "EvalSuite"],
     "aiorl.run": ["Result", "Run", "train"],
     "aiorl.policy": ["LoadedPolicy", "load"],
     "aiorl.algos.ppo": ["PPO"],
     "aiorl.algos.dqn": ["DQN"],
     "aiorl.algos.base": ["Algorithm", "Learner", "LearnerContext", "Policy"],
     "aiorl.errors": [
-        "AiorlError", "CheckpointError", "ConfigError", "EnvError", "InvariantError", "TrainingError", "WorkerError",
+        "AiorlError", "CheckpointError", "ConfigError", "EnvError", "InvariantError", "ReproductionError", "TrainingError",
+        "WorkerError",
     ],
     "aiorl.events": [
-        "AnyEvent", "CheckpointFailed", "Checkpointed", "Evaluated", "EvaluationSkipped", "Event", "Finished", "Lagged",
-        "Paused", "Progress", "Resumed", "SettingsChanged", "Started", "Status", "Updated", "Warned",
+        "AnyEvent", "CheckpointFailed", "Checkpointed", "DegreeChanged", "Evaluated", "EvaluationSkipped", "Event",
+        "Finished", "Lagged", "Paused", "Progress", "Reevaluated", "Resumed", "SettingsChanged", "Started", "Status",
+        "Updated", "Warned", "WorkerRestarted",
     ],
 }  # fmt: skip
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 
 __all__ = [
-    "DQN", "PPO", "AiorlError", "Algorithm", "AnyEvent", "CheckpointError", "CheckpointFailed", "Checkpointed", "Config",
-    "ConfigError", "EnvError", "Evaluated", "EvaluationSkipped", "Event", "Finished", "InvariantError", "Lagged", "Learner",
-    "LearnerContext", "LoadedPolicy", "Paused", "Policy", "Progress", "Result", "Resumed", "Run", "SettingsChanged",
-    "Started", "Status", "TrainingError", "Updated", "Warned", "WorkerError", "load", "train",
+    "DQN", "PPO", "AiorlError", "Algorithm", "AnyEvent", "CheckpointError", "CheckpointFailed", "Checkpointed",
+    "Config", "ConfigError", "DegreeChanged", "EnvError", "EvalSuite", "Evaluated", "EvaluationSkipped", "Event",
+    "Finished", "InvariantError", "Lagged", "Learner", "LearnerContext", "LoadedPolicy", "Paused", "Policy", "Progress",
+    "Reevaluated", "ReproductionError", "Result", "Resumed", "Run", "SettingsChanged", "Started", "Status",
+    "TrainingError", "Updated", "Warned", "WorkerError", "WorkerRestarted", "load", "train",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from aiorl.algos.base import Algorithm, Learner, LearnerContext, Policy
     from aiorl.algos.dqn import DQN
     from aiorl.algos.ppo import PPO
-    from aiorl.config import Config
+    from aiorl.config import Config, EvalSuite
     from aiorl.errors import (
         AiorlError,
         CheckpointError,
         ConfigError,
         EnvError,
         InvariantError,
+        ReproductionError,
         TrainingError,
         WorkerError,
     )
@@ -63,6 +68,7 @@ if TYPE_CHECKING:
         AnyEvent,
         Checkpointed,
         CheckpointFailed,
+        DegreeChanged,
         Evaluated,
         EvaluationSkipped,
         Event,
@@ -70,12 +76,14 @@ if TYPE_CHECKING:
         Lagged,
         Paused,
         Progress,
+        Reevaluated,
         Resumed,
         SettingsChanged,
         Started,
         Status,
         Updated,
         Warned,
+        WorkerRestarted,
     )
     from aiorl.policy import LoadedPolicy, load
     from aiorl.run import Result, Run, train

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -15,6 +16,7 @@ from aiorl import loops, preflight
 from aiorl.algos.base import LearnerContext
 from aiorl.channel import Channel, Gate
 from aiorl.config import Config, env_name
+from aiorl.degree import Dial, first_degree
 from aiorl.envs.cursor import GroupCursor
 from aiorl.errors import AiorlError, CheckpointError, ConfigError
 from aiorl.learning import Trainer
@@ -28,12 +30,29 @@ from aiorl.record import Record
 from aiorl.report import Report, Result
 from aiorl.workers.launch import Launcher
 from aiorl.workers.pool import InlineWorkers, ProcessWorkers, Workers, plan_stations
-from aiorl.workers.program import EVAL_EPISODES_MAX, StationSetup
+from aiorl.workers.program import StationSetup
 from aiorl.workers.weights import WeightLayout, WeightStore
 
-SPARE_BUFFERS = 3  # one being written, one being evaluated, one waiting for evaluation
 LEARNER_GRACE_S = 0.5
 FILES_GRACE_S = 1.0  # a thread that is still busy after its grace ends by itself
+
+
+def _launcher(import_main: bool) -> Launcher:
+    return Launcher(import_main=import_main)
+
+
+@dataclass(frozen=True)
+class Backends:
+    """What a run blocks on and starts its workers with. `aiorl.testing` puts simulated ones in their place.
+
+    `thread` gets a name, `launcher` whether workers import the host's `__main__`.
+    """
+
+    thread: Callable[[str], OffloadThread] = OffloadThread
+    launcher: Callable[[bool], Launcher] = _launcher
+
+
+REAL = Backends()
 
 
 @dataclass
@@ -44,6 +63,7 @@ class Assembly:
     parts: loops.Parts
     files: RunFiles
     files_thread: OffloadThread
+    dial: Dial | None  # None where a record decides
     files_error: str | None = None
 
     @property
@@ -80,23 +100,28 @@ class Assembly:
 
 
 async def assemble(
-    config: Config, report: Report, resume: str | Path | None = None, record: Record | None = None
+    config: Config,
+    report: Report,
+    resume: str | Path | None = None,
+    record: Record | None = None,
+    backends: Backends = REAL,
 ) -> Assembly:
     """Check, then build everything; workers are made but not started. On an error nothing is left behind."""
-    files_thread = OffloadThread("aiorl-files")
-    learner_thread = OffloadThread("aiorl-learner")
+    files_thread = backends.thread("aiorl-files")
+    learner_thread = backends.thread("aiorl-learner")
     launcher: Launcher | None = None
     try:
         checked = await files_thread.run(preflight.check, config, resume)
         if checked.config.workers:
-            launcher = Launcher(import_main=checked.needs_main)  # it loads its modules while this process imports torch
+            launcher = backends.launcher(checked.needs_main)  # it loads its modules while this process imports torch
             await files_thread.run(launcher.warm_up)
         trainer = await learner_thread.run(_make_trainer, checked, record)
         weights = await learner_thread.run(_make_weights, checked, trainer)
-        parts = _wire(checked, launcher, learner_thread, trainer, weights, record)
+        parts = _wire(checked, launcher, learner_thread, trainer, weights, record, backends)
         files = await files_thread.run(_begin_directory, checked)
+        dial = Dial(checked.config, parts.pacer) if record is None else None
         if checked.saved is not None:
-            _restore_counters(checked, parts, report)
+            _restore_counters(checked, parts, report, dial)
         elif report.stop_return is None:
             report.stop_return = checked.probe.reward_threshold
     except BaseException:
@@ -105,7 +130,7 @@ async def assemble(
         await learner_thread.aclose(0.1)
         await files_thread.aclose(0.1)
         raise
-    return Assembly(checked, parts, files, files_thread)
+    return Assembly(checked, parts, files, files_thread, dial)
 
 
 def _make_trainer(checked: Preflight, record: Record | None) -> Trainer:
@@ -115,7 +140,7 @@ def _make_trainer(checked: Preflight, record: Record | None) -> Trainer:
         envs=config.envs,
         segment_length=config.steps_per_segment,
         rollouts=-(-config.total_steps // config.steps_per_rollout),
-        off_policy_degree=config.off_policy_degree,
+        off_policy_degree=config.degree_limit,
         warmup=config.warmup,
         device=_choose_device(config.device),
     )
@@ -139,14 +164,21 @@ def _choose_device(device: str) -> str:
     return "cuda" if device == "auto" and available else device.replace("auto", "cpu")
 
 
+def _buffers(config: Config) -> int:
+    """Copies of the weights: each version that may act, and evaluation's: who waits, the best so far, the one under way."""
+    being_written = under_way = 1
+    return config.degree_limit + 1 + being_written + config.eval_places + config.eval_top + under_way
+
+
 def _make_weights(checked: Preflight, trainer: Trainer) -> WeightStore:
     """The store with the newest version in it, and after a resume the older ones that coming rollouts act with."""
-    degree = checked.config.off_policy_degree
     newest = trainer.learner.weights()
-    store = WeightStore(WeightLayout.of(newest), degree + 1 + SPARE_BUFFERS)
+    store = WeightStore(WeightLayout.of(newest), _buffers(checked.config))
     versions = {0: newest}
     if checked.saved is not None:
         commits = checked.saved.manifest.version
+        # After a change of degree rollouts begin with the newest version.
+        degree = 0 if _degree_to_resume(checked) is not None else checked.config.off_policy_degree
         versions = {int(v): w for v, w in checked.saved.parts["run"].get("behaviour", {}).items()}
         versions[commits] = newest
         missing = [v for v in range(max(0, commits - degree), commits) if v not in versions]
@@ -170,16 +202,19 @@ def _wire(
     trainer: Trainer,
     weights: WeightStore,
     record: Record | None,
+    backends: Backends,
 ) -> loops.Parts:
     config = checked.config
     group_size, groups = cast(int, config.group_size), config.groups
+    saved_degree = checked.saved.degree if checked.saved is not None else {}
     pacer = Pacer(
-        config.off_policy_degree,
+        first_degree(config, saved_degree) if record is None else config.degree_limit,
         groups,
         total_steps=config.total_steps,
         segment_steps=checked.segment.steps * group_size,
         schedule=config.schedule,
         record=record.rollouts if record is not None else None,
+        degree_max=config.degree_limit,
     )
     cursors: dict[int, GroupCursor | None] = {g: trainer.ledger.cursor(g) for g in range(groups)}
     common = StationSetup(
@@ -194,15 +229,18 @@ def _wire(
         weights=weights.layout,
         weight_block=weights.block,
         block=weights.block,
-        eval_width=min(EVAL_WIDTH, config.eval_episodes, EVAL_EPISODES_MAX),
+        eval_width=EVAL_WIDTH,
+        eval_envs=tuple(suite.env for suite in checked.suites),
     )
     plan = plan_stations(common, groups, group_size, cast(int, config.workers), cursors)
     workers: Workers
     if launcher is None:
-        workers = InlineWorkers(plan)
+        workers = InlineWorkers(plan, backends.thread)
     else:
         directory = str(checked.directory.resolve())
-        workers = ProcessWorkers(plan, launcher, directory, config.start_timeout_s, config.step_timeout_s)
+        workers = ProcessWorkers(
+            plan, launcher, directory, config.start_timeout_s, config.step_timeout_s, trainer.where, backends.thread
+        )
     gate = Gate()
     return loops.Parts(
         pacer=pacer,
@@ -211,17 +249,25 @@ def _wire(
         learner_thread=learner_thread,
         trainer=trainer,
         gate=gate,
-        rollouts=Channel(config.off_policy_degree + 1),
-        due=loops.SnapshotBox(gate),
+        rollouts=Channel(config.degree_limit + 1),
     )
 
 
-def _restore_counters(checked: Preflight, parts: loops.Parts, report: Report) -> None:
+def _degree_to_resume(checked: Preflight) -> int | None:
+    """What a resumed run's degree has been changed to, None if it never was."""
+    assert checked.saved is not None
+    tunes_itself = checked.config.off_policy_degree < 0
+    return first_degree(checked.config, checked.saved.degree) if checked.saved.degree or tunes_itself else None
+
+
+def _restore_counters(checked: Preflight, parts: loops.Parts, report: Report, dial: Dial | None) -> None:
     assert checked.saved is not None
     ledger, saved = parts.trainer.ledger, checked.saved
-    parts.pacer.resume(saved.manifest.version, ledger.segments_used(), ledger.stored)
+    parts.pacer.resume(saved.manifest.version, ledger.segments_used(), ledger.stored, _degree_to_resume(checked))
     try:
         report.load_state_dict(saved.parts["run"]["report"], ledger.stored)
+        if dial is not None:
+            dial.load_state_dict(saved.degree)
     except (KeyError, ValueError, msgspec.ValidationError) as error:
         raise CheckpointError(f"{saved.path} does not fit this run: {error}") from error
     report.return_mean_100 = ledger.return_mean_100

@@ -26,9 +26,10 @@ from msgspec import Meta
 
 from aiorl.envs.spaces import Spaces
 from aiorl.errors import CheckpointError
+from aiorl.faultpoints import fault_point
 from aiorl.segments import Array
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 JSON_BYTES_MAX = 256 * 2**20
 CHUNK_BYTES = 2**20
@@ -81,6 +82,7 @@ def save(path: Path, manifest: Manifest, parts: Mapping[str, Tree]) -> None:
             files[f"{name}.json"] = _store(path, f"{name}.json", [_encode_json(plain, name)])
         manifest = msgspec.structs.replace(manifest, files=files)
         _sync_directory(path)
+        fault_point("checkpoint.manifest")
         _write(path / f".{MANIFEST}.tmp", [msgspec.json.format(msgspec.json.encode(manifest))])
         os.replace(path / f".{MANIFEST}.tmp", path / MANIFEST)
         _sync_directory(path)
@@ -282,6 +284,7 @@ def _store(directory: Path, name: str, pieces: Iterable[bytes | memoryview]) -> 
     """Write a file of a coming manifest under its name with the hash in it."""
     temporary = directory / f".{name}.tmp"
     entry = _write(temporary, pieces)
+    fault_point("checkpoint.write")
     stem, _, suffix = name.partition(".")
     os.replace(temporary, directory / f"{stem}-{entry.sha256[:16]}.{suffix}")
     return entry

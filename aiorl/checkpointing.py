@@ -5,18 +5,24 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import msgspec
+from typing import Any, NamedTuple
 
 from aiorl import checkpoint
 from aiorl.assembly import Assembly
 from aiorl.errors import TrainingError
-from aiorl.events import AnyEvent, Checkpointed, CheckpointFailed, Evaluated
-from aiorl.loops import Snapshot
+from aiorl.events import AnyEvent, Checkpointed, CheckpointFailed
 from aiorl.report import Report, library_versions
 
 FAILURES_MAX = 3  # in a row; then the run ends
+
+
+class Snapshot(NamedTuple):
+    """An immutable policy: version, env steps it had seen, and the weight buffer held for it. `final`: the run's last."""
+
+    version: int
+    env_steps: int
+    buffer: int
+    final: bool
 
 
 class Checkpointer:
@@ -60,9 +66,8 @@ class Checkpointer:
         finally:
             parts.weights.release(buffer)
 
-    async def save_best(self, snapshot: Snapshot, event: Evaluated) -> None:
+    async def save_best(self, snapshot: Snapshot, notes: dict[str, Any]) -> None:
         """`best/` becomes the very snapshot that was evaluated (its weight buffer is still held)."""
-        notes = {"evaluation": msgspec.to_builtins(event)}
         await self._save_policy("best", snapshot.version, snapshot.env_steps, snapshot.buffer, notes)
 
     def close(self) -> None:
@@ -77,14 +82,16 @@ class Checkpointer:
         parts = self._made.parts
         manifest = self._manifest(kind, parts.pacer.commits, self._report.stored, {})
         report_state = self._report.state_dict()
-        held = {v: parts.weights.acquire(v) for v in parts.weights.versions}
+        degree = self._made.dial.state_dict() if self._made.dial is not None else {}
+        # Once the degree has changed, a resumed run begins with the newest version: no older one is needed.
+        held = {v: parts.weights.acquire(v) for v in parts.weights.versions if not degree or v == manifest.version}
         try:
             behaviour = {v: parts.weights.arrays(b) for v, b in held.items() if v != manifest.version}
             trees = await parts.learner_thread.run(parts.trainer.capture, behaviour)
         finally:
             for buffer in held.values():
                 parts.weights.release(buffer)
-        trees["run"]["report"] = report_state
+        trees["run"] |= {"report": report_state, "degree": degree}
         return asyncio.get_running_loop().create_task(self._write(manifest, trees))
 
     async def _write(self, manifest: checkpoint.Manifest, trees: dict[str, Any]) -> Path:

@@ -22,7 +22,24 @@ from aiorl.errors import ConfigError
 Auto = Literal["auto"]
 
 INT_MAX = 2**63 - 1  # of TOML
+SELF_TUNED_MAX = 8  # with segments of fixed length the speed is had by 2; the rest is for slow stragglers
+EVAL_QUEUE = 8  # snapshots that may wait with eval_busy = "queue"
 GROUPS_MAX = 2**16 - 1  # the records between processes number groups with 16 bits
+
+
+class EvalSuite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What one evaluation suite has of its own; the rest is as in training. `Config` takes a plain table as well.
+
+    `env` is a gymnasium id or `module:callable`. Without it `env_kwargs` go over those of the training environment.
+    """
+
+    env: str | None = None
+    env_kwargs: dict[str, Any] = {}
+    episodes: Annotated[int, Meta(ge=1, le=100_000)] | None = None
+
+    def environment(self, env: Any, env_kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """(env, env_kwargs) to evaluate in, given those of training."""
+        return (env, {**env_kwargs, **self.env_kwargs}) if self.env is None else (self.env, self.env_kwargs)
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,8 +66,21 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         int | None, Meta(description="steps each environment contributes to a rollout (default: the algorithm's)")
     ] = None
     off_policy_degree: Annotated[
-        int, Meta(description="how many versions acting may trail learning; 0 is the sequential loop", ge=0, le=10_000)
+        int,
+        Meta(
+            description="how many versions acting may trail learning; 0 is the sequential loop, -1 tunes itself",
+            ge=-1,
+            le=10_000,
+        ),
     ] = 1
+    degree_max: Annotated[
+        Annotated[int, Meta(ge=0, le=10_000)] | None,
+        Meta(description="largest degree while running; memory is laid out for it (default: the degree itself; 8 at -1)"),
+    ] = None
+    error_target: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="off-policy error that a self-tuned degree keeps to (default: the algorithm's)"),
+    ] = None
     schedule: Annotated[
         Literal["ordered", "eager"],
         Meta(description="ordered: reproducible; eager: whoever is ready first"),
@@ -65,6 +95,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         int | None, Meta(description="env steps between evaluations (default: a tenth of the run; 0: only the final one)")
     ] = None
     eval_episodes: Annotated[int, Meta(description="episodes per evaluation", ge=1, le=100_000)] = 20
+    eval_busy: Annotated[
+        Literal["newest", "queue", "skip", "wait"],
+        Meta(description="when one is due during another: the newest waits, up to 8 queue, skip it, or training waits"),
+    ] = "newest"
+    eval_suites: Annotated[
+        dict[str, EvalSuite],
+        Meta(description="named evaluations with their own env, env_kwargs or episodes; the first decides what is best"),
+    ] = {}
+    eval_top: Annotated[
+        int, Meta(description="how many of the best are evaluated again at the end, with fresh seeds", ge=0, le=100)
+    ] = 0
     stop_at: Annotated[
         float | None, Meta(description="stop once an evaluation reaches this mean return")
     ] = None
@@ -85,6 +126,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def __post_init__(self) -> None:
         check_plain(self.env_kwargs, "env_kwargs")
+        msgspec.structs.force_setattr(self, "eval_suites", _suites(self.eval_suites))
         check_bounds(self, "")
         _check_choices(self)
 
@@ -103,9 +145,26 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.steps_per_segment * self.envs
 
     @property
+    def degree_limit(self) -> int:
+        """The largest degree that this run may take on: there are slots and weights for it."""
+        if self.degree_max is not None:
+            return self.degree_max
+        return SELF_TUNED_MAX if self.off_policy_degree < 0 else self.off_policy_degree
+
+    @property
     def groups(self) -> int:
         size = auto_group_size(self.envs) if self.group_size == "auto" else self.group_size
         return self.envs // size
+
+    @property
+    def eval_places(self) -> int:
+        """How many due snapshots may wait for their evaluation; there are weight buffers for them."""
+        return EVAL_QUEUE if self.eval_busy == "queue" else 1
+
+    @property
+    def primary_suite(self) -> str:
+        """The suite that best/ and `stop_at` go by: the first one, "" if there are none."""
+        return next(iter(self.eval_suites), "")
 
     def replace(self, **changes: Any) -> Config:
         """A copy with some fields changed, checked again."""
@@ -138,6 +197,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         data = {k: v for k, v in msgspec.structs.asdict(self).items() if v is not None}
         algorithm: Any = self.algo
         data["env"] = env_name(self.env)
+        data["eval_suites"] = msgspec.to_builtins(self.eval_suites)
         if not isinstance(algorithm, str):
             data["algo"] = algorithm_name(algorithm)
             fields = msgspec.to_builtins(algorithm)
@@ -313,7 +373,12 @@ def _check_choices(config: Config) -> None:
         raise ConfigError(f"memory_gb = {config.memory_gb}: expected more than 0")
     _check_groups(config)
     algorithm = config.algorithm
-    if config.off_policy_degree > 0 and not algorithm.corrects_staleness and not config.allow_uncorrected:
+    if config.degree_limit < config.off_policy_degree:
+        raise ConfigError(
+            f"degree_max = {config.degree_max} is less than off_policy_degree = {config.off_policy_degree}\n"
+            "  raise degree_max, or leave it out"
+        )
+    if config.degree_limit > 0 and not algorithm.corrects_staleness and not config.allow_uncorrected:
         raise ConfigError(
             f"{algorithm.name} does not correct for stale data, so off_policy_degree = {config.off_policy_degree} "
             "would bias it\n  set off_policy_degree = 0, or allow_uncorrected = true to accept that"
@@ -329,6 +394,24 @@ def _check_algorithm(algorithm: Any) -> None:
     if algorithm.name in (field.name for field in msgspec.structs.fields(Config)):
         raise ConfigError(f"algo: an algorithm cannot be called {algorithm.name!r}, as a field of Config is\n  rename it")
     check_bounds(algorithm, f"{algorithm.name}.")
+
+
+def _suites(given: Any) -> dict[str, EvalSuite]:
+    """Suites from structs or plain tables, with lists for tuples as a file gives them."""
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"eval_suites = {given!r}: expected a table of tables")
+    suites: dict[str, EvalSuite] = {}
+    for name, suite in cast("Mapping[Any, Any]", given).items():
+        if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name)):
+            raise ConfigError(f"eval_suites: {name!r} cannot name a suite\n  use letters, digits, dots, - and _")
+        where = f"eval_suites.{name}"
+        try:
+            table = msgspec.to_builtins(suite)
+        except TypeError:
+            raise _not_for_toml(where, suite) from None
+        check_plain(table, where)
+        suites[name] = convert(msgspec.json.decode(msgspec.json.encode(table)), EvalSuite, where)
+    return suites
 
 
 def _check_groups(config: Config) -> None:

@@ -4,6 +4,7 @@
     ├── ConfigError          refused before any process starts (exit code 2)
     │   └── CheckpointError  a checkpoint or run directory that cannot be used
     ├── EnvError             an environment raised or broke its contract
+    │   └── ReproductionError  an environment cannot be brought back to where it was
     ├── WorkerError          a worker process died, hung or never became ready
     ├── TrainingError        the learner failed or produced something unusable
     └── InvariantError       a promise of aiorl would have been broken: a bug in aiorl, please report it
@@ -32,6 +33,10 @@ class CheckpointError(ConfigError):
 
 class EnvError(AiorlError):
     """An environment raised an exception or broke its declared spaces."""
+
+
+class ReproductionError(EnvError):
+    """An environment that was to be brought back is not where it was: trying again would not help."""
 
 
 class WorkerError(AiorlError):

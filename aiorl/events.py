@@ -45,9 +45,10 @@ class Started(Event, frozen=True, kw_only=True, tag="started"):
 class Updated(Event, frozen=True, kw_only=True, tag="updated"):
     """Update `version - 1` used rollout `rollout`, which version `behaviour_version` had collected.
 
-    `collect_seconds` is the longest segment's collection, `update_seconds` the learner's work, `waited_seconds` how long
-    the learner had to wait for this rollout. `episodes`, `return_mean` and `length_mean` are of the episodes that ended in
-    this rollout (None when none did).
+    `staleness_in_queue` is the part of the staleness that came after the rollout was complete (the rest came in flight),
+    `off_policy_degree` the bound in force now. `collect_seconds` is the longest segment's collection, `update_seconds` the
+    learner's work, `waited_seconds` how long the learner had to wait for this rollout. `episodes`, `return_mean` and
+    `length_mean` are of the episodes that ended in this rollout (None when none did).
     """
 
     important: ClassVar[bool] = False
@@ -55,6 +56,8 @@ class Updated(Event, frozen=True, kw_only=True, tag="updated"):
     rollout: int
     behaviour_version: int
     staleness: int
+    staleness_in_queue: int
+    off_policy_degree: int
     gradient_steps: int
     collect_seconds: float
     update_seconds: float
@@ -75,7 +78,10 @@ class Progress(Event, frozen=True, kw_only=True, tag="progress"):
 
 
 class Evaluated(Event, frozen=True, kw_only=True, tag="evaluated"):
-    """An evaluation of version `version` (snapshot taken at `env_steps`) has ended. `best`: it is the best so far."""
+    """An evaluation of version `version` (snapshot taken at `env_steps`) has ended. `best`: it is the best so far.
+
+    `suite` is its name, "" without suites; `primary`: it is the suite that `best/` and `stop_at` go by.
+    """
 
     episodes: int
     mean_return: float
@@ -84,12 +90,25 @@ class Evaluated(Event, frozen=True, kw_only=True, tag="evaluated"):
     best: bool
     final: bool
     eval_seconds: float
+    suite: str = ""
+    primary: bool = True
 
 
 class EvaluationSkipped(Event, frozen=True, kw_only=True, tag="evaluation_skipped"):
-    """A due evaluation of `version` was replaced by a newer snapshot or left out, with the reason."""
+    """A due evaluation of `version` was replaced by a newer snapshot, left out or cut off, with the reason."""
 
     reason: str
+
+
+class Reevaluated(Event, frozen=True, kw_only=True, tag="reevaluated"):
+    """One of the best versions has played again at the end, with fresh episodes. `best`: none before it did as well."""
+
+    episodes: int
+    mean_return: float
+    std_return: float
+    mean_length: float
+    best: bool
+    eval_seconds: float
 
 
 class Checkpointed(Event, frozen=True, kw_only=True, tag="checkpointed"):
@@ -105,6 +124,19 @@ class CheckpointFailed(Event, frozen=True, kw_only=True, tag="checkpoint_failed"
     reason: str
 
 
+class WorkerRestarted(Event, frozen=True, kw_only=True, tag="worker_restarted"):
+    """A worker that died or hung has been started again and goes on where it was; nothing was lost but time.
+
+    `reason` is what ended it, `restarts` how often this worker has come back, `seconds_down` from the notice of its end
+    until its successor was ready.
+    """
+
+    worker: str
+    reason: str
+    restarts: int
+    seconds_down: float
+
+
 class Paused(Event, frozen=True, kw_only=True, tag="paused"):
     """Nothing moves until `run.resume()`."""
 
@@ -117,6 +149,22 @@ class SettingsChanged(Event, frozen=True, kw_only=True, tag="settings_changed"):
     """`run.set(...)` took effect before the next update."""
 
     changes: dict[str, float]
+
+
+class DegreeChanged(Event, frozen=True, kw_only=True, tag="degree_changed"):
+    """`off_policy_degree` is another one from the next rollout on. `reason` is what bound it: supply (speed), error, alarm,
+    rollback (the speed foreseen was not had) or asked (`run.set`); `detail` says it in words.
+
+    `throughput` is the rate foreseen for each degree, in updates per second; `error_per_lag` the off-policy error that one
+    version of lag makes, None while unknown.
+    """
+
+    degree: int
+    before: int
+    reason: str
+    detail: str
+    throughput: dict[int, float] = {}
+    error_per_lag: float | None = None
 
 
 class Warned(Event, frozen=True, kw_only=True, tag="warned"):
@@ -142,7 +190,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot of a run, made without waiting. Seconds are since the start; shares are of the wall time so far.
 
     `state` is starting, warm-up, training, waiting for data, pausing, paused, evaluating, stopping, completed, stopped or
-    failed. `ledger` has produced, stored, dropped and in_flight transitions.
+    failed. `off_policy_degree` is the one in force, `self_tuned` says whether it may change by itself.
+    `ledger` has produced, stored, dropped and in_flight transitions.
     """
 
     state: str
@@ -159,6 +208,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     last_evaluation: float | None
     best_evaluation: float | None
     off_policy_degree: int
+    self_tuned: bool
     staleness_mean: float
     staleness_max: int
     queue: int
@@ -172,6 +222,6 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
 
 AnyEvent = (
-    Started | Updated | Progress | Evaluated | EvaluationSkipped | Checkpointed | CheckpointFailed | Paused | Resumed
-    | SettingsChanged | Warned | Lagged | Finished
+    Started | Updated | Progress | Evaluated | EvaluationSkipped | Reevaluated | Checkpointed | CheckpointFailed
+    | Paused | Resumed | SettingsChanged | DegreeChanged | Warned | WorkerRestarted | Lagged | Finished
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 import zlib
 from collections.abc import Mapping
@@ -12,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from aiorl.algos.base import Algorithm, Learner, LearnerContext, Weights
+from aiorl.envs.cursor import GroupCursor, advance
 from aiorl.envs.spaces import Spaces
-from aiorl.errors import TrainingError
+from aiorl.errors import InvariantError, TrainingError
 from aiorl.ledger import Episode, Ledger
 from aiorl.pacing import RolloutPlan
 from aiorl.segments import Array, Rollout, Segment, SegmentHeader
@@ -21,7 +23,10 @@ from aiorl.segments import Array, Rollout, Segment, SegmentHeader
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one update did: metrics, gradient steps, the weights it made, the episodes it entered in the books."""
+    """What one update did: metrics, gradient steps, the weights it made, the episodes it entered in the books.
+
+    `segment_seconds` is how long each of the plan's parts was collected.
+    """
 
     metrics: dict[str, float]
     gradient_steps: int
@@ -31,12 +36,21 @@ class Outcome:
     stored: int
     fingerprint: int
     update_seconds: float
-    collect_seconds: float
-    collected_seconds: float
+    segment_seconds: tuple[float, ...]
+
+    @property
+    def collect_seconds(self) -> float:
+        """Of the longest segment."""
+        return max(self.segment_seconds)
+
+    @property
+    def collected_seconds(self) -> float:
+        """Of all segments together."""
+        return sum(self.segment_seconds)
 
 
 class Trainer:
-    """Learner and ledger of one run. Made and used on the learner thread only, one call at a time."""
+    """Learner and ledger of one run. Made and used on the learner thread only, one call at a time (but `where`)."""
 
     def __init__(
         self,
@@ -49,6 +63,7 @@ class Trainer:
     ) -> None:
         """`settings`: changes to make after so many updates (when a run is repeated)."""
         self.ledger = ledger
+        self._storing = threading.Lock()
         self._settings = settings or {}
         self._threads = threads
         self._restore_threads = _set_torch_threads(threads)
@@ -68,7 +83,8 @@ class Trainer:
             raise TrainingError(
                 f"{type(self.learner).__name__}.update returned no `gradient_steps`\n  add it to the metrics (0 in warm-up)"
             )
-        episodes = self.ledger.store(plan.parts, segments)
+        with self._storing:
+            episodes = self.ledger.store(plan.parts, segments)
         weights = self.learner.weights()
         times = [float(s.header[SegmentHeader.ENDED_S] - s.header[SegmentHeader.STARTED_S]) for s in segments]
         return Outcome(
@@ -80,9 +96,21 @@ class Trainer:
             env_steps=rollout.env_steps,
             stored=self.ledger.stored,
             update_seconds=took_s,
-            collect_seconds=max(times),
-            collected_seconds=sum(times),
+            segment_seconds=tuple(times),
         )
+
+    def where(self, group: int, delivered: Mapping[int, Segment]) -> GroupCursor | None:
+        """Where a group goes on after the segments it has delivered (by ordinal), learned from or not; None if it has not
+        begun. For any thread, also during an update; nobody may write into the segments meanwhile.
+        """
+        with self._storing:
+            used, cursor = self.ledger.segments_used()[group], self.ledger.cursor(group)
+        later = sorted(ordinal for ordinal in delivered if ordinal >= used)
+        if later != list(range(used, used + len(later))):
+            raise InvariantError(f"group {group} delivered segments {later}, expected those from {used} on")
+        for ordinal in later:
+            cursor = advance(cursor, delivered[ordinal])
+        return cursor
 
     def set(self, changes: Mapping[str, float]) -> int:
         """Change settings of the learner; returns how many updates came before. ValueError for what it does not have."""

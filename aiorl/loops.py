@@ -1,9 +1,10 @@
-"""The four coroutines of a run. Each can be read by itself; `run.py` wires them together.
+"""Three of the four coroutines of a run. Each can be read by itself; `session.py` wires them together.
 
     collect   grants credits to the workers whenever the pacer allows it
     drain     takes what they deliver, makes up rollouts, hands them on
     train     one update after the other on the learner thread; publishes the new weights
-    evaluate  plays episodes with snapshots, in a worker of its own
+
+The fourth one evaluates snapshots (`evaluation.py`).
 """
 
 from __future__ import annotations
@@ -11,24 +12,14 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from aiorl.channel import Channel, Gate
+from aiorl.faultpoints import fault_point
 from aiorl.learning import Outcome, Trainer
 from aiorl.offload import OffloadThread
 from aiorl.pacing import Pacer, RolloutPlan
-from aiorl.segments import Array
 from aiorl.workers.pool import Workers
 from aiorl.workers.weights import WeightStore
-
-
-class Snapshot(NamedTuple):
-    """An immutable policy to evaluate: version, env steps it had seen, and the weight buffer held for it."""
-
-    version: int
-    env_steps: int
-    buffer: int
-    final: bool
 
 
 @dataclass
@@ -42,10 +33,8 @@ class Parts:
     trainer: Trainer
     gate: Gate
     rollouts: Channel[RolloutPlan]
-    due: SnapshotBox
     waiting_s: dict[str, float] = field(default_factory=lambda: {"train": 0.0})
     updating: bool = False
-    evaluating: bool = False
 
 
 async def collect(parts: Parts) -> None:
@@ -59,12 +48,14 @@ def grant_credits(parts: Parts) -> None:
     """Hand out every credit that the pacer allows now."""
     for group in range(parts.pacer.groups):
         while (grant := parts.pacer.grant(group)) is not None:
+            fault_point("credit.before")
             parts.workers.collect(grant, parts.weights.acquire(grant.version))
 
 
 async def drain(parts: Parts) -> None:
     """Take arrivals, give their weights back, and pass complete rollouts on in order."""
     async for arrival in parts.workers.arrivals:
+        fault_point("arrival")
         parts.weights.release(arrival.buffer)
         for plan in parts.pacer.arrived(arrival.group, arrival.slot, arrival.env_steps):
             await parts.rollouts.put(plan)
@@ -91,8 +82,11 @@ async def train(parts: Parts, booked: Booked) -> None:
         parts.updating = True
         segments = tuple(parts.workers.segment(part.group, part.slot) for part in plan.parts)
         buffer = parts.weights.claim()
+        fault_point("update.before")
         outcome = await parts.learner_thread.run(_update_and_write, parts, plan, segments, buffer)
+        fault_point("publish.before")
         parts.weights.publish(buffer, pacer.commits + 1)
+        fault_point("publish.after")
         pacer.commit()
         parts.weights.retire(pacer.oldest_needed_version)
         grant_credits(parts)  # before the next update competes for the interpreter: the workers wait for this
@@ -106,53 +100,3 @@ def _update_and_write(parts: Parts, plan: RolloutPlan, segments: tuple[object, .
     outcome = parts.trainer.update(plan, segments)  # type: ignore[arg-type]
     parts.weights.write(buffer, outcome.weights)
     return outcome
-
-
-Evaluation = Callable[[Snapshot, Array, Array, float], Awaitable[None]]
-
-
-async def evaluate(parts: Parts, episodes: int, report: Evaluation) -> None:
-    """Evaluate snapshots as they come, one at a time, each from beginning to end. Ends when no more can come."""
-    while (snapshot := await parts.due.take()) is not None:
-        parts.evaluating = True
-        begun = time.perf_counter()
-        returns, lengths = await parts.workers.evaluate(snapshot.buffer, episodes)
-        await report(snapshot, returns, lengths, time.perf_counter() - begun)
-        parts.weights.release(snapshot.buffer)
-        parts.evaluating = False
-        parts.gate.wake()
-
-
-class SnapshotBox:
-    """Holds the newest snapshot that waits for evaluation. A newer one replaces it; a final one is never replaced."""
-
-    def __init__(self, gate: Gate) -> None:
-        self._gate = gate
-        self._waiting: Snapshot | None = None
-        self._closed = False
-
-    def offer(self, snapshot: Snapshot) -> Snapshot | None:
-        """Put a snapshot in; returns the one it replaces, whose buffer the caller must release."""
-        replaced, self._waiting = self._waiting, snapshot
-        self._gate.wake()
-        return replaced
-
-    async def take(self) -> Snapshot | None:
-        """The next snapshot; None when the box is closed and empty."""
-        await self._gate.wait_for(lambda: self._waiting is not None or self._closed)
-        snapshot, self._waiting = self._waiting, None
-        return snapshot
-
-    def clear(self) -> Snapshot | None:
-        """Take the waiting snapshot out without evaluating it; the caller must release its buffer."""
-        snapshot, self._waiting = self._waiting, None
-        return snapshot
-
-    def close(self) -> None:
-        """Nothing more will come."""
-        self._closed = True
-        self._gate.wake()
-
-    @property
-    def empty(self) -> bool:
-        return self._waiting is None

@@ -50,6 +50,7 @@ class RolloutPlan(NamedTuple):
 
     index: int  # pyright: ignore[reportIncompatibleMethodOverride]  # nobody needs tuple.index here
     parts: tuple[Grant, ...]
+    arrived_at: int = 0  # how many updates were done when its last segment arrived
 
     @property
     def behaviour_version(self) -> int:
@@ -59,6 +60,11 @@ class RolloutPlan(NamedTuple):
     @property
     def staleness(self) -> int:
         return self.index - self.behaviour_version
+
+    @property
+    def staleness_in_queue(self) -> int:
+        """The part of its staleness that came after it was complete; the rest came while it was collected."""
+        return self.index - self.arrived_at
 
 
 class RecordedRollout(NamedTuple):
@@ -268,12 +274,12 @@ class Pacer:
         return parts if all(part in self._landed for part in parts) else None
 
     def _plan(self, parts: tuple[Grant, ...]) -> RolloutPlan:
-        plan = RolloutPlan(self._planned, parts)
+        plan = RolloutPlan(self._planned, parts, self.commits)
         latest = min(self._latest.pop((part.group, part.ordinal)) for part in parts)
         if not 0 <= plan.staleness <= self.degree_max or plan.index > latest:
             raise InvariantError(
-                f"rollout {plan.index} has staleness {plan.staleness}, the bound is {self.degree} (at most {self.degree_max}); "
-                f"it may be learned from up to rollout {latest}"
+                f"rollout {plan.index} has staleness {plan.staleness}, the bound is {self.degree} (at most "
+                f"{self.degree_max}), and may be no later one than {latest}"
             )
         self._planned += 1
         self._in_use[plan.index] = plan

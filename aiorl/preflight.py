@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import msgspec
 
 from aiorl import checkpoint, policy
 from aiorl.algos.base import Algorithm
 from aiorl.config import Config, env_name
+from aiorl.degree import check_degree
 from aiorl.envs.make import Probe, probe
 from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import EnvSpec, main_is_guarded, resolve_env
@@ -26,6 +27,14 @@ from aiorl.workers.memory import available_bytes
 EVAL_WIDTH = 10  # environments an evaluation runs side by side
 
 
+class Suite(NamedTuple):
+    """One of the evaluations of a snapshot: its name ("" if it is the only one), environment and number of episodes."""
+
+    name: str
+    env: EnvSpec
+    episodes: int
+
+
 @dataclass(frozen=True)
 class Preflight:
     """A checked configuration and what it means: the environment, its spaces, the memory layout of a segment."""
@@ -36,6 +45,7 @@ class Preflight:
     probe: Probe
     segment: SegmentLayout
     directory: Path
+    suites: tuple[Suite, ...]
     saved: Saved | None = None
     idle_workers: int = 0
 
@@ -59,7 +69,8 @@ class Preflight:
     @property
     def needs_main(self) -> bool:
         """Whether workers must import the program that is running: its environment or algorithm is defined there."""
-        return self.env.name.startswith("__main__:") or type(self.algorithm).__module__ == "__main__"
+        envs = [self.env, *(suite.env for suite in self.suites)]
+        return any(e.name.startswith("__main__:") for e in envs) or type(self.algorithm).__module__ == "__main__"
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,11 @@ class Saved:
     path: Path
     manifest: checkpoint.Manifest
     parts: dict[str, checkpoint.Tree]
+
+    @property
+    def degree(self) -> dict[str, Any]:
+        """What the degree had become (see `Dial.state_dict`); empty if it was as configured."""
+        return self.parts["run"].get("degree", {})
 
 
 def check(config: Config, resume: str | Path | None = None, *, write: bool = True) -> Preflight:
@@ -86,6 +102,7 @@ def check(config: Config, resume: str | Path | None = None, *, write: bool = Tru
     )
     found = probe(spec, cast(int, config.group_size))
     algorithm.check(found.spaces)
+    suites = find_suites(config, found)
     _check_importable(algorithm, cast(int, config.workers))
     segment = segment_layout(config, algorithm, found)
     _check_memory(config, segment)
@@ -100,7 +117,7 @@ def check(config: Config, resume: str | Path | None = None, *, write: bool = Tru
     if write:
         make_writable(directory)
     idle = asked - cast(int, config.workers) if isinstance(asked, int) else 0
-    return Preflight(config, algorithm, found.spec, found, segment, directory, saved, idle)
+    return Preflight(config, algorithm, found.spec, found, segment, directory, suites, saved, idle)
 
 
 def _check_importable(algorithm: Algorithm, workers: int) -> None:
@@ -114,6 +131,29 @@ def _check_importable(algorithm: Algorithm, workers: int) -> None:
             "  put it at the top level of a module (or guard the program with `if __name__ == \"__main__\":`), "
             "or set workers = 0"
         )
+
+
+def find_suites(config: Config, found: Probe) -> tuple[Suite, ...]:
+    """The evaluations of each snapshot. Raises ConfigError naming a suite that this policy cannot play."""
+    if not config.eval_suites:
+        return (Suite("", found.spec, config.eval_episodes),)
+    suites: list[Suite] = []
+    for name, suite in config.eval_suites.items():
+        spec = found.spec
+        if suite.env is not None or suite.env_kwargs:
+            env, kwargs = suite.environment(config.env, config.env_kwargs)
+            try:
+                seen = probe(resolve_env(env, kwargs, in_process=config.workers == 0, native=False))
+            except ConfigError as error:
+                raise ConfigError(f"eval_suites.{name}: {error}", detail=error.detail) from error
+            if seen.spaces != found.spaces:
+                raise ConfigError(
+                    f"eval_suites.{name}: {env_name(env)} has other spaces than the training environment\n"
+                    f"  training: {_describe(found.spaces)}\n  suite:    {_describe(seen.spaces)}"
+                )
+            spec = seen.spec
+        suites.append(Suite(name, spec, suite.episodes or config.eval_episodes))
+    return tuple(suites)
 
 
 def segment_layout(config: Config, algorithm: Algorithm, found: Probe) -> SegmentLayout:
@@ -139,7 +179,7 @@ def segment_layout(config: Config, algorithm: Algorithm, found: Probe) -> Segmen
 
 def _check_memory(config: Config, segment: SegmentLayout) -> None:
     """Refuse what cannot fit. Slots are what grows with the environments: groups x (degree + 1) segments."""
-    need = config.groups * (config.off_policy_degree + 1) * segment.touched_nbytes
+    need = config.groups * (config.degree_limit + 1) * segment.touched_nbytes
     if config.memory_gb is not None:
         limit, source = int(config.memory_gb * 2**30), f"memory_gb = {config.memory_gb:g}"
     else:
@@ -152,7 +192,7 @@ def _check_memory(config: Config, segment: SegmentLayout) -> None:
         raise ConfigError(
             f"{config.envs} environments need {need / 2**30:.2f} GiB of shared memory, the limit is {limit / 2**30:.2f} GiB "
             f"({source})\n  use at most {fits} environments, a shorter segment_length (now {segment.steps}) "
-            "or a smaller off_policy_degree"
+            "or a smaller off_policy_degree or degree_max"
         )
 
 
@@ -220,6 +260,7 @@ def _check_state(saved: Saved, config: Config, segment: SegmentLayout) -> None:
         ledger = run["ledger"]
         check_state(ledger, config.groups, segment)
         Report(None).load_state_dict(run["report"], 0)
+        check_degree(run["degree"])
         for version, weights in run["behaviour"].items():
             check_tree(weights, saved.parts["policy"], f"behaviour.{int(version)}")
         segments = sum(books["segments"] for books in ledger["groups"].values())

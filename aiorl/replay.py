@@ -43,7 +43,8 @@ async def replay(directory: str | Path, *, workers: int | None = None) -> Replay
     with tempfile.TemporaryDirectory(prefix="aiorl-replay-") as out:
         changes = {} if workers is None else {"workers": workers}
         again = config.replace(
-            out=f"{out}/run", eval_every=0, eval_episodes=1, checkpoint_every=0, stop_at=None, **changes
+            out=f"{out}/run", eval_every=0, eval_episodes=1, eval_suites={}, eval_top=0, checkpoint_every=0, stop_at=None,
+            **changes,
         )
         async with Run(again, record=record) as run:
             result = await run.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import time
 from collections import deque
@@ -9,8 +10,9 @@ from typing import Any
 
 import msgspec
 
-from aiorl.events import Evaluated, Status
+from aiorl.events import Evaluated, Reevaluated, Status
 from aiorl.learning import Outcome
+from aiorl.metrics.staleness import StalenessBooks
 from aiorl.pacing import RolloutPlan
 
 LIBRARIES = ("torch", "numpy", "gymnasium", "aiomultiprocess", "uvloop", "msgspec", "safetensors")
@@ -25,6 +27,19 @@ class EvaluationRecord(msgspec.Struct, frozen=True, kw_only=True):
     episodes: int
     mean_return: float
     std_return: float
+    suite: str = ""
+
+    @classmethod
+    def of(cls, event: Evaluated | Reevaluated, suite: str) -> EvaluationRecord:
+        return cls(
+            version=event.version,
+            env_steps=event.env_steps,
+            seconds=event.seconds,
+            episodes=event.episodes,
+            mean_return=event.mean_return,
+            std_return=event.std_return,
+            suite=suite,
+        )
 
 
 class ReportState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,7 +48,7 @@ class ReportState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     seconds: float
     gradient_steps: int
     episodes: int
-    staleness: dict[int, int]
+    staleness: StalenessBooks
     evaluations: list[EvaluationRecord]
 
 
@@ -42,7 +57,12 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
     `wall_seconds` is all the time since the start, `start_seconds` what passed until the workers were ready, and
     `train_seconds` from then to the last update; the rates are over `train_seconds`. Counters of a resumed run go on from
-    its checkpoint; seconds and rates are of this session, except in `evaluations`.
+    its checkpoint; seconds, rates and restarts are of this session, except in `evaluations`.
+
+    With several evaluation suites all figures but `evaluations` are of the primary one. `reevaluations` are those of the
+    best at the end, with fresh episodes; where there are any, `best` is the best of them. `evaluation_points` says what
+    became of the evaluations due in this session: due = evaluated + skipped. `stop_overshoot` is how far training went on
+    after the snapshot that reached `stop_at`.
     """
 
     status: str
@@ -62,8 +82,11 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     gradient_steps_per_second: float
     train_return_mean_100: float | None
     evaluations: list[EvaluationRecord]
+    reevaluations: list[EvaluationRecord]
+    evaluation_points: dict[str, int]
     stop_return: float | None
     first_evaluation_at_stop_return: dict[str, float] | None
+    stop_overshoot: dict[str, int] | None
     best: EvaluationRecord | None
     final_evaluation: EvaluationRecord | None
     off_policy_degree: int
@@ -85,7 +108,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 class Report:
     """Adds up what happens in a run. Belongs to the event loop's thread."""
 
-    def __init__(self, stop_return: float | None) -> None:
+    def __init__(self, stop_return: float | None, primary_suite: str = "") -> None:
         self.begun_s = time.perf_counter()
         self.ready_s: float | None = None
         self.trained_s: float | None = None
@@ -95,16 +118,21 @@ class Report:
         self.session_steps = 0
         self.session_gradient_steps = 0
         self.episodes = 0
-        self.staleness: dict[int, int] = {}
+        self.staleness = StalenessBooks.empty()
         self.evaluations: list[EvaluationRecord] = []
+        self.reevaluations: list[EvaluationRecord] = []
+        self.evaluation_points = {"due": 0, "evaluated": 0, "skipped": 0}
+        self.stop_overshoot: dict[str, int] | None = None
         self.final_evaluation: EvaluationRecord | None = None
         self.returns: deque[float] = deque(maxlen=60)
         self.return_mean_100: float | None = None
         self.metrics: dict[str, float] = {}
         self.dropped: dict[str, int] = {}
+        self.restarts = 0  # workers that have come back
         self.busy_s = {"collect": 0.0, "train": 0.0, "evaluate": 0.0}
         self.paused_s = 0.0
         self._earlier_s = 0.0
+        self._primary_suite = primary_suite
 
     @property
     def seconds(self) -> float:
@@ -121,7 +149,7 @@ class Report:
         self.stored = outcome.stored
         self.session_steps += outcome.env_steps
         self.episodes += len(outcome.episodes)
-        self.staleness[plan.staleness] = self.staleness.get(plan.staleness, 0) + 1
+        self.staleness.enter(plan, outcome.metrics)
         self.busy_s["train"] += outcome.update_seconds
         self.busy_s["collect"] += outcome.collected_seconds
         self.return_mean_100 = return_mean_100
@@ -131,23 +159,26 @@ class Report:
             self.metrics = outcome.metrics
 
     def evaluated(self, event: Evaluated) -> None:
-        record = EvaluationRecord(
-            version=event.version,
-            env_steps=event.env_steps,
-            seconds=event.seconds,
-            episodes=event.episodes,
-            mean_return=event.mean_return,
-            std_return=event.std_return,
-        )
+        record = EvaluationRecord.of(event, event.suite)
         self.evaluations.append(record)
         self.busy_s["evaluate"] += event.eval_seconds
-        if event.final:
+        if event.final and event.primary:
             self.final_evaluation = record
+
+    def reevaluated(self, events: list[Reevaluated]) -> None:
+        """The best have played again."""
+        self.reevaluations = [EvaluationRecord.of(event, self._primary_suite) for event in events]
+
+    @property
+    def primary_evaluations(self) -> list[EvaluationRecord]:
+        return [record for record in self.evaluations if record.suite == self._primary_suite]
 
     @property
     def best(self) -> EvaluationRecord | None:
-        """The evaluation with the highest mean; of equals the earlier version."""
-        return max(self.evaluations, key=lambda e: (e.mean_return, -e.version), default=None)
+        """The evaluation with the highest mean; of equals the earlier version. Of those at the end if there are any."""
+        if self.reevaluations:
+            return max(self.reevaluations, key=lambda e: e.mean_return)
+        return max(self.primary_evaluations, key=lambda e: (e.mean_return, -e.version), default=None)
 
     def drop(self, reason: str, env_steps: int) -> None:
         if env_steps:
@@ -180,20 +211,11 @@ class Report:
         shares |= {"train": self.busy_s["train"], "evaluate": self.busy_s["evaluate"]}
         return {name: round(min(1.0, s / seconds), 4) for name, s in shares.items()}
 
-    def staleness_summary(self) -> dict[str, Any]:
-        count = sum(self.staleness.values())
-        mean = sum(s * n for s, n in self.staleness.items()) / count if count else 0.0
-        return {
-            "mean": round(mean, 4),
-            "max": max(self.staleness, default=0),
-            "histogram": {str(s): n for s, n in sorted(self.staleness.items())},
-        }
-
     def status(self, **given: Any) -> Status:
         """A `Status` from the counters here and what only the run knows."""
         per_second, gradients_per_second = self.rates()
-        staleness = self.staleness_summary()
-        best = self.best
+        staleness = self.staleness.summary()
+        evaluations, best = self.primary_evaluations, self.best
         return Status(
             seconds=self.seconds,
             env_steps=self.stored,
@@ -203,12 +225,12 @@ class Report:
             gradient_steps_per_second=gradients_per_second,
             train_return_mean_100=self.return_mean_100,
             recent_returns=tuple(self.returns),
-            last_evaluation=self.evaluations[-1].mean_return if self.evaluations else None,
+            last_evaluation=evaluations[-1].mean_return if evaluations else None,
             best_evaluation=best.mean_return if best else None,
             staleness_mean=staleness["mean"],
             staleness_max=staleness["max"],
             dropped=dict(self.dropped),
-            restarts=0,
+            restarts=self.restarts,
             metrics=self.metrics,
             **given,
         )
@@ -229,20 +251,23 @@ class Report:
             gradient_steps_per_second=gradients_per_second,
             train_return_mean_100=self.return_mean_100,
             evaluations=self.evaluations,
+            reevaluations=self.reevaluations,
+            evaluation_points=self.evaluation_points,
             stop_return=self.stop_return,
             first_evaluation_at_stop_return=self.first_at_stop_return(),
+            stop_overshoot=self.stop_overshoot,
             best=self.best,
             final_evaluation=self.final_evaluation,
-            staleness=self.staleness_summary(),
+            staleness=self.staleness.summary(),
             dropped=self.dropped,
-            restarts=0,
+            restarts=self.restarts,
             **given,
         )
 
     def first_at_stop_return(self) -> dict[str, float] | None:
         if self.stop_return is None:
             return None
-        for record in self.evaluations:
+        for record in self.primary_evaluations:
             if record.mean_return >= self.stop_return:
                 return {"env_steps": record.env_steps, "seconds": record.seconds}
         return None
@@ -262,12 +287,17 @@ class Report:
         """Inverse of `state_dict`. ValueError for anything else."""
         saved = msgspec.convert(state, ReportState, str_keys=True)
         self._earlier_s, self.gradient_steps, self.episodes = saved.seconds, saved.gradient_steps, saved.episodes
-        self.staleness, self.evaluations = dict(saved.staleness), list(saved.evaluations)
+        self.staleness, self.evaluations = saved.staleness, list(saved.evaluations)
         self.stored = stored
 
 
 def library_versions() -> dict[str, str]:
     """Versions of Python, aiorl and what it stands on."""
+    return dict(_library_versions())
+
+
+@functools.cache  # reading their metadata takes milliseconds
+def _library_versions() -> dict[str, str]:
     from importlib import metadata
 
     import aiorl

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 from aiorl import loops
+from aiorl.assembly import REAL, Backends
 from aiorl.config import Config
 from aiorl.errors import ConfigError
 from aiorl.events import AnyEvent, Evaluated, Paused, Resumed, SettingsChanged, Status
@@ -39,10 +39,18 @@ class Run:
     not become ready. After that a failure is held: events end with `Finished(status="failed")`, `wait()` raises it, the
     host's task is never cancelled. Leaving the block stops the run and ends every task, thread, process and shared block.
     `resume` is a run directory or a checkpoint to go on from; `record` makes the run repeat what another one did.
+    `backends` is for tests (`aiorl.testing`).
     """
 
-    def __init__(self, config: Config, *, resume: str | Path | None = None, record: Record | None = None) -> None:
-        self._session = Session(config, resume, record)
+    def __init__(
+        self,
+        config: Config,
+        *,
+        resume: str | Path | None = None,
+        record: Record | None = None,
+        backends: Backends = REAL,
+    ) -> None:
+        self._session = Session(config, resume, record, backends)
         self._task: asyncio.Task[None] | None = None
         self._own_events: Subscription | None = None
 
@@ -176,6 +184,9 @@ class Run:
         parts = self._going()
         if parts.pacer.paused:
             parts.pacer.paused = False
+            assert self._session.made is not None
+            if self._session.made.dial is not None:
+                self._session.made.dial.forget_time()
             parts.gate.wake()
             self._session.emit(Resumed(**self._session.now()))
 
@@ -185,25 +196,28 @@ class Run:
         assert self._session.checkpointer is not None
         return await self._while_going(self._session.checkpointer.save_requested())
 
-    async def evaluate(self, episodes: int = 20) -> Evaluated:
-        """Evaluate the newest version now, beside training, and return the result (also emitted as an event)."""
-        parts = self._going()
-        if not 1 <= episodes <= 100_000:
-            raise ConfigError(f"episodes = {episodes}: expected 1 to 100000")
-        version, begun_s = parts.pacer.commits, time.perf_counter()
-        snapshot = loops.Snapshot(version, self._session.report.stored, parts.weights.acquire(version), False)
-        try:
-            returns, lengths = await self._while_going(parts.workers.evaluate(snapshot.buffer, episodes))
-        finally:
-            if self._session.result is None:  # else the store has been closed
-                parts.weights.release(snapshot.buffer)
-        event = self._session.evaluation_event(snapshot, returns, lengths, time.perf_counter() - begun_s)
-        self._session.emit(event)
-        return event
+    async def evaluate(self, episodes: int = 20, suite: str | None = None) -> Evaluated:
+        """Evaluate the newest version beside training and return the result (also emitted as an event).
+
+        It begins when the evaluation under way has ended. `suite` is a name in `eval_suites` (by default the first one).
+        """
+        self._going()
+        assert self._session.evaluator is not None
+        return await self._while_going(self._session.evaluator.requested(episodes, suite))
 
     async def set(self, **changes: float) -> None:
-        """Change settings of the learner such as `learning_rate` between two updates. ConfigError for unknown ones."""
+        """Change settings of the learner such as `learning_rate` between two updates. ConfigError for unknown ones.
+
+        `off_policy_degree` can be set too: 0 to the configured `degree_max`, or -1 to let it tune itself from here on.
+        """
         parts = self._going()
+        if "off_policy_degree" in changes:
+            degree = changes.pop("off_policy_degree")
+            if degree != int(degree):
+                raise ConfigError(f"off_policy_degree = {degree}: expected a whole number")
+            self._session.turn_degree(int(degree))
+            if not changes:
+                return
         try:
             version = await self._while_going(parts.learner_thread.run(parts.trainer.set, changes))
         except (TypeError, ValueError) as error:

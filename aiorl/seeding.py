@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-LEARNER, ENV, ACT, EVAL_ENV, EVAL_ACT = 1, 2, 3, 4, 5
-"""First elements of all spawn keys: what the randomness is for."""
+LEARNER, ENV, ACT, EVAL_ENV, EVAL_ACT, REEVAL_ENV = 1, 2, 3, 4, 5, 6
+"""First elements of all spawn keys: what the randomness is for. REEVAL_ENV: the last word on which snapshot is best."""
 
 
 def env_seed(root: int, *key: int) -> int:
@@ -18,6 +18,6 @@ def episode_seed(root: int, env: int, episode: int) -> int:
     return env_seed(root, ENV, env, episode)
 
 
-def evaluation_seed(root: int, episode: int) -> int:
-    """The seed of evaluation episode number `episode`."""
-    return env_seed(root, EVAL_ENV, episode)
+def evaluation_seed(root: int, episode: int, *, fresh: bool = False) -> int:
+    """The seed of evaluation episode number `episode`; `fresh` ones are used by no evaluation during training."""
+    return env_seed(root, REEVAL_ENV if fresh else EVAL_ENV, episode)

@@ -9,15 +9,25 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, cast
 
-import msgspec
 import numpy as np
 
 from aiorl import loops
-from aiorl.assembly import Assembly, assemble
+from aiorl.assembly import REAL, Assembly, Backends, assemble
 from aiorl.checkpointing import Checkpointer
 from aiorl.config import Config
-from aiorl.errors import AiorlError, TrainingError
-from aiorl.events import AnyEvent, Evaluated, EvaluationSkipped, Finished, Progress, Started, Updated, Warned
+from aiorl.errors import AiorlError, ConfigError, TrainingError
+from aiorl.evaluation import Evaluator
+from aiorl.events import (
+    AnyEvent,
+    DegreeChanged,
+    Finished,
+    Progress,
+    Started,
+    Updated,
+    Warned,
+    WorkerRestarted,
+)
+from aiorl.faultpoints import fault_point
 from aiorl.learning import Outcome, params_sha256
 from aiorl.metrics.broadcast import Broadcast
 from aiorl.metrics.lag import LagMeter
@@ -25,6 +35,7 @@ from aiorl.pacing import RolloutPlan
 from aiorl.record import Record, record_line
 from aiorl.report import Report, Result
 from aiorl.segments import Array
+from aiorl.workers.supervision import Restart
 
 PROGRESS_INTERVAL_S = 0.25
 
@@ -36,21 +47,24 @@ class Session:
     failed. `snapshot` is the newest version and its weights, kept when the shared memory is given back.
     """
 
-    def __init__(self, config: Config, resume: str | Path | None, record: Record | None = None) -> None:
+    def __init__(
+        self, config: Config, resume: str | Path | None, record: Record | None = None, backends: Backends = REAL
+    ) -> None:
         self.config = config
-        self.report = Report(config.stop_at)
+        self.report = Report(config.stop_at, config.primary_suite)
         self.broadcast = Broadcast()
         self.lag = LagMeter()
         self.made: Assembly | None = None
         self.parts: loops.Parts | None = None
         self.checkpointer: Checkpointer | None = None
+        self.evaluator: Evaluator | None = None
         self.result: Result | None = None
         self.error: BaseException | None = None
         self.snapshot: tuple[int, dict[str, Array]] | None = None
         self.stop_requested = False
         self.final_evaluation = True
         self.state = "starting"
-        self._resume_from, self._record = resume, record
+        self._resume_from, self._record, self._backends = resume, record, backends
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -58,7 +72,9 @@ class Session:
         """Check, build, start, run, end. Sets `ready` when the workers are, or to the error that kept them from it."""
         status = "failed"
         try:
-            self.made = made = await assemble(self.config, self.report, self._resume_from, self._record)
+            self.made = made = await assemble(
+                self.config, self.report, self._resume_from, self._record, self._backends
+            )
             self.parts = made.parts
             self.config = made.checked.config
             await made.parts.workers.start()
@@ -82,6 +98,7 @@ class Session:
         self.report.ready()
         config, saved = self.config, made.checked.saved
         self.checkpointer = Checkpointer(made, self.report, self.emit)
+        self.evaluator = Evaluator(made, self.report, self.checkpointer, self.emit)
         self.state = "training"
         self.emit(
             Started(
@@ -104,35 +121,38 @@ class Session:
             self.emit(Warned(**self.now(), message=message))
 
     async def _work(self, group: asyncio.TaskGroup, made: Assembly) -> None:
-        parts = made.parts
+        parts, evaluator = made.parts, self.evaluator
+        assert evaluator is not None
         background: list[Coroutine[Any, Any, None]] = [
-            parts.workers.watch(),
+            parts.workers.watch(self._restarted),
             loops.collect(parts),
             loops.drain(parts),
             self._tick(made),
             self.lag.measure(),
         ]
         tasks = [group.create_task(coroutine) for coroutine in background]
-        evaluation = group.create_task(loops.evaluate(parts, self.config.eval_episodes, self._evaluated))
+        evaluation = group.create_task(evaluator.run())
         await group.create_task(loops.train(parts, self._booked))
         self.report.trained_s = time.perf_counter()
         parts.pacer.stopped = True
-        await self._finish(parts, evaluation)
+        await self._finish(evaluator, evaluation)
         for task in tasks:
             task.cancel()
 
-    async def _finish(self, parts: loops.Parts, evaluation: asyncio.Task[None]) -> None:
-        """After the last update: evaluate the final version, save everything."""
+    async def _finish(self, evaluator: Evaluator, evaluation: asyncio.Task[None]) -> None:
+        """After the last update: save everything, let evaluation come to its end with the final version."""
         assert self.checkpointer is not None
         if self.final_evaluation:
             self.state = "evaluating"
-            self._offer_snapshot(final=True)
+            await evaluator.due(final=True)
         else:
             self.state = "stopping"
-            self._skip(parts.due.clear(), "the run was stopped")
-        parts.due.close()
+            evaluator.skip_waiting("the run was stopped")
+        evaluator.close()
         await self.checkpointer.save_final()
         await evaluation
+        if self.final_evaluation:
+            await evaluator.reevaluate()
 
     async def _close(self, status: str) -> None:
         """End everything, whatever state the run is in, and write the summary."""
@@ -142,6 +162,8 @@ class Session:
             self.checkpointer.close()
         if made is not None and parts is not None:
             self._count_unused(parts)
+            if self.evaluator is not None:
+                self.evaluator.settle("the run failed" if self.error else "the run was ended at once")
             self.result = self._make_result(status, made, parts)
             await made.aclose()
         error = str(self.error) if self.error is not None else None
@@ -156,25 +178,33 @@ class Session:
         assert self.made is not None
         assert self.parts is not None
         assert self.checkpointer is not None
+        assert self.evaluator is not None
+        fault_point("booking")
         report, config = self.report, self.config
         before = report.stored
         report.updated(plan, outcome, self.parts.trainer.ledger.return_mean_100)
         self.emit(self._updated_event(plan, outcome, waited_s))
+        decision = self.made.dial.updated(plan, outcome, waited_s) if self.made.dial is not None else None
+        if decision is not None:
+            self.emit(DegreeChanged(**self.now(), **decision._asdict()))
         self.made.files.rollout(record_line(plan, outcome.fingerprint))
         if self.parts.pacer.finished:
             return  # the final evaluation and checkpoint follow
         if _is_due(config.eval_every, before, report.stored):
-            self._offer_snapshot(final=False)
+            await self.evaluator.due()
         if _is_due(config.checkpoint_every, before, report.stored):
             await self.checkpointer.save_periodic()
 
     def _updated_event(self, plan: RolloutPlan, outcome: Outcome, waited_s: float) -> Updated:
+        assert self.parts is not None
         ended = outcome.episodes
         return Updated(
             **self.now(),
             rollout=plan.index,
             behaviour_version=plan.behaviour_version,
             staleness=plan.staleness,
+            staleness_in_queue=plan.staleness_in_queue,
+            off_policy_degree=self.parts.pacer.degree,
             gradient_steps=outcome.gradient_steps,
             collect_seconds=outcome.collect_seconds,
             update_seconds=outcome.update_seconds,
@@ -186,46 +216,9 @@ class Session:
             metrics=outcome.metrics,
         )
 
-    def _offer_snapshot(self, *, final: bool) -> None:
-        assert self.parts is not None
-        version = self.parts.pacer.commits
-        buffer = self.parts.weights.acquire(version)
-        replaced = self.parts.due.offer(loops.Snapshot(version, self.report.stored, buffer, final))
-        self._skip(replaced, "a newer version was due before it could begin")
-
-    def _skip(self, snapshot: loops.Snapshot | None, reason: str) -> None:
-        if snapshot is not None:
-            assert self.parts is not None
-            self.parts.weights.release(snapshot.buffer)
-            place = {**self.now(), "version": snapshot.version, "env_steps": snapshot.env_steps}
-            self.emit(EvaluationSkipped(**place, reason=reason))
-
-    async def _evaluated(self, snapshot: loops.Snapshot, returns: Array, lengths: Array, took_s: float) -> None:
-        assert self.parts is not None
-        assert self.checkpointer is not None
-        event, best = self.evaluation_event(snapshot, returns, lengths, took_s), self.report.best
-        if best is None or event.mean_return > best.mean_return:
-            event = msgspec.structs.replace(event, best=True)
-            await self.checkpointer.save_best(snapshot, event)
-        self.report.evaluated(event)
-        self.emit(event)
-        if self.config.stop_at is not None and event.mean_return >= self.config.stop_at and not snapshot.final:
-            self.parts.pacer.stopped = True  # reached what was asked for: completed, not stopped
-            self.parts.gate.wake()
-
-    def evaluation_event(self, snapshot: loops.Snapshot, returns: Array, lengths: Array, took_s: float) -> Evaluated:
-        return Evaluated(
-            seconds=self.report.seconds,
-            version=snapshot.version,
-            env_steps=snapshot.env_steps,
-            episodes=len(returns),
-            mean_return=float(np.mean(returns)),
-            std_return=float(np.std(returns)),
-            mean_length=float(np.mean(lengths)),
-            best=False,
-            final=snapshot.final,
-            eval_seconds=took_s,
-        )
+    def _restarted(self, restart: Restart) -> None:
+        self.report.restarts += 1
+        self.emit(WorkerRestarted(**self.now(), **restart._asdict()))
 
     async def _tick(self, made: Assembly) -> None:
         """Progress for displays and files, until cancelled."""
@@ -256,12 +249,25 @@ class Session:
             self.parts.pacer.stopped = True
             self.parts.gate.wake()
 
+    def turn_degree(self, degree: int) -> None:
+        """Set `off_policy_degree` from the next rollout on; -1 lets it tune itself. Raises ConfigError."""
+        assert self.made is not None
+        assert self.parts is not None
+        if self.made.dial is None:
+            raise ConfigError("a repeated run keeps to its record: its off_policy_degree cannot be set")
+        before = self.parts.pacer.degree
+        self.made.dial.turn(degree)
+        now = self.parts.pacer.degree
+        detail = "tunes itself from here on" if degree < 0 else f"set to {now}"
+        self.emit(DegreeChanged(**self.now(), degree=now, before=before, reason="asked", detail=detail))
+        self.parts.gate.wake()
+
     def is_quiet(self) -> bool:
         """Nothing moves: no environment steps, no update runs, no evaluation."""
-        parts = self.parts
-        return parts is None or not (
-            parts.pacer.in_flight or parts.updating or parts.evaluating or not parts.due.empty
-        )
+        parts, evaluator = self.parts, self.evaluator
+        if parts is None or evaluator is None:
+            return True
+        return evaluator.idle and not parts.pacer.in_flight and not parts.updating
 
     def status(self) -> Any:
         """See `Status`."""
@@ -271,7 +277,8 @@ class Session:
             state=self._describe_state(),
             version=parts.pacer.commits if parts else 0,
             total_steps=config.total_steps,
-            off_policy_degree=config.off_policy_degree,
+            off_policy_degree=parts.pacer.degree if parts else config.off_policy_degree,
+            self_tuned=self.made is not None and self.made.dial is not None and self.made.dial.tunes_itself,
             queue=len(parts.rollouts) if parts else 0,
             queue_bound=parts.rollouts.bound if parts else 0,
             busy=self.report.busy(_stations(config)),
@@ -296,8 +303,10 @@ class Session:
     def _count_unused(self, parts: loops.Parts) -> None:
         """Transitions that were collected and will not be learned from are dropped, with the reason."""
         reason = "failed" if self.error else "stopped"
-        flying, arrived = parts.pacer.unused()
-        self.report.drop(reason, sum(parts.workers.segment(g.group, g.slot).env_steps for g in arrived))
+        flying, _ = parts.pacer.unused()
+        rung = sum(arrival.env_steps for arrival in parts.workers.arrivals.drain())
+        # Arrived and not booked: waiting, or given to an update that failed or was cut off.
+        self.report.drop(reason, parts.pacer.steps - self.report.stored + rung)
         self.report.drop(reason, parts.workers.unfinished_steps(flying))
         newest = parts.weights.versions[-1]
         buffer = parts.weights.acquire(newest)
@@ -312,7 +321,7 @@ class Session:
             algo=made.checked.algorithm.name,
             seed=self.config.seed,
             updates=parts.pacer.commits,
-            off_policy_degree=self.config.off_policy_degree,
+            off_policy_degree=parts.pacer.degree,
             ledger=self.report.ledger(0),
             busy=self.report.busy(_stations(self.config)),
             waiting={name: round(s, 4) for name, s in parts.waiting_s.items()},

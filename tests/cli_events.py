@@ -16,7 +16,8 @@ def status(version: int = 10, **changes: Any) -> Status:
         "state": "training", "seconds": 2.0, "version": version, "env_steps": 1000 * version, "total_steps": 20_000,
         "episodes": 3 * version, "gradient_steps": 32 * version, "env_steps_per_second": 12_345.0,
         "gradient_steps_per_second": 99.0, "train_return_mean_100": 10.0 * version, "recent_returns": (1.0, 2.0),
-        "last_evaluation": 80.0, "best_evaluation": 90.0, "off_policy_degree": 1, "staleness_mean": 0.75,
+        "last_evaluation": 80.0, "best_evaluation": 90.0, "off_policy_degree": 1, "self_tuned": False,
+        "staleness_mean": 0.75,
         "staleness_max": 1, "queue": 1, "queue_bound": 4, "busy": {"collect": 0.9, "train": 0.7, "evaluate": 0.1},
         "event_loop_lag_ms": {"p50": 0.1, "p99": 1.5, "max": 4.0},
         "ledger": {"produced": 1000, "stored": 1000, "dropped": 0, "in_flight": 0}, "dropped": {}, "restarts": 0,
@@ -37,7 +38,8 @@ def started(**changes: Any) -> Started:
 def updated(version: int, value: float | None, seconds: float | None = None) -> Updated:
     return Updated(
         seconds=0.5 + version if seconds is None else seconds, version=version, env_steps=1000 * version,
-        rollout=version - 1, behaviour_version=max(0, version - 2), staleness=min(1, version - 1), gradient_steps=32,
+        rollout=version - 1, behaviour_version=max(0, version - 2), staleness=min(1, version - 1),
+        staleness_in_queue=0, off_policy_degree=1, gradient_steps=32,
         collect_seconds=0.1, update_seconds=0.1, waited_seconds=0.0, episodes=0 if value is None else 3,
         return_mean=value, length_mean=value, train_return_mean_100=value, metrics={},
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -73,6 +74,37 @@ class Faulty(Counting):
         if self._fault == "hang":
             while True:
                 time.sleep(3600)  # the fault itself
+
+
+class Mortal(Faulty):
+    """Goes wrong once for each of `deaths`, a (fault, step) each: counted over all processes, by files in folder `marks`.
+
+    The step is counted from the making of the environment, with replayed ones; at 0 it is the making itself.
+    """
+
+    def __init__(self, marks: str, deaths: list[list[Any]], length: int = 7) -> None:
+        super().__init__(at=-1)
+        self._length, self._marks, self._deaths = length, Path(marks), deaths
+        self._maybe()
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        result = super().step(action)
+        self._maybe()
+        return result
+
+    def _maybe(self) -> None:
+        died = len(list(self._marks.iterdir()))
+        if died < len(self._deaths) and self._deaths[died][1] == self._steps and os.getpid() != self._first_pid:
+            try:
+                (self._marks / str(died)).touch(exist_ok=False)
+            except FileExistsError:
+                return  # another one was quicker
+            self._fault = self._deaths[died][0]
+            self._go_wrong()
+
+    @property
+    def _first_pid(self) -> int:
+        return int(self._marks.name)  # of the process that looks at its spaces
 
 
 class BadStart(Counting):

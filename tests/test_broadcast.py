@@ -19,7 +19,8 @@ def important(n: int) -> Warned:
 
 def frequent(n: int) -> Updated:
     return Updated(
-        seconds=float(n), version=n, env_steps=n, rollout=n, behaviour_version=n, staleness=0, gradient_steps=1,
+        seconds=float(n), version=n, env_steps=n, rollout=n, behaviour_version=n, staleness=0,
+        staleness_in_queue=0, off_policy_degree=1, gradient_steps=1,
         collect_seconds=0, update_seconds=0, waited_seconds=0, episodes=0, return_mean=None, length_mean=None,
         train_return_mean_100=None, metrics={},
     )  # fmt: skip

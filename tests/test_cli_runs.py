@@ -15,6 +15,7 @@ from pathlib import Path
 import gymnasium
 import pytest
 
+from aiorl import checkpoint
 from aiorl.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -292,7 +293,7 @@ def test_refused_before_anything_starts(
 def test_checkpoint_of_a_later_aiorl(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = copy(finished, tmp_path)
     manifest = run / "best" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"schema": 1', '"schema": 99'))
+    manifest.write_text(manifest.read_text().replace(f'"schema": {checkpoint.SCHEMA}', '"schema": 99'))
     assert main(["eval", str(run)]) == 2
     assert "schema 99" in capsys.readouterr().err
 

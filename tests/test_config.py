@@ -57,7 +57,7 @@ def refusal(*words: str, call: Any = make, **changes: Any) -> str:
         ({"workers": -1}, "workers = -1: expected 0 or more"),
         ({"workers": True}, "workers = True: expected int or auto"),
         ({"segment_length": 0}, "segment_length = 0: expected at least 1"),
-        ({"off_policy_degree": -1}, "off_policy_degree = -1: expected int >= 0"),
+        ({"off_policy_degree": -2}, "off_policy_degree = -2: expected int >= -1"),
         ({"off_policy_degree": 10**6}, "off_policy_degree = 1000000: expected int <= 10000"),
         ({"schedule": "random"}, "schedule = 'random': expected ordered or eager"),
         ({"device": "tpu"}, "device = 'tpu': expected auto or cpu or cuda"),

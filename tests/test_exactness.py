@@ -5,13 +5,18 @@ Compared by SHA-256 of everything the learner holds: parameters, optimizer, targ
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import itertools
+import os
+import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kills import kill, workers_of
 from plain_loop import plain_loop
 
 import aiorl
@@ -19,6 +24,7 @@ from aiorl import checkpoint
 from aiorl.algos.base import Learner
 from aiorl.envs.spec import resolve_env
 from aiorl.learning import params_sha256
+from aiorl.pacing import Ordered
 
 SEED, STEPS, ENVS, GROUP_SIZE = 5, 32, 8, 2
 ALGORITHMS: dict[str, Any] = {
@@ -58,13 +64,13 @@ def saved_learner_sha256(directory: str) -> str:
     return tree_sha256(checkpoint.load(newest, ("learner",))[1]["learner"])
 
 
-def run_plain(algo: str, env: str, rollouts: int, degree: int, planned: int) -> Learner:
+def run_plain(algo: str, env: str, rollouts: int, degree: int, planned: int, native: bool = True) -> Learner:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         return plain_loop(
-            ALGORITHMS[algo], resolve_env(env, in_process=True), envs=ENVS, group_size=GROUP_SIZE, steps=STEPS,
-            seed=SEED, rollouts=rollouts, degree=degree, planned_rollouts=planned,
+            ALGORITHMS[algo], resolve_env(env, in_process=True, native=native), envs=ENVS, group_size=GROUP_SIZE,
+            steps=STEPS, seed=SEED, rollouts=rollouts, degree=degree, planned_rollouts=planned,
         )  # fmt: skip
     finally:
         torch.set_num_threads(before)
@@ -94,6 +100,72 @@ async def test_nothing_but_the_degree_changes_the_result(config: Make, algo: str
             )
             hashes[f"{workers} workers, evaluation every {every}"] = saved_learner_sha256(result.directory)
     assert len(set(hashes.values())) == 1, hashes
+
+
+# -- with workers killed -----------------------------------------------------------------------------------------------
+
+
+async def killed(config: aiorl.Config, chance: random.Random) -> aiorl.Result:
+    """The result of a run of which one worker is killed at some moment of its first half."""
+    rollouts = -(-config.total_steps // config.steps_per_rollout)
+    version = chance.randrange(1, rollouts // 2)
+    async with asyncio.timeout(120), aiorl.Run(config) as run:
+        async for event in run:
+            if event.version >= version:
+                kill(chance.choice(workers_of(run).pids[:-1]))
+                break
+        result = await run.wait()
+    assert result.restarts == 1
+    assert result.dropped == {}
+    assert result.ledger["produced"] == result.ledger["stored"] == result.env_steps
+    return result
+
+
+@pytest.mark.parametrize(("algo", "env", "native"), [("ppo", "CartPole-v1", False), ("dqn", "CartPole-v1", True)])
+async def test_a_killed_worker_does_not_change_the_result(config: Make, algo: str, env: str, native: bool) -> None:
+    one = config(algo, env, off_policy_degree=1, native_vector=native)
+    result = await killed(one, random.Random(env + algo))
+    learner = run_plain(algo, env, result.updates, 1, -(-one.total_steps // (STEPS * ENVS)), native)
+    assert result.params_sha256 == params_sha256(learner.weights())
+    assert saved_learner_sha256(result.directory) == tree_sha256(learner.state_dict())
+
+
+JITTERY, STEADY = "run_envs:Jittery", "run_envs:Counting"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("degree", [0, 1, 3])
+@pytest.mark.parametrize("algo", ALGORITHMS)
+async def test_one_result_for_each_degree(config: Make, algo: str, degree: int) -> None:
+    """Whatever the workers, the delays, the evaluations, and a worker killed or not."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    chance, hashes = random.Random(seed), set[tuple[str, str]]()
+    result = None
+    for workers, env, every, dies in itertools.product((1, 2, 4), (STEADY, JITTERY), (0, 300), (False, True)):
+        one = config(algo, env, off_policy_degree=degree, workers=workers, eval_every=every)
+        result = await (killed(one, chance) if dies else aiorl.train(one))
+        hashes.add((result.params_sha256, saved_learner_sha256(result.directory)))
+        assert len(hashes) == 1, f"{workers} workers, {env}, evaluation every {every}, killed: {dies} by seed {seed}"
+    assert result is not None
+    learner = run_plain(algo, STEADY, result.updates, degree, result.updates)
+    assert hashes == {(params_sha256(learner.weights()), tree_sha256(learner.state_dict()))}
+
+
+@pytest.mark.parametrize("violation", ["by arrival", "two groups swapped"])
+@pytest.mark.parametrize("algo", ALGORITHMS)
+async def test_another_order_is_another_result(
+    config: Make, monkeypatch: pytest.MonkeyPatch, algo: str, violation: str
+) -> None:
+    """What the tests above compare can differ."""
+    ordered = await aiorl.train(config(algo, JITTERY, off_policy_degree=3))
+    if violation == "two groups swapped":
+        parts = Ordered.parts
+        monkeypatch.setattr(Ordered, "parts", lambda self, rollout: parts(self, rollout)[::1 if rollout != 2 else -1])
+    schedule = "eager" if violation == "by arrival" else "ordered"
+    other = await aiorl.train(config(algo, JITTERY, off_policy_degree=3, schedule=schedule))
+    assert (other.updates, other.env_steps) == (ordered.updates, ordered.env_steps)
+    assert saved_learner_sha256(other.directory) != saved_learner_sha256(ordered.directory)
+    assert other.params_sha256 != ordered.params_sha256
 
 
 @pytest.mark.parametrize("degree", [0, 2])

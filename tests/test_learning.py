@@ -11,7 +11,7 @@ import pytest
 from experience import Stream, context, digest, spaces
 from toys import Toy, ToyLearner
 
-from aiorl.errors import TrainingError
+from aiorl.errors import InvariantError, TrainingError
 from aiorl.learning import Outcome, Trainer, fingerprint, params_sha256
 from aiorl.ledger import Ledger
 from aiorl.pacing import Grant, RolloutPlan
@@ -56,6 +56,7 @@ def test_an_update_enters_the_books_and_reports(make: Make) -> None:
     assert (first.gradient_steps, first.env_steps, first.stored) == (1, STEPS * N * GROUPS, STEPS * N * GROUPS)
     assert second.stored == 2 * first.stored
     assert (first.collect_seconds, first.collected_seconds) == (2.0, 3.0), "the longest segment, and all of them"
+    assert sorted(first.segment_seconds) == [1.0, 2.0]
     assert first.update_seconds > 0
     assert len(first.episodes) + len(second.episodes) == trainer.ledger.episodes > 0
     assert {e.env for e in first.episodes} <= set(range(4))
@@ -97,6 +98,39 @@ def test_capture_and_restore_go_on_as_if_nothing_had_happened(make: Make) -> Non
     assert params_sha256(again.learner.weights()) == params_sha256(whole.learner.weights())
     assert digest(again.learner.state_dict()) == digest(whole.learner.state_dict())
     assert digest(again.ledger.state_dict()) == digest(whole.ledger.state_dict())
+
+
+def test_where_a_group_stands_does_not_depend_on_what_has_been_learned_from(make: Make) -> None:
+    delivered = {k: rollout(k)[1][1] for k in range(4)}  # of group 0
+    whole = make()
+    train(whole, 0, 4)
+    expected = whole.ledger.cursor(0)
+    assert expected is not None
+    for used in range(5):
+        trainer = make()
+        train(trainer, 0, used)
+        for oldest in range(used + 1):  # those learned from may still lie there
+            found = trainer.where(0, {k: s for k, s in delivered.items() if k >= oldest})
+            assert found is not None
+            assert found.episodes.tolist() == expected.episodes.tolist()
+            assert [a.tolist() for a in found.actions] == [a.tolist() for a in expected.actions]
+            assert found.obs["obs"].tobytes() == expected.obs["obs"].tobytes()
+    assert make().where(0, {}) is None
+
+
+def test_where_a_group_stands_is_known_during_an_update(make: Make) -> None:
+    trainer, seen = make(), []
+    update, first = trainer.learner.update, rollout(0)
+    trainer.learner.update = lambda r: seen.append(trainer.where(0, {0: first[1][1]})) or update(r)  # type: ignore[method-assign,func-returns-value]
+    trainer.update(*first)
+    assert seen[0].episodes.tolist() == trainer.where(0, {}).episodes.tolist()  # type: ignore[union-attr]
+
+
+def test_a_gap_in_what_was_delivered_is_an_error(make: Make) -> None:
+    trainer = make()
+    train(trainer, 0, 1)
+    with pytest.raises(InvariantError, match=r"group 0 delivered segments \[2\], expected those from 1 on"):
+        trainer.where(0, {0: rollout(0)[1][1], 2: rollout(2)[1][1]})
 
 
 @pytest.mark.parametrize(

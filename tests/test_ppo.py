@@ -221,7 +221,7 @@ def test_gradient_steps(options: dict[str, Any], steps: int):
     assert metrics["gradient_steps"] == steps
     expected = {
         "policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "explained_variance", "grad_norm", "ess",
-        "log_ratio_m2", "learning_rate", "gradient_steps",
+        "log_ratio_m2", "off_policy_error", "learning_rate", "gradient_steps",
     }  # fmt: skip
     assert set(metrics) == expected
 

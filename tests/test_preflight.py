@@ -289,8 +289,10 @@ def test_a_checkpoint_whose_contents_are_of_another_make(run: Path) -> None:
             for key in place[:-1]:
                 node = node[key]
             if change == "delete":
-                if place[:-1] in (("behaviour",), ("report", "staleness")) or place == ("behaviour",):
+                if place[0] == "behaviour" and len(place) < 3:
                     continue  # a smaller degree would have fewer, which is for others to say
+                if place[:2] == ("report", "staleness") and len(place) > 3:
+                    continue  # a lag that never was
                 del node[place[-1]]
             else:
                 node[place[-1]] = {"x": "y"}

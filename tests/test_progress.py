@@ -14,7 +14,7 @@ from aiorl.cli.panel import Panel, draw
 from aiorl.cli.progress import JsonLines, Notes, PlainLines, Silent, event_line, header, make_display
 from aiorl.cli.summary import summary_lines
 from aiorl.cli.text import count, duration, fit, number, rate, sparkline, spread, table
-from aiorl.events import CheckpointFailed, Finished, Lagged, Warned
+from aiorl.events import CheckpointFailed, Finished, Lagged, Warned, WorkerRestarted
 from tests.cli_events import evaluated, run_events, started, status, updated
 
 PLACE: dict[str, Any] = {"seconds": 12.0, "version": 3, "env_steps": 3000}
@@ -86,6 +86,8 @@ def test_warm_up_says_how_far_it_is():
 def test_what_needs_a_line_gets_one():
     assert event_line(Warned(**PLACE, message="something odd")) == "warning: something odd"
     assert "disk full" in str(event_line(CheckpointFailed(**PLACE, reason="disk full")))
+    back = WorkerRestarted(**PLACE, worker="worker 3", reason="was ended by SIGKILL", restarts=2, seconds_down=0.62)
+    assert event_line(back) == "worker 3 is back after 0.6 s (restart 2): it was ended by SIGKILL"
     assert event_line(updated(3, 1.0)) is None
     assert event_line(Lagged(**PLACE, dropped=3)) is None
     assert event_line(Finished(**PLACE, status="failed", error="boom")) is None, "the command says it, once"

@@ -35,6 +35,59 @@ async def test_a_run_is_repeated_bit_for_bit(tmp_path: Path, changes: dict[str, 
     assert (again.rollouts, again.repeated_sha256) == (first.updates, first.params_sha256)
 
 
+def degree_changes(run: Path) -> list[tuple[int, str]]:
+    """What each change of degree in a run led to, and why."""
+    events = [json.loads(text) for text in (run / "events.jsonl").read_text().splitlines()]
+    return [(e["degree"], e["reason"]) for e in events if e["event"] == "degree_changed"]
+
+
+async def test_a_self_tuned_run_is_repeated_bit_for_bit(tmp_path: Path) -> None:
+    """Also one that was stopped and resumed while the degree was on its way."""
+    tuned = config(
+        tmp_path, env="CartPole-v1", algo=aiorl.PPO(hidden=(16,), epochs=2), segment_length=16, total_steps=12_000,
+        workers=2, off_policy_degree=-1,
+    )  # fmt: skip
+    async with aiorl.Run(tuned) as run:
+        async for event in run:
+            if isinstance(event, aiorl.Updated) and event.version == 40:
+                run.stop(final_evaluation=False)
+    result = await aiorl.train(tuned, resume=tmp_path)
+    assert result.status == "completed"
+    assert degree_changes(tmp_path), "nothing was tuned, so this proves nothing"
+    assert 1 <= result.staleness["max"] <= 8
+    again = await replay(tmp_path, workers=1)
+    assert again.equal
+    assert (again.rollouts, again.repeated_sha256) == (result.updates, result.params_sha256)
+
+
+@pytest.mark.parametrize("schedule", ["ordered", "eager"])
+async def test_a_run_whose_degree_was_set_by_hand_is_resumed_and_repeated(tmp_path: Path, schedule: str) -> None:
+    turned = config(tmp_path, schedule=schedule, off_policy_degree=0, degree_max=3)
+    async with aiorl.Run(turned) as run:
+        async for event in run:
+            if isinstance(event, aiorl.Updated) and event.version in (3, 8):
+                await run.set(off_policy_degree=3 if event.version == 3 else 2)
+                assert run.status().off_policy_degree in (2, 3)
+            if isinstance(event, aiorl.Updated) and event.version == 12:
+                run.stop(final_evaluation=False)
+    assert degree_changes(tmp_path) == [(3, "asked"), (2, "asked")]
+    result = await aiorl.train(turned, resume=tmp_path)
+    assert result.off_policy_degree == 2, "it stays as it was set"
+    assert 2 <= result.staleness["max"] <= 3
+    again = await replay(tmp_path, workers=2)
+    assert again.equal
+    assert again.repeated_sha256 == result.params_sha256
+
+
+async def test_a_degree_out_of_reach_is_refused(tmp_path: Path) -> None:
+    async with aiorl.Run(config(tmp_path, off_policy_degree=1)) as run:
+        for degree, message in ((2, "can change it to 0 to 1"), (0.5, "expected a whole number")):
+            with pytest.raises(aiorl.ConfigError, match=message):
+                await run.set(off_policy_degree=degree)
+        await run.set(off_policy_degree=0, learning_rate=0.3)
+        assert run.status().off_policy_degree == 0
+
+
 async def test_a_run_that_was_stopped_resumed_and_retuned_is_repeated(tmp_path: Path) -> None:
     halves = config(tmp_path, schedule="eager", off_policy_degree=3)
     async with aiorl.Run(halves) as run:

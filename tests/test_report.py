@@ -17,8 +17,8 @@ from aiorl.report import EvaluationRecord, Report, library_versions
 def outcome(stored: int, episodes: tuple[float, ...] = (), **changes: Any) -> Outcome:
     fields: dict[str, Any] = {
         "metrics": {"loss": 1.0}, "gradient_steps": 3, "weights": {}, "fingerprint": 0, "env_steps": 10, "stored": stored,
-        "episodes": [Episode(0, total, 5, True) for total in episodes], "update_seconds": 0.25, "collect_seconds": 0.5,
-        "collected_seconds": 1.0,
+        "episodes": [Episode(0, total, 5, True) for total in episodes], "update_seconds": 0.25,
+        "segment_seconds": (0.5, 0.5),
     }  # fmt: skip
     return Outcome(**fields | changes)
 
@@ -41,7 +41,7 @@ def test_updates_add_up() -> None:
     report.updated(plan(1, 0), outcome(20, metrics={}), 2.0)
     report.updated(plan(2, 0), outcome(30, (4.0,)), 8 / 3)
     assert (report.stored, report.gradient_steps, report.episodes) == (30, 9, 3)
-    assert report.staleness_summary() == {"mean": 1.0, "max": 2, "histogram": {"0": 1, "1": 1, "2": 1}}
+    assert report.staleness.histogram == {0: 1, 1: 1, 2: 1}
     assert report.busy_s == {"collect": 3.0, "train": 0.75, "evaluate": 0.0}
     assert list(report.returns) == [2.0, 4.0]
     assert report.return_mean_100 == 8 / 3
@@ -52,7 +52,7 @@ def test_updates_add_up() -> None:
 
 def test_an_empty_report() -> None:
     report = Report(None)
-    assert report.staleness_summary() == {"mean": 0.0, "max": 0, "histogram": {}}
+    assert report.staleness.summary()["mean"] == report.staleness.summary()["max"] == 0
     assert report.best is None
     assert report.rates() == (0.0, 0.0)
     assert report.train_seconds() == 0.0
@@ -93,7 +93,7 @@ def test_shares_of_time_are_shares() -> None:
     report = Report(None)
     assert report.busy(0) == {"collect": 0.0, "train": 0.0, "evaluate": 0.0}
     report.ready()
-    report.updated(plan(0, 0), outcome(10, update_seconds=1e9, collected_seconds=1e9), None)
+    report.updated(plan(0, 0), outcome(10, update_seconds=1e9, segment_seconds=(1e9,)), None)
     assert report.busy(2) == {"collect": 1.0, "train": 1.0, "evaluate": 0.0}
 
 
@@ -137,8 +137,8 @@ def test_status_and_result_carry_the_counters() -> None:
     report.evaluated(evaluated(1, 5.0, final=True))
     lag = {"p50": 0.0, "p99": 0.0, "max": 0.0}
     status = report.status(
-        state="training", version=1, total_steps=100, off_policy_degree=0, queue=0, queue_bound=1, busy=report.busy(1),
-        event_loop_lag_ms=lag, ledger=report.ledger(0),
+        state="training", version=1, total_steps=100, off_policy_degree=0, self_tuned=False, queue=0, queue_bound=1,
+        busy=report.busy(1), event_loop_lag_ms=lag, ledger=report.ledger(0),
     )  # fmt: skip
     assert (status.env_steps, status.episodes, status.last_evaluation, status.best_evaluation) == (10, 1, 5.0, 5.0)
     assert status.recent_returns == (2.0,)

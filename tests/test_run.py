@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kills import kill
 from toys import Toy
 
 import aiorl
@@ -251,11 +252,13 @@ async def test_a_broken_worker_ends_the_run_with_one_clear_error(
             async with asyncio.timeout(20):
                 await run.wait()
     assert "worker" in str(caught.value)
+    assert "after 3 restarts in 60 s" in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 3
     if fault == "raise":
         assert "in _go_wrong" in caught.value.detail, "the worker's traceback was lost"
     result = run.result
     assert result.status == "failed"
+    assert 3 <= result.restarts <= 6, "of each of two workers up to three"
     assert result.ledger["produced"] == result.ledger["stored"] + result.ledger["dropped"]
     assert result.ledger["in_flight"] == 0
     assert message in (run.directory / "summary.json").read_text()
@@ -264,12 +267,16 @@ async def test_a_broken_worker_ends_the_run_with_one_clear_error(
 async def test_a_hung_worker_is_noticed_at_its_deadline(config: Make, no_leaks: None) -> None:
     changed = config(env="run_envs:Faulty", env_kwargs={"fault": "hang"}, step_timeout_s=0.4, eval_every=0)
     async with aiorl.Run(changed) as run:
-        with pytest.raises(aiorl.WorkerError, match=r"has not finished a step for .* in rollout"):
+        pattern = r"(?s)has not finished a step for .* in rollout.*after 3 restarts.* step_timeout_s = 0\.4"
+        with pytest.raises(aiorl.WorkerError, match=pattern):
             async with asyncio.timeout(20):
                 await run.wait()
 
 
-@pytest.mark.parametrize(("env", "message"), [("BadStart", "no licence file"), ("DelayedStart", "not ready after 1 s")])
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [("BadStart", "no licence file"), ("DelayedStart", "not ready after 1 s: worker 0, worker 1")],
+)
 async def test_a_worker_that_never_becomes_ready(config: Make, no_leaks: None, env: str, message: str) -> None:
     changed = config(env=f"run_envs:{env}", env_kwargs={"pid": os.getpid()}, start_timeout_s=1.0)
     with pytest.raises(aiorl.WorkerError, match=message):
@@ -290,19 +297,21 @@ async def test_a_failing_learner_ends_the_run(config: Make, no_leaks: None) -> N
 
 @pytest.mark.parametrize("call", ["pause", "evaluate", "checkpoint"])
 async def test_a_call_that_waits_ends_with_the_run(config: Make, no_leaks: None, call: str) -> None:
-    """The worker hangs, so that the call must wait, and is then killed."""
+    """The worker hangs, so that the call must wait, and is killed until the run gives it up."""
     changes = {"env": "run_envs:Faulty", "env_kwargs": {"fault": "hang", "at": 30}, "workers": 1, "eval_every": 0}
     async with aiorl.Run(config(**changes)) as run:
         await first_update(run)
         workers = run._session.parts.workers  # type: ignore[union-attr]
-        task = asyncio.ensure_future(getattr(run, call)())
+        task = asyncio.ensure_future(getattr(run, call)(*([2000] if call == "evaluate" else [])))
         if call == "checkpoint":
             await task  # needs no worker
         else:
-            for pid in workers.pids:  # type: ignore[attr-defined]
-                os.kill(pid, signal.SIGKILL)
-            with pytest.raises(aiorl.WorkerError, match="SIGKILL"):
-                async with asyncio.timeout(20):
+            async with asyncio.timeout(30):
+                async for event in run.events():
+                    if isinstance(event, aiorl.Started | aiorl.WorkerRestarted):
+                        for pid in workers.pids:  # type: ignore[attr-defined]
+                            kill(pid)
+                with pytest.raises(aiorl.WorkerError, match="SIGKILL"):
                     await task
 
 

@@ -17,8 +17,10 @@ PACKAGE = Path(aiorl.__file__).parent
 ALLOWED: dict[tuple[str, str], str] = {
     ("signals", "workers/program.py"): "a worker process is aiorl's own; Ctrl-C in the terminal must not reach it",
     ("signals", "cli"): "the command line is where the program belongs to aiorl",
+    ("sleeping", "testing"): "simulated work takes virtual time; a fault that hangs is one",
     ("sleeping", "session.py"): "the clock tick of Progress events; nothing waits for it",
     ("sleeping", "cli/play.py"): "draws an episode at the speed that the environment asks for",
+    ("sleeping", "workers/supervision.py"): "a worker that keeps dying is started again only after a while",
     ("sleeping", "metrics/lag.py"): "how late the loop wakes it up is what it measures",
 }
 

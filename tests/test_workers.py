@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import select
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +17,7 @@ from toys import Toy
 from aiorl import preflight
 from aiorl.algos.base import LearnerContext
 from aiorl.config import Config
+from aiorl.envs.cursor import GroupCursor, advance
 from aiorl.errors import WorkerError
 from aiorl.pacing import Grant
 from aiorl.preflight import Preflight
@@ -22,6 +25,7 @@ from aiorl.segments import Segment
 from aiorl.workers.launch import Launcher
 from aiorl.workers.pool import InlineWorkers, ProcessWorkers, Workers, plan_stations
 from aiorl.workers.program import Counter, StationSetup
+from aiorl.workers.supervision import Restart
 from aiorl.workers.weights import WeightLayout, WeightStore
 
 GROUPS, GROUP_SIZE, SLOTS = 4, 2, 2
@@ -57,7 +61,15 @@ def build(checked: Preflight, weights: WeightStore) -> Build:
             segment=checked.segment, weights=weights.layout, weight_block=weights.block, block=weights.block, eval_width=2,
         )  # fmt: skip
         plan = plan_stations(replace(common, **changes), GROUPS, GROUP_SIZE, workers, {})
-        return ProcessWorkers(plan, Launcher(), None, 30.0, step_timeout_s) if workers else InlineWorkers(plan)
+        if not workers:
+            return InlineWorkers(plan)
+        return ProcessWorkers(plan, Launcher(), None, 30.0, step_timeout_s, from_the_start)
+
+    def from_the_start(group: int, delivered: Mapping[int, Segment]) -> GroupCursor | None:
+        cursor = None
+        for ordinal in range(len(delivered)):
+            cursor = advance(cursor, delivered[ordinal])
+        return cursor
 
     return make
 
@@ -111,13 +123,17 @@ async def test_evaluation_is_a_function_of_weights_and_seed(build: Build, proces
 async def test_a_killed_worker_is_noticed_at_once_and_its_steps_are_known(build: Build, no_leaks: None) -> None:
     workers = build(2)
     assert isinstance(workers, ProcessWorkers)
+
+    def kill(restart: Restart | None = None) -> None:
+        os.kill(workers.pids[1], signal.SIGKILL)
+
     try:
         await workers.start()
         await collect(workers, 2)
-        os.kill(workers.pids[1], signal.SIGKILL)
-        with pytest.raises(WorkerError, match=r"worker 1 was ended by SIGKILL .*between segments"):
-            async with asyncio.timeout(10):
-                await workers.watch()
+        kill()
+        with pytest.raises(WorkerError, match=r"worker 1 was ended by SIGKILL .*between segments, after 3 restarts in 60 s"):
+            async with asyncio.timeout(20):
+                await workers.watch(kill)
         workers.collect(Grant(3, 2, 0, 0), 0)  # to the dead worker: must neither raise nor block
         assert workers.unfinished_steps([Grant(3, 2, 0, 0)]) == 0
     finally:
@@ -134,12 +150,50 @@ async def test_a_stopped_worker_counts_as_hung_only_while_it_has_work(build: Bui
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(1.0):
                 await workers.watch()
+        restarts: list[Restart] = []
+        watching = asyncio.ensure_future(workers.watch(restarts.append))
         workers.collect(Grant(0, 0, 0, 0), 0)
-        with pytest.raises(WorkerError, match=r"(?s)worker 0 has not finished a step for .* step_timeout_s = 0\.3"):
-            async with asyncio.timeout(10):
-                await workers.watch()
+        async with asyncio.timeout(20):
+            arrival = await workers.arrivals.get()  # a stopped process takes no SIGTERM: this shows that SIGKILL follows
+        assert arrival.env_steps == workers.segment(0, 0).env_steps > 0
+        assert [r.worker for r in restarts] == ["worker 0"]
+        assert re.match(r"has not finished a step for \d+\.\d s", restarts[0].reason)
+        os.kill(workers.pids[0], signal.SIGSTOP)
     finally:
-        await workers.aclose()  # a stopped process takes no SIGTERM: this shows that SIGKILL follows
+        await workers.aclose()
+    await watching
+
+
+async def test_what_was_delivered_before_the_death_is_not_collected_again(build: Build, no_leaks: None) -> None:
+    """The worker dies with its doorbell in the pipe: the loop learns of both at once."""
+    twin, workers = build(0), build(1)
+    assert isinstance(workers, ProcessWorkers)
+    counters = np.frombuffer(workers._plan.training[0].block.buffer, np.int64, 16)
+    restarts: list[Restart] = []
+    try:
+        await twin.start()
+        expected = await collect(twin, 2)
+        await workers.start()
+        watching = asyncio.ensure_future(workers.watch(restarts.append))
+        await asyncio.sleep(0)
+        workers.collect(Grant(2, 0, 0, 0), 0)
+        worker = workers._keepers[0]._worker
+        assert worker._process is not None
+        assert select.select([worker._doorbell_fd], [], [], 20)[0]
+        os.kill(workers.pids[0], signal.SIGKILL)
+        assert select.select([worker._process.sentinel], [], [], 20)[0]
+        async with asyncio.timeout(20):
+            assert (await workers.arrivals.get()).group == 2
+            workers.collect(Grant(2, 1, 1, 0), 0)
+            assert (await workers.arrivals.get()).slot == 1
+        assert len(restarts) == 1
+        assert counters[Counter.BEATS] == workers.segment(2, 1).steps, "more than the second segment was collected"
+        assert [contents(workers.segment(2, slot)) for slot in (0, 1)] == [expected[2, 0], expected[2, 1]]
+    finally:
+        del counters
+        await workers.aclose()
+        await twin.aclose()
+    await watching
 
 
 async def test_the_counters_say_what_a_worker_does(build: Build) -> None:

@@ -83,8 +83,11 @@ class Learner(Protocol):
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Do everything that is owed for this rollout and return metrics.
 
-        Rollouts come in order, each exactly once. The metric `gradient_steps` is required (0 during warm-up). The
-        rollout's arrays are only valid during the call.
+        Rollouts come in order, each exactly once. The metric `gradient_steps` is required (0 during warm-up). These steer a
+        self-tuned `off_policy_degree`: `off_policy_error`, how far the policy that acted is from the one that learns, as
+        the update begins (0 for the newest version, in proportion to the lag; the algorithm's `default_error_target` is what
+        it may reach, 0.3 if it has none), `clip_fraction` and `grad_norm`. The rollout's arrays are only valid during the
+        call.
         """
         ...
 

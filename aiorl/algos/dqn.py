@@ -44,6 +44,7 @@ class DQN(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     name: ClassVar[str] = "dqn"
     default_segment_length: ClassVar[int] = 32
+    default_error_target: ClassVar[float] = 0.2  # share of greedy actions that the newest network would not take
 
     learning_rate: Annotated[float, Meta(description="Adam's step size", gt=0)] = 5e-4
     anneal: Annotated[bool, Meta(description="let the learning rate fall linearly to 0 over the run")] = False
@@ -81,7 +82,7 @@ class DQN(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             raise ConfigError("dqn: the observation space is empty (shape with a 0): there is nothing to learn")
 
     def columns(self, spaces: Spaces) -> dict[str, Column]:
-        return {}
+        return {"greedy": Column((), "int64")}
 
     def policy(self, spaces: Spaces) -> DQNPolicy:
         return DQNPolicy(self, spaces)
@@ -121,7 +122,7 @@ class DQNPolicy:
         if not self._explore:
             return greedy, {}
         random = self._noise.next(len(greedy))
-        return np.where(random < 0, greedy, random), {}
+        return np.where(random < 0, greedy, random), {"greedy": greedy}
 
 
 class DQNLearner:
@@ -144,6 +145,7 @@ class DQNLearner:
     # -- update ----------------------------------------------------------------------------------------------------
 
     def update(self, rollout: Rollout) -> dict[str, float]:
+        disagreement = self._disagreement(rollout)
         self._replay.add(rollout)
         owed = gradient_steps_owed(self._replay.env_steps, self._warmup, self._config.update_ratio) - self._adam.steps
         rate = self._settings["learning_rate"]
@@ -157,10 +159,22 @@ class DQNLearner:
             "learning_rate": rate,
             "epsilon": epsilon_at(rollout.index, self._schedule()),
             "replay_size": float(len(self._replay)),
+            "action_disagreement": disagreement,
+            "off_policy_error": disagreement,
         }
         if seen:
             metrics |= dict(zip(_PARTS, np.mean(seen, axis=0).tolist(), strict=True))
         return metrics
+
+    def _disagreement(self, rollout: Rollout) -> float:
+        """Share of the rollout's greedy actions that the network as it is now would not take: 0 if it is what acted."""
+        valid = rollout.column("valid")
+        if rollout.behaviour_version == rollout.index or not valid.any():
+            return 0.0
+        obs = self._spaces.encode({name: leaf[:-1][valid] for name, leaf in rollout.obs.items()})
+        with torch.no_grad():
+            now = self._online.trace(self._tensor(obs))[-1].argmax(1).cpu().numpy()
+        return float(np.mean(now != rollout.column("greedy")[valid]))
 
     def _sample(self, rng: np.random.Generator) -> Batch:
         return self._replay.sample(rng, self._config.batch_size, n=self._config.n_step, gamma=self._config.gamma)

@@ -52,6 +52,7 @@ class PPO(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     name: ClassVar[str] = "ppo"
     default_segment_length: ClassVar[int] = 128
+    default_error_target: ClassVar[float] = 0.3  # root mean square of log(proximal / behaviour)
 
     learning_rate: Annotated[float, Meta(description="Adam's step size at the start", gt=0)] = 3e-4
     anneal: Annotated[bool, Meta(description="let the learning rate fall linearly to 0 over the run")] = True
@@ -326,10 +327,12 @@ class PPOLearner:
 
 
 def _staleness_metrics(log_ratio: Array) -> dict[str, float]:
-    """Of the weights proximal / behaviour [N]: effective sample size as a share, and second moment of their logarithm."""
+    """Of the weights proximal / behaviour [N]: effective sample size as a share, second moment of their logarithm, and its
+    root, which grows in proportion to the lag."""
     ratio = np.exp(np.clip(log_ratio, -50, 50))
     ess = float(ratio.sum() ** 2 / (len(ratio) * np.square(ratio).sum()))
-    return {"ess": ess, "log_ratio_m2": float(np.square(log_ratio).mean())}
+    m2 = float(np.square(log_ratio).mean())
+    return {"ess": ess, "log_ratio_m2": m2, "off_policy_error": math.sqrt(m2)}
 
 
 def _value_metrics(values: Array, targets: Array) -> dict[str, float]:

@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     parser = policy_parser(
         "eval",
         "Measure a trained policy. With the run's own seed (the default) the episodes are those of its evaluations.",
-        "RUN [--episodes N] [--seed N] [--json]",
+        "RUN [--episodes N] [--seed N] [--suite NAME] [--json]",
     )
     parser.add_argument("--episodes", metavar="N", help="how many episodes (default: 20)")
     parser.add_argument("--seed", metavar="N", help="seed of the episodes (default: the run's)")
@@ -55,7 +55,8 @@ def evaluate(given: Mapping[str, Any], episodes: int) -> dict[str, Any]:
     acting.begin(policy.weights, 0, None, 0)
     returns, lengths = run_episodes(spec, policy.spaces, acting, episodes, seed, min(WIDTH, episodes))
     return {
-        "policy": path, "version": policy.version, "env": spec.name, "seed": seed, "episodes": episodes,
+        "policy": path, "version": policy.version, "env": spec.name, "suite": given.get("suite", ""),
+        "seed": seed, "episodes": episodes,
         "mean_return": float(np.mean(returns)), "std_return": float(np.std(returns)),
         "mean_length": float(np.mean(lengths)), "returns": returns.tolist(), "lengths": lengths.tolist(),
     }  # fmt: skip

@@ -11,7 +11,18 @@ from rich.text import Text
 
 from aiorl.cli.progress import Notes, event_line, fraction, header, stamp, state
 from aiorl.cli.text import count, duration, number, rate, share, sparkline, spread
-from aiorl.events import AnyEvent, Checkpointed, Evaluated, Finished, Progress, Started, Status, Updated, Warned
+from aiorl.events import (
+    AnyEvent,
+    Checkpointed,
+    Evaluated,
+    Finished,
+    Progress,
+    Started,
+    Status,
+    Updated,
+    Warned,
+    WorkerRestarted,
+)
 
 LABEL = 11
 HISTORY = 512
@@ -49,9 +60,10 @@ class Panel:
             if event.out not in line:
                 self._print(Text(f"→ {event.out}", style="bold"))
         elif (line := event_line(event)) is not None:
-            if isinstance(event, Evaluated):
+            if isinstance(event, Evaluated) and event.primary:
                 self._evaluated = event
-            style = "yellow" if isinstance(event, Warned) else "dim" if isinstance(event, Checkpointed) else ""
+            noted = isinstance(event, Warned | WorkerRestarted)
+            style = "yellow" if noted else "dim" if isinstance(event, Checkpointed) else ""
             if not isinstance(event, Finished):
                 text = Text.assemble((stamp(event.seconds), "dim"), " ", (line, style))
                 self._print(text, cut=isinstance(event, Evaluated | Checkpointed))
@@ -140,7 +152,7 @@ def _staleness(status: Status) -> list[Piece]:
     return [
         (f"mean {status.staleness_mean:.2f}", ""),
         (f"max {status.staleness_max}", ""),
-        ("sequential" if degree == 0 else f"degree {degree}", "dim"),
+        (f"degree {degree} (self-tuned)" if status.self_tuned else f"degree {degree}" if degree else "sequential", "dim"),
         (f"queue {status.queue}/{status.queue_bound}", ""),
     ]
 

@@ -22,14 +22,18 @@ GROUPS = {
     "collecting": (
         "envs", "group_size", "workers", "segment_length", "native_vector", "step_timeout_s", "start_timeout_s",
     ),
-    "asynchrony": ("off_policy_degree", "schedule", "warmup", "allow_uncorrected"),
-    "evaluation and checkpoints": ("eval_every", "eval_episodes", "stop_at", "checkpoint_every", "keep"),
+    "asynchrony": (
+        "off_policy_degree", "degree_max", "error_target", "schedule", "warmup", "allow_uncorrected",
+    ),
+    "evaluation and checkpoints": (
+        "eval_every", "eval_episodes", "eval_busy", "eval_suites", "eval_top", "stop_at", "checkpoint_every", "keep",
+    ),
 }  # fmt: skip
 """Where each field of Config appears in the help; fields not named here come last."""
 
 RESUMABLE = (
-    "total_steps", "workers", "eval_every", "eval_episodes", "stop_at", "checkpoint_every", "keep", "step_timeout_s",
-    "start_timeout_s", "device", "torch_threads", "memory_gb",
+    "total_steps", "workers", "eval_every", "eval_episodes", "eval_busy", "eval_suites", "eval_top", "stop_at",
+    "checkpoint_every", "keep", "step_timeout_s", "start_timeout_s", "device", "torch_threads", "memory_gb",
 )  # fmt: skip
 """What may be changed when a run goes on: nothing that would make it another experiment."""
 

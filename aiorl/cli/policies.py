@@ -10,6 +10,7 @@ from aiorl.algos import algorithm_class
 from aiorl.checkpoint import load_manifest
 from aiorl.cli.envs import spaces_text
 from aiorl.cli.flags import Parser
+from aiorl.config import EvalSuite, convert
 from aiorl.envs.make import probe
 from aiorl.envs.spec import EnvSpec, resolve_env
 from aiorl.errors import CheckpointError, ConfigError
@@ -23,6 +24,7 @@ def policy_parser(verb: str, description: str, usage: str) -> Parser:
     parser = Parser(verb, description, usage)
     parser.add_argument("run", nargs="?", metavar="RUN", help="run directory, or one of its checkpoints")
     parser.add_argument("--which", metavar="|".join(WHICH), help="which one of a run (default: the first there is)")
+    parser.add_argument("--suite", metavar="NAME", help="one of the run's evaluation suites, with its environment")
     parser.add_argument("--env", metavar="ENV", help="another environment, or the trusted name of the recorded one")
     parser.add_argument("--algo", metavar="NAME", help="pkg.mod:Class of an algorithm that is not part of aiorl")
     return parser
@@ -45,11 +47,14 @@ def read_policy(given: Mapping[str, Any], verb: str) -> tuple[LoadedPolicy, EnvS
         raise _untrusted(f"the policy was trained with {recorded}, which is not part of aiorl", f"--algo {recorded}")
     policy = load(path, algo=algorithm_class(given["algo"]) if "algo" in given else None)
     env, kwargs = policy.config.get("env"), policy.config.get("env_kwargs", {})
+    if "suite" in given:
+        env, kwargs = find_suite(policy.config, given["suite"]).environment(env, kwargs)
     if "env" in given:
         kwargs = kwargs if given["env"] == env else {}
         env = given["env"]
     elif not isinstance(env, str) or ":" in env:
-        raise _untrusted(f"the policy was trained on {env}, which is not an id of gymnasium's", f"--env {env}")
+        plays = f"suite {given['suite']} plays" if "suite" in given else "the policy was trained on"
+        raise _untrusted(f"{plays} {env}, which is not an id of gymnasium's", f"--env {env}")
     spec = resolve_env(env, kwargs, in_process=True, native=False)
     seen = probe(spec).spaces
     if seen != policy.spaces:
@@ -58,6 +63,14 @@ def read_policy(given: Mapping[str, Any], verb: str) -> tuple[LoadedPolicy, EnvS
             f"  saved: {spaces_text(policy.spaces)}\n  now:   {spaces_text(seen)}"
         )
     return policy, spec, str(path)
+
+
+def find_suite(config: Mapping[str, Any], name: str) -> EvalSuite:
+    """An evaluation suite from a recorded configuration. Raises ConfigError if there is none of that name."""
+    suites: Mapping[str, Any] = config.get("eval_suites", {})
+    if name not in suites:
+        raise ConfigError(f"--suite {name}: expected {' or '.join(suites) or 'none, the run has no suites'}")
+    return convert(suites[name], EvalSuite, "checkpoint", f"eval_suites.{name}.")
 
 
 def _untrusted(what: str, say: str) -> CheckpointError:

@@ -16,16 +16,19 @@ from aiorl.events import (
     AnyEvent,
     Checkpointed,
     CheckpointFailed,
+    DegreeChanged,
     Evaluated,
     EvaluationSkipped,
     Finished,
     Paused,
     Progress,
+    Reevaluated,
     Resumed,
     SettingsChanged,
     Started,
     Status,
     Warned,
+    WorkerRestarted,
 )
 
 Mode = Literal["auto", "rich", "plain", "json", "none"]
@@ -165,8 +168,11 @@ def event_line(event: AnyEvent) -> str | None:
     """One line for an important event, None for one that needs none."""
     match event:
         case Evaluated():
-            kind = "final evaluation" if event.final else "evaluation"
+            kind = f"{'final ' * event.final}evaluation{' ' * bool(event.suite)}{event.suite}"
             text = f"{kind} {spread(event.mean_return, event.std_return)} at {count(event.env_steps)} steps"
+            return f"{text} ({plural(event.episodes, 'episode')}){', best so far' if event.best else ''}"
+        case Reevaluated():
+            text = f"version {event.version} again, with fresh episodes: {spread(event.mean_return, event.std_return)}"
             return f"{text} ({plural(event.episodes, 'episode')}){', best so far' if event.best else ''}"
         case EvaluationSkipped():
             return f"evaluation of version {event.version} left out: {event.reason}"
@@ -180,8 +186,12 @@ def event_line(event: AnyEvent) -> str | None:
             return "going on after the pause"
         case SettingsChanged():
             return "changed " + ", ".join(f"{name} = {value:g}" for name, value in event.changes.items())
+        case DegreeChanged():
+            return f"off_policy_degree {event.before} -> {event.degree} ({event.reason}): {event.detail}"
         case Warned():
             return f"warning: {event.message}"
+        case WorkerRestarted():
+            return f"{event.worker} is back after {event.seconds_down:.1f} s (restart {event.restarts}): it {event.reason}"
         case Finished():
             return event.status if event.error is None else None
         case _:

@@ -29,7 +29,7 @@ def summary_lines(result: Mapping[str, Any], directory: Path) -> list[str]:
         lines.append(_line("evaluation", evaluation))
     if (reached := result.get("first_evaluation_at_stop_return")) is not None:
         when = f"first at {count(reached['env_steps'])} env steps, {number(reached['seconds'])} s"
-        lines.append(_line("reached", f"{number(result['stop_return'])} {when}"))
+        lines.append(_line("reached", f"{number(result['stop_return'])} {when}{_overshoot(result)}"))
     lines.append(_line("staleness", _staleness(result)))
     there = [name for name in ("curve.svg", "summary.json", "best/", "final/") if (directory / name).exists()]
     lines.append(_line("files", f"{directory}/ ({', '.join(there)})" if there else f"{directory}/"))
@@ -43,9 +43,19 @@ def _evaluation(result: Mapping[str, Any]) -> str | None:
         return None
     kind = "final" if final else "best"
     text = f"{spread(shown['mean_return'], shown['std_return'])} ({kind}, {plural(shown['episodes'], 'episode')})"
-    if final and best and best["mean_return"] > final["mean_return"]:
+    again = result.get("reevaluations")
+    if final and best and (again or best["mean_return"] > final["mean_return"]):
         text += f", best {number(best['mean_return'])} at {count(best['env_steps'])} env steps"
+        text += f" (of {len(again)} evaluated again)" if again else ""
     return text
+
+
+def _overshoot(result: Mapping[str, Any]) -> str:
+    """How far training went on until the stop that it had earned took effect."""
+    beyond = result.get("stop_overshoot")
+    if beyond is None:
+        return ""
+    return f"; training stopped {plural(beyond['updates'], 'update')} ({count(beyond['env_steps'])} env steps) later"
 
 
 def _staleness(result: Mapping[str, Any]) -> str:

@@ -28,15 +28,16 @@ def run_episodes(
     seed: int,
     width: int,
     *,
+    fresh: bool = False,
     on_step: Callable[[int], None] | None = None,
     on_frame: Callable[[Any], None] | None = None,
 ) -> tuple[Array, Array]:
     """Run `episodes` episodes, `width` at a time; returns (returns float64, lengths int64), each [episodes].
 
-    Episode e runs in slot e % width and is seeded by (seed, e), and the policy always acts on the whole batch, so the
-    result is a function of the policy, `seed`, `episodes` and `width` alone. A slot that is through is shown its last
-    observation. A vector environment resets in its own way: each slot contributes its first episodes, as many as it
-    owes, so that short episodes are not favoured.
+    Episode e runs in slot e % width and is seeded by (seed, fresh, e), and the policy always acts on the whole batch, so
+    the result is a function of the policy, `seed`, `fresh`, `episodes` and `width` alone. A slot that is through is shown
+    its last observation. A vector environment resets in its own way: each slot contributes its first episodes, as many
+    as it owes, so that short episodes are not favoured.
 
     `envs` is made from a spec and closed, or given: `width` single environments, or a vector environment.
     `policy.begin` has been called. `on_step(t)` follows each step of the batch and may raise to stop; `on_frame(env)`
@@ -45,17 +46,23 @@ def run_episodes(
     if isinstance(envs, EnvSpec):
         made = make_vector(envs, width) if envs.vector_only else [make_env(envs) for _ in range(width)]
         try:
-            return run_episodes(made, spaces, policy, episodes, seed, width, on_step=on_step, on_frame=on_frame)
+            return run_episodes(
+                made, spaces, policy, episodes, seed, width, fresh=fresh, on_step=on_step, on_frame=on_frame
+            )
         finally:
             for env in made if isinstance(made, list) else [made]:
                 env.close()
     tally = _Tally(episodes, width)
+
+    def seed_of(episode: int) -> int:
+        return evaluation_seed(seed, episode, fresh=fresh)
+
     if isinstance(envs, Sequence):
         _run_single(
-            [CheckedEnv(env, spaces, i) for i, env in enumerate(envs)], policy, spaces, seed, tally, on_step, on_frame
+            [CheckedEnv(env, spaces, i) for i, env in enumerate(envs)], policy, spaces, seed_of, tally, on_step, on_frame
         )
     else:
-        vector = CheckedVector(envs, spaces, width, lambda i, e: evaluation_seed(seed, i + e * width))
+        vector = CheckedVector(envs, spaces, width, lambda i, e: seed_of(i + e * width))
         _run_vector(vector, policy, spaces, tally, on_step, on_frame)
     return tally.returns, tally.lengths
 
@@ -87,12 +94,12 @@ def _copied(spaces: Spaces, obs: Sequence[Array]) -> dict[str, Array]:
 
 
 def _run_single(
-    envs: list[CheckedEnv], policy: Policy, spaces: Spaces, seed: int, tally: _Tally,
+    envs: list[CheckedEnv], policy: Policy, spaces: Spaces, seed_of: Callable[[int], int], tally: _Tally,
     on_step: Callable[[int], None] | None, on_frame: Callable[[Any], None] | None,
 ) -> None:  # fmt: skip
     def begin(slot: int) -> None:
         episode = int(tally.episode[slot])
-        envs[slot].reset(evaluation_seed(seed, episode), episode, rows, slot)
+        envs[slot].reset(seed_of(episode), episode, rows, slot)
         if slot == 0 and on_frame is not None:
             on_frame(envs[0].env)
 

@@ -23,7 +23,7 @@ from aiorl.envs.contract import (
 from aiorl.envs.cursor import GroupCursor
 from aiorl.envs.make import make_env
 from aiorl.envs.spaces import Spaces
-from aiorl.errors import EnvError
+from aiorl.errors import EnvError, ReproductionError
 from aiorl.seeding import episode_seed
 from aiorl.segments import Array, Segment
 
@@ -171,8 +171,8 @@ def _clear(segment: Segment, steps: int) -> None:
     columns["valid"][:steps], columns["valid"][steps:] = True, False
 
 
-def _differs(env: CheckedEnv, how: str) -> EnvError:
-    return EnvError(
+def _differs(env: CheckedEnv, how: str) -> ReproductionError:
+    return ReproductionError(
         f"environment {env.index} does not reproduce: reset with its seed and given the same actions, {how}\n"
         "  draw all chance from the generator that reset(seed=…) seeds"
     )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 import numpy as np
 
-from aiorl.errors import EnvError
+from aiorl.errors import ReproductionError
 
 if TYPE_CHECKING:
     from aiorl.envs.spaces import Spaces
@@ -93,7 +93,7 @@ class StateCapture:
         return found
 
     def restore(self, data: bytes) -> None:
-        """Set the state of an environment that was made the same way and has been reset. Raises EnvError."""
+        """Set the state of an environment that was made the same way and has been reset. Raises ReproductionError."""
         try:
             layers = _decode(data)
             if len(layers) != len(self._layers):
@@ -102,7 +102,7 @@ class StateCapture:
             for layer, attributes in zip(self._layers, values, strict=True):
                 _check_names(layer, attributes)
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-            raise EnvError(f"the saved state of the vector environment does not fit it: {error}") from None
+            raise ReproductionError(f"the saved state of the vector environment does not fit it: {error}") from None
         for layer, attributes in zip(self._layers, values, strict=True):
             for name, value in attributes.items():
                 setattr(layer, name, value)

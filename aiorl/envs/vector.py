@@ -22,7 +22,7 @@ from aiorl.envs.cursor import GroupCursor
 from aiorl.envs.make import NEXT_STEP, SAME_STEP, autoreset_mode, make_vector
 from aiorl.envs.spaces import Spaces
 from aiorl.envs.state import CannotCapture, StateCapture
-from aiorl.errors import EnvError
+from aiorl.errors import EnvError, ReproductionError
 from aiorl.seeding import episode_seed
 from aiorl.segments import Array, Segment
 
@@ -193,7 +193,7 @@ class VectorGroup:
         if cursor is None:
             return
         if not cursor.env_state:
-            raise EnvError(
+            raise ReproductionError(
                 f"the open episodes of environments {self.envs.start}-{self.envs.stop - 1} cannot be brought back: the "
                 f"state of the vector environment {self._spec.name} could not be captured\n  set native_vector = false"
             )

@@ -38,6 +38,7 @@ class _Row(msgspec.Struct, frozen=True):
     train_return_mean_100: float | None = None
     mean_return: float = 0.0
     std_return: float = 0.0
+    primary: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def read_curve(source: str | Path | Iterable[Any], goal: float | None = None) ->
                 curve.rollouts.append(Point(steps, seconds, row.return_mean))
             if row.train_return_mean_100 is not None:
                 curve.smooth.append(Point(steps, seconds, row.train_return_mean_100))
-        elif row.event == "evaluated":
+        elif row.event == "evaluated" and row.primary:
             curve.evaluations.append(Point(steps, seconds, row.mean_return, row.std_return))
     curve.evaluations.sort(key=lambda point: point.env_steps)
     return curve

@@ -16,8 +16,9 @@ from aiorl.errors import ConfigError
 from aiorl.events import AnyEvent, Progress, Updated
 
 CSV_COLUMNS = (
-    "seconds", "version", "env_steps", "rollout", "behaviour_version", "staleness", "gradient_steps", "collect_seconds",
-    "update_seconds", "waited_seconds", "episodes", "return_mean", "length_mean", "train_return_mean_100",
+    "seconds", "version", "env_steps", "rollout", "behaviour_version", "staleness", "staleness_in_queue",
+    "off_policy_degree", "gradient_steps", "collect_seconds", "update_seconds", "waited_seconds", "episodes",
+    "return_mean", "length_mean", "train_return_mean_100",
 )  # fmt: skip
 
 

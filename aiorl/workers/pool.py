@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
@@ -28,7 +29,7 @@ from aiorl.workers.program import (
     segments_of,
 )
 from aiorl.workers.records import Kind, Record
-from aiorl.workers.worker import Worker
+from aiorl.workers.supervision import Keeper, Means, Restart, Where
 
 
 class Arrival(NamedTuple):
@@ -38,6 +39,10 @@ class Arrival(NamedTuple):
     slot: int
     buffer: int
     env_steps: int
+
+
+def unheard(restart: Restart) -> None:
+    """For a caller of `watch` who does not mind."""
 
 
 class Workers(Protocol):
@@ -62,12 +67,14 @@ class Workers(Protocol):
         """Transitions in the slots of grants that have not arrived (after the end, to account for them)."""
         ...
 
-    async def evaluate(self, buffer: int, episodes: int) -> tuple[Array, Array]:
-        """Run episodes with the weights in `buffer`: (returns float64, lengths int64), each [episodes]."""
+    async def evaluate(
+        self, buffer: int, episodes: int, suite: int = 0, *, fresh: bool = False
+    ) -> tuple[Array, Array]:
+        """Run episodes of a suite with the weights in `buffer`: (returns float64, lengths int64), each [episodes]."""
         ...
 
-    async def watch(self) -> None:
-        """Wait for the first failure and raise it."""
+    async def watch(self, restarted: Callable[[Restart], None] = unheard) -> None:
+        """Mend what can be mended, telling `restarted`, and raise the first failure that cannot. Await it in one task."""
         ...
 
     async def aclose(self) -> None:
@@ -114,37 +121,35 @@ class ProcessWorkers:
     """The backend that runs each station in a process of its own."""
 
     def __init__(
-        self, plan: StationPlan, launcher: Launcher, log_dir: str | None, start_timeout_s: float, step_timeout_s: float
+        self,
+        plan: StationPlan,
+        launcher: Launcher,
+        log_dir: str | None,
+        start_timeout_s: float,
+        step_timeout_s: float,
+        where: Where,
+        thread: Callable[[str], OffloadThread] = OffloadThread,
     ) -> None:
         slots = sum(len(s.groups) * s.slots for s in plan.training)
         self.arrivals: Channel[Arrival] = Channel(slots)
-        self._plan, self._launcher = plan, launcher
-        self._start_timeout_s, self._step_timeout_s = start_timeout_s, step_timeout_s
-        self._failure: asyncio.Future[WorkerError] = asyncio.get_running_loop().create_future()
-        self._evaluated: asyncio.Future[None] | None = None
+        self._plan, self._launcher, self._start_timeout_s = plan, launcher, start_timeout_s
+        self._evaluated: deque[asyncio.Future[None]] = deque()  # for each evaluation that has been asked for
         self._evaluating = asyncio.Lock()
-        self._thread: OffloadThread | None = OffloadThread("aiorl-launch")
-        self._segments: dict[tuple[int, int], Segment] = {}
-        self._workers: list[Worker] = []
-        self._by_group: dict[int, Worker] = {}
-        for setup in (*plan.training, plan.evaluation):
-            log_path = f"{log_dir}/worker-{setup.index}.log" if log_dir else None
-            worker = Worker(setup, launcher, log_path, self._on_record, self._on_death)
-            self._workers.append(worker)
-            self._segments.update(segments_of(setup))
-            self._by_group.update(dict.fromkeys(setup.groups, worker))
+        self._thread: OffloadThread | None = thread("aiorl-launch")
+        means = Means(launcher, self._thread, where, log_dir, start_timeout_s, step_timeout_s)
+        self._keepers = [Keeper(setup, means, self._on_record) for setup in (*plan.training, plan.evaluation)]
+        self._by_group = {group: keeper for keeper in self._keepers for group in keeper.setup.groups}
+        self._watching: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        assert self._thread is not None
         try:
             async with asyncio.timeout(self._start_timeout_s):
-                for worker in self._workers:
-                    await self._thread.run(worker.launch)
-                    worker.attach()
-                for worker in self._workers:
-                    await worker.ready
+                for keeper in self._keepers:
+                    await keeper.launch()
+                for keeper in self._keepers:
+                    await keeper.enter()
         except TimeoutError:
-            late = [w.name for w in self._workers if not w.ready.done()]
+            late = [keeper.name for keeper in self._keepers if not keeper.is_ready]
             raise WorkerError(
                 f"not ready after {self._start_timeout_s:g} s: {', '.join(late)}\n"
                 "  does the environment take that long to start? set a longer start_timeout_s"
@@ -155,75 +160,68 @@ class ProcessWorkers:
         self._by_group[grant.group].send(credit)
 
     def segment(self, group: int, slot: int) -> Segment:
-        return self._segments[group, slot]
+        return self._by_group[group].segments[group, slot]
 
     def unfinished_steps(self, grants: Sequence[Grant]) -> int:
-        return sum(_partial(w.setup, self._segments, grants) for w in self._workers)
+        return sum(_partial(keeper.setup, keeper.segments, grants) for keeper in self._keepers)
 
-    async def evaluate(self, buffer: int, episodes: int) -> tuple[Array, Array]:
+    async def evaluate(
+        self, buffer: int, episodes: int, suite: int = 0, *, fresh: bool = False
+    ) -> tuple[Array, Array]:
+        credit = Record(Kind.EVALUATE, suite, 0, buffer, int(fresh), episodes)
         async with self._evaluating:
-            self._evaluated = asyncio.get_running_loop().create_future()
-            self._workers[-1].send(Record(Kind.EVALUATE, buffer=buffer, value=episodes))
-            await self._evaluated
+            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._evaluated.append(done)
+            self._keepers[-1].send(credit)
+            await done
             return _copy_results(self._plan.evaluation, episodes)
 
-    async def watch(self) -> None:
-        while True:
-            try:
-                async with asyncio.timeout(self._step_timeout_s / 4):
-                    raise await asyncio.shield(self._failure)
-            except TimeoutError:
-                self._check_progress()
-
-    def _check_progress(self) -> None:
-        for worker in self._workers:
-            hung_s = worker.hung_for_s()
-            if hung_s > self._step_timeout_s:
-                raise WorkerError(
-                    f"{worker.name} has not finished a step for {hung_s:.1f} s {worker.where()}\n"
-                    f"  the limit is step_timeout_s = {self._step_timeout_s:g}; raise it if the environment is that slow"
-                )
+    async def watch(self, restarted: Callable[[Restart], None] = unheard) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._watching = [group.create_task(keeper.keep(restarted)) for keeper in self._keepers]
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
 
     def _on_record(self, record: Record) -> None:
         if record.kind is Kind.COLLECTED:
             self.arrivals.put_nowait(Arrival(record.group, record.slot, record.buffer, record.value))
-        elif self._evaluated is not None and not self._evaluated.done():
-            self._evaluated.set_result(None)
-
-    def _on_death(self, error: WorkerError) -> None:
-        if not self._failure.done():
-            self._failure.set_result(error)
+        elif not (done := self._evaluated.popleft()).done():  # else its caller has given up
+            done.set_result(None)
 
     async def aclose(self) -> None:
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        await asyncio.gather(*(worker.stop() for worker in self._workers))
+        for task in self._watching:
+            task.cancel()
+        await asyncio.gather(*self._watching, return_exceptions=True)
+        await thread.run(_nothing)  # behind a launch that is under way
+        await asyncio.gather(*(keeper.stop() for keeper in self._keepers))
         self.arrivals.close()
         await thread.run(self._launcher.close)
         await thread.aclose(1.0)
-        self._segments.clear()
-        for worker in self._workers:
-            worker.release_memory()
+        for keeper in self._keepers:
+            keeper.release_memory()
         for setup in (*self._plan.training, self._plan.evaluation):
             setup.block.close()
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the workers, the evaluating one last."""
-        return [w.pid for w in self._workers if w.pid is not None]
+        """Ids of the processes that live, the evaluating one last."""
+        return [keeper.pid for keeper in self._keepers if keeper.pid is not None]
 
 
 class InlineWorkers:
     """The backend of `workers = 0`: the same stations in this process, one segment after the other on one thread."""
 
-    def __init__(self, plan: StationPlan) -> None:
+    def __init__(self, plan: StationPlan, thread: Callable[[str], OffloadThread] = OffloadThread) -> None:
         self._plan = plan
         self._station, self._eval_station = Station(plan.training[0]), Station(plan.evaluation)
         slots = len(plan.training[0].groups) * plan.training[0].slots
         self.arrivals: Channel[Arrival] = Channel(slots)
         self._segments = segments_of(plan.training[0])
-        self._thread: OffloadThread | None = OffloadThread("aiorl-collect")
+        self._thread: OffloadThread | None = thread("aiorl-collect")
         self._failure: asyncio.Future[WorkerError] = asyncio.get_running_loop().create_future()
         self._evaluating = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -257,17 +255,20 @@ class InlineWorkers:
     def unfinished_steps(self, grants: Sequence[Grant]) -> int:
         return _partial(self._plan.training[0], self._segments, grants)
 
-    async def evaluate(self, buffer: int, episodes: int) -> tuple[Array, Array]:
+    async def evaluate(
+        self, buffer: int, episodes: int, suite: int = 0, *, fresh: bool = False
+    ) -> tuple[Array, Array]:
+        credit = Record(Kind.EVALUATE, suite, 0, buffer, int(fresh), episodes)
         async with self._evaluating:
             assert self._thread is not None
             try:
-                await self._thread.run(self._eval_station.serve, Record(Kind.EVALUATE, buffer=buffer, value=episodes))
+                await self._thread.run(self._eval_station.serve, credit)
             except Exception as error:
                 raise _failure(self._eval_station, error) from error
             return _copy_results(self._plan.evaluation, episodes)
 
-    async def watch(self) -> None:
-        raise await asyncio.shield(self._failure)
+    async def watch(self, restarted: Callable[[Restart], None] = unheard) -> None:
+        raise await asyncio.shield(self._failure)  # there is nothing to kill, and nothing is started again
 
     async def aclose(self) -> None:
         thread, self._thread = self._thread, None
@@ -287,6 +288,10 @@ class InlineWorkers:
             setup.block.close()
 
     pids: tuple[int, ...] = ()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _close_all(stations: Iterable[Station]) -> None:

@@ -67,6 +67,7 @@ class StationSetup:
     block: SharedBlock
     cursors: Mapping[int, GroupCursor | None] = field(default_factory=dict[int, "GroupCursor | None"])
     eval_width: int = 0  # > 0: this station evaluates, with that many environments at once
+    eval_envs: tuple[EnvSpec, ...] = ()  # of the suites; none: one suite, the training environment
 
     def segment_offset(self, group: int, slot: int) -> int:
         position = list(self.groups).index(group) * self.slots + slot
@@ -83,6 +84,10 @@ class Control:
     def __init__(self, block: SharedBlock) -> None:
         self.counters = np.frombuffer(block.buffer, np.int64, CONTROL_COUNTERS)
         self._error = np.frombuffer(block.buffer, np.uint8, ERROR_BYTES, CONTROL_COUNTERS * 8)
+
+    def reset(self) -> None:
+        """As before the station began."""
+        self.counters[:] = 0
 
     def put_error(self, error: BaseException) -> None:
         """Keep type, message and traceback as text: exceptions may be impossible to pickle."""
@@ -180,8 +185,10 @@ class Station:
         policy.begin(self._view(credit.buffer), 0, None, 0)
         returns, lengths = evaluation_results(setup)
         episodes = credit.value
+        env = setup.eval_envs[credit.group] if setup.eval_envs else setup.env
+        width, fresh = min(setup.eval_width, episodes), credit.ordinal > 0
         totals, steps = run_episodes(
-            setup.env, setup.spaces, policy, episodes, setup.seed, min(setup.eval_width, episodes), on_step=self._beat
+            env, setup.spaces, policy, episodes, setup.seed, width, fresh=fresh, on_step=self._beat
         )
         returns[:episodes], lengths[:episodes] = totals, steps
         return credit._replace(kind=Kind.EVALUATED)

@@ -30,9 +30,9 @@ class Kind(IntEnum):
 class Record(NamedTuple):
     """A credit or a doorbell.
 
-    `group` and `slot` say where in memory, `buffer` which weights, `ordinal` is the group's segment number (or the
-    evaluation's number), `value` the weights' version in a credit and the valid transitions in a doorbell (for
-    evaluations: the number of episodes).
+    `group` and `slot` say where in memory, `buffer` which weights, `ordinal` is the group's segment number, `value` the
+    weights' version in a credit and the valid transitions in a doorbell. Of an evaluation `group` is the number of the
+    suite, `value` that of the episodes, and `ordinal` is 1 if they have fresh seeds.
     """
 
     kind: Kind

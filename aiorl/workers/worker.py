@@ -1,4 +1,4 @@
-"""One worker process seen from the event loop: pipes, readiness, death, and its end."""
+"""One worker process seen from the event loop: pipes, readiness, death, and its end. `supervision` starts the next one."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import asyncio
 import contextlib
 import os
 import signal
-import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-from aiorl.errors import WorkerError
+from aiorl.errors import ReproductionError, WorkerError
 from aiorl.workers.launch import Launcher, WorkerProcess
 from aiorl.workers.memory import dup_for_child
 from aiorl.workers.program import Control, Counter, Phase, Pipes, StationSetup, main, prepare
@@ -18,10 +17,21 @@ from aiorl.workers.records import READ_BYTES, Kind, Record, unpack
 
 STOP_GRACE_S = 0.6  # to end by itself after STOP; then SIGTERM
 TERM_GRACE_S = 0.4  # after SIGTERM; then SIGKILL
+HUNG_GRACE_S = 1.0  # the same for one that hangs
+KILL_GRACE_S = 5.0  # after SIGKILL, on a machine with much to do
+ORPHAN_GRACE_S = 0.4  # for a process to notice that nobody waits for it any more
+
+
+class Fault(NamedTuple):
+    """What ended a worker or makes it useless: the error, its cause in one line, and whether it would only come again."""
+
+    error: WorkerError
+    reason: str
+    final: bool = False
 
 
 class Worker:
-    """A process that serves credits. `on_record` gets its doorbells, `on_death` the one error that ended it."""
+    """A process that serves credits. `on_record` gets its doorbells; `fault` is there once it has `ended`."""
 
     def __init__(
         self,
@@ -29,32 +39,31 @@ class Worker:
         launcher: Launcher,
         log_path: str | None,
         on_record: Callable[[Record], None],
-        on_death: Callable[[WorkerError], None],
     ) -> None:
         self.setup = setup
         self.name = f"worker {setup.index}" if setup.groups else "evaluation worker"
         self.log_path = log_path
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.ended = asyncio.Event()
-        self.outstanding = 0  # credits not answered
-        self._control = Control(setup.block)
-        self._launcher, self._on_record, self._on_death = launcher, on_record, on_death
+        self.fault: Fault | None = None
+        self._silent = asyncio.Event()  # nobody can ring the doorbell any more
+        self.control = Control(setup.block)
+        self._launcher, self._on_record = launcher, on_record
         self._process: WorkerProcess | None = None
+        self._attached = False
         self._credits_fd = self._doorbell_fd = -1
-        self._stopping = False
-        self._last_beat = (-1, time.monotonic())
 
     # -- start -----------------------------------------------------------------------------------------------------
 
     def launch(self) -> None:
-        """Start the process (blocks for milliseconds: call it off the loop, then `attach` on it)."""
+        """Start the process (blocks for milliseconds: call it off the loop, then `attach` on it). May raise OSError."""
         child_credits, self._credits_fd = os.pipe()
         self._doorbell_fd, child_doorbell = os.pipe()
         try:
             process = self._launcher.process(
                 f"aiorl-{self.name.replace(' ', '-')}",
                 main,
-                (self.setup, _PipesOnTheirWay(child_credits, child_doorbell)),
+                (self.setup, PipesOnTheirWay(child_credits, child_doorbell)),
                 prepare,
                 (self.log_path,),
             )
@@ -67,6 +76,7 @@ class Worker:
     def attach(self) -> None:
         """Watch the started process from the event loop."""
         assert self._process is not None
+        self._attached = True
         loop = asyncio.get_running_loop()
         os.set_blocking(self._doorbell_fd, False)
         loop.add_reader(self._doorbell_fd, self._receive)
@@ -76,40 +86,38 @@ class Worker:
 
     def send(self, credit: Record) -> None:
         """Hand over a credit; never blocks (the pipe holds 4096 of them, far more than are ever outstanding)."""
-        if self.ended.is_set():
-            return  # its death has been reported
-        if self.outstanding == 0:
-            self._last_beat = (self._last_beat[0], time.monotonic())
-        self.outstanding += 1
-        with contextlib.suppress(BrokenPipeError):  # just died: the sentinel tells
-            os.write(self._credits_fd, credit.pack())
+        if self._credits_fd >= 0:
+            with contextlib.suppress(BrokenPipeError):  # just died: the sentinel tells
+                os.write(self._credits_fd, credit.pack())
 
-    def _receive(self) -> None:
+    def _receive(self) -> bool:
+        """Take in the doorbells that have rung; False if there were none."""
+        if self._doorbell_fd < 0:
+            return False
         try:
             data = os.read(self._doorbell_fd, READ_BYTES)
         except BlockingIOError:
-            return
+            return False
         if not data:
             asyncio.get_running_loop().remove_reader(self._doorbell_fd)
+            self._silent.set()
         for record in unpack(data):
             if record.kind is Kind.READY:
                 if not self.ready.done():
                     self.ready.set_result(None)
             elif record.kind is not Kind.FAILED:  # its last words are read when it has ended
-                self.outstanding -= 1
                 self._on_record(record)
+        return bool(data)
 
-    def hung_for_s(self) -> float:
-        """Seconds since the worker last finished an environment step while it had something to do (0 if idle)."""
-        beats = int(self._control.counters[Counter.BEATS]) + int(self._control.counters[Counter.ORDINAL]) * 2**32
-        now = time.monotonic()
-        if beats != self._last_beat[0] or self.outstanding == 0:
-            self._last_beat = (beats, now)
-        return now - self._last_beat[1]
+    @property
+    def beats(self) -> tuple[int, int]:
+        """Changes with every environment step that the worker finishes."""
+        counters = self.control.counters
+        return int(counters[Counter.BEATS]), int(counters[Counter.ORDINAL])
 
     def where(self) -> str:
         """What the worker is or was doing, for messages."""
-        counters = self._control.counters
+        counters = self.control.counters
         phase = int(counters[Counter.PHASE])
         if phase == Phase.COLLECTING:
             group = int(counters[Counter.GROUP])
@@ -131,68 +139,97 @@ class Worker:
             loop.remove_reader(self._process.sentinel)
             return
         loop.remove_reader(self._process.sentinel)
-        self._receive()  # doorbells rung before it died still count
-        loop.remove_reader(self._doorbell_fd)
-        self.ended.set()
-        if self._stopping:
-            return
-        error = self._last_words(exitcode)
+        while self._receive():  # doorbells rung before it died still count
+            pass
+        self.fault = self._last_words(exitcode)
         if not self.ready.done():
-            self.ready.set_exception(error)
+            self.ready.set_exception(self.fault.error)
             self.ready.exception()  # looked at here, so that asyncio never calls it "never retrieved"
-        self._on_death(error)
+        self.ended.set()
 
-    def _last_words(self, exitcode: int) -> WorkerError:
-        words = self._control.error()
+    def _last_words(self, exitcode: int) -> Fault:
+        words = self.control.error()
         if words is not None:
             log = f"\n  worker log: {self.log_path}" if self.log_path else ""
-            return WorkerError(f"{self.name} failed {self.where()}\n  {words['message']}{log}", detail=words["detail"])
+            how, message = f"failed {self.where()}", words["message"]
+            error = WorkerError(f"{self.name} {how}\n  {message}{log}", detail=words["detail"])
+            reason = f"{how}: {message.partition(chr(10))[0]}"
+            return Fault(error, reason, final=words["type"] == ReproductionError.__name__)
         how = f"exited with code {exitcode}"
         if exitcode < 0:
             how = f"was ended by {_signal_name(-exitcode)}"
             if exitcode == -signal.SIGKILL:
                 how += " (possibly out of memory)"
         log = f"\n  its last output is in {self.log_path}" if self.log_path else ""
-        return WorkerError(f"{self.name} {how} {self.where()}{log}")
+        return Fault(WorkerError(f"{self.name} {how} {self.where()}{log}"), f"{how} {self.where()}")
 
     async def stop(self) -> None:
         """End the process: by itself if it can, by SIGTERM, by SIGKILL. Returns when it is gone."""
-        self._stopping = True
+        self.send(Record(Kind.STOP))
+        await self._see_it_end(STOP_GRACE_S, TERM_GRACE_S)
+        self._close_credits()
+        self._close_doorbell()
+
+    async def end(self) -> None:
+        """Make sure that the process, which has died or hangs, touches nothing any more. WorkerError if it will not end."""
+        await self._see_it_end(0.0, HUNG_GRACE_S)
+        if self._process is not None and not self.ended.is_set():
+            raise WorkerError(f"{self.name} hangs and could not be ended by SIGKILL")
+        self._close_credits()
+        # When the fork server dies its workers only seem to. They notice that they have been given up, and go.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ORPHAN_GRACE_S if self._attached else 0.0):
+                await self._silent.wait()
+        self._close_doorbell()
+
+    async def _see_it_end(self, term_after_s: float, kill_after_s: float) -> None:
         if self._process is None:
             return
-        with contextlib.suppress(BrokenPipeError):
-            os.write(self._credits_fd, Record(Kind.STOP).pack())
-        for grace_s, end in ((STOP_GRACE_S, self._process.terminate), (TERM_GRACE_S, self._process.kill), (5.0, None)):
+        if not self._attached:  # nobody waited for the launch
+            self.attach()
+        steps = ((term_after_s, self._process.terminate), (kill_after_s, self._process.kill), (KILL_GRACE_S, None))
+        for grace_s, signal_it in steps:
             try:
                 async with asyncio.timeout(grace_s):
                     await self.ended.wait()
-                    break
+                    return
             except TimeoutError:
-                if end is not None:
+                if signal_it is not None:
                     with contextlib.suppress(ProcessLookupError):
-                        end()
-        for fd in (self._credits_fd, self._doorbell_fd):
-            os.close(fd)
-        with contextlib.suppress(ValueError):
-            self._process.close()
+                        signal_it()
+
+    def _close_credits(self) -> None:
+        if self._credits_fd >= 0:
+            os.close(self._credits_fd)
+            self._credits_fd = -1
+        if self._process is not None:
+            with contextlib.suppress(ValueError):
+                self._process.close()
+
+    def _close_doorbell(self) -> None:
+        if self._doorbell_fd >= 0:
+            asyncio.get_running_loop().remove_reader(self._doorbell_fd)
+            os.close(self._doorbell_fd)
+            self._doorbell_fd = -1
 
     def release_memory(self) -> None:
         """Let go of the shared block, so that it can be unmapped."""
-        del self._control
+        del self.control
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process else None
+        """Its process id while it lives."""
+        return self._process.pid if self._process is not None and not self.ended.is_set() else None
 
 
-class _PipesOnTheirWay:
+class PipesOnTheirWay:
     """Pickles into a worker as its `Pipes`."""
 
     def __init__(self, credits_fd: int, doorbell_fd: int) -> None:
-        self._fds = credits_fd, doorbell_fd
+        self.fds = credits_fd, doorbell_fd
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Pipes, tuple(dup_for_child(fd) for fd in self._fds)
+        return Pipes, tuple(dup_for_child(fd) for fd in self.fds)
 
 
 def _signal_name(number: int) -> str:

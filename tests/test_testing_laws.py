@@ -1,0 +1,295 @@
+"""The whole pipeline in simulation, with faults, keeps every law; and the kit finds each kind of bug that is planted in it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from sims import SHAPES, STEPS, Folder, Trial, trial
+
+import aiorl
+from aiorl.channel import Gate
+from aiorl.faultpoints import POINTS
+from aiorl.learning import Outcome, Trainer
+from aiorl.pacing import Ordered, Pacer, RolloutPlan
+from aiorl.segments import Segment
+from aiorl.testing import (
+    Deadlock,
+    FaultPoints,
+    LawsBroken,
+    Mark,
+    Pace,
+    SeedFailure,
+    Sim,
+    World,
+    armed,
+    check_laws,
+    explore,
+    simulate,
+    tape_of,
+)
+from aiorl.workers.pool import ProcessWorkers
+from aiorl.workers.program import Station
+from aiorl.workers.records import Record
+from aiorl.workers.weights import WeightStore
+
+LIMIT_S = 60.0  # virtual; a run takes about two
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Folder]:
+    made = Folder()
+    yield made
+    made.close()
+
+
+# -- everything at once ------------------------------------------------------------------------------------------------
+
+
+def explored(folder: Folder, seeds: range) -> list[Trial]:
+    """Many seeds of the whole pipeline; also, whatever the faults, ordered runs end with the same weights (promise 4)."""
+    found = explore(lambda sim: trial(sim, folder), seeds, limit_s=LIMIT_S)
+    hashes: dict[int, set[str]] = {}
+    for seed, one in zip(seeds, found, strict=True):
+        shape = SHAPES[seed % len(SHAPES)]
+        assert one.error == ""
+        fixed = shape["off_policy_degree"] >= 0 and "_turn" not in one.did
+        if fixed and shape.get("schedule") != "eager" and one.status == "completed":
+            hashes.setdefault(seed % len(SHAPES), set()).add(one.params_sha256)
+    assert all(len(of_shape) == 1 for of_shape in hashes.values()), hashes
+    assert len(hashes) >= 5
+    return found
+
+
+def test_the_pipeline_keeps_every_law(folder: Folder) -> None:
+    found = explored(folder, range(100))
+    assert sum(one.restarts for one in found) > 50, "hardly anything went wrong"
+    did = {what for one in found for what in one.did}
+    assert {"_pause", "_save", "_evaluate", "_turn", "_stop"} <= did
+
+
+@pytest.mark.long
+def test_the_pipeline_keeps_every_law_a_thousand_times(folder: Folder) -> None:
+    explored(folder, range(1000, 2000))
+
+
+def test_a_seed_repeats_itself(folder: Folder) -> None:
+    """To the last bit and virtual second, so that a failure that was seen can be looked at."""
+    seeds = [3, 5, 6, 13]  # with a tuner, which looks at the real clock, it would not
+    first, second = (explore(lambda sim: trial(sim, folder), seeds, limit_s=LIMIT_S) for _ in range(2))
+    assert first == second
+
+
+def test_a_host_that_leaves_breaks_no_law(folder: Folder) -> None:
+    async def leave(sim: Sim) -> str:
+        world = World(sim, pace=Pace.random(sim.rng))
+        run = aiorl.Run(folder.config(SHAPES[sim.seed % len(SHAPES)]), backends=world.backends)
+        cut = bool(sim.rng.integers(2))
+        try:
+            async with run:
+                await asyncio.sleep(float(sim.rng.exponential(0.3)))
+                if cut:
+                    asyncio.current_task().cancel()  # type: ignore[union-attr]
+                    await asyncio.sleep(10)
+        except asyncio.CancelledError:
+            assert cut
+        check_laws(run)
+        world.close()
+        return run.result.status
+
+    def one(sim: Sim) -> str:
+        status = sim.run(leave(sim))
+        assert not sim.left
+        return status
+
+    assert set(explore(one, 40, limit_s=LIMIT_S)) == {"stopped", "completed"}
+
+
+def test_what_fails_at_a_fault_point_breaks_no_law(folder: Folder) -> None:
+    """The run may fail, but it accounts for every transition and ends; and each point is passed."""
+    points = FaultPoints()
+
+    def one(sim: Sim) -> Trial:
+        name = list(POINTS)[sim.seed % len(POINTS)]
+        failing = FaultPoints({name: int(sim.rng.integers(1, 10))})
+        with armed(failing):
+            found = trial(sim, folder, meddle=False)
+        points.passed.update(failing.passed)
+        return found
+
+    found = explore(one, 48, limit_s=LIMIT_S)
+    assert {one.status for one in found} == {"failed", "completed"}
+    assert all("planned at" in one.error for one in found if one.status == "failed")
+    assert not points.never, points.report()
+
+
+# -- planted bugs ------------------------------------------------------------------------------------------------------
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def nth(number: int) -> Callable[[], bool]:
+    """True at every `number`-th call."""
+    count = iter(range(1, 10**9))
+    return lambda: next(count) % number == 0
+
+
+def drop_a_segment(patch: pytest.MonkeyPatch) -> None:
+    """The last segment of a rollout does not get to the learner."""
+    update, due = Trainer.update, nth(6)
+
+    def planted(self: Trainer, plan: RolloutPlan, segments: tuple[Segment, ...]) -> Outcome:
+        if due():
+            plan, segments = plan._replace(parts=plan.parts[:-1]), segments[:-1]
+        return update(self, plan, segments)
+
+    patch.setattr(Trainer, "update", planted)
+
+
+def lose_a_doorbell(patch: pytest.MonkeyPatch) -> None:
+    on_record, due = ProcessWorkers._on_record, nth(20)
+    patch.setattr(ProcessWorkers, "_on_record", lambda self, record: None if due() else on_record(self, record))
+
+
+def deliver_twice(patch: pytest.MonkeyPatch) -> None:
+    """One segment takes the place of another one."""
+    update, due = Trainer.update, nth(6)
+
+    def planted(self: Trainer, plan: RolloutPlan, segments: tuple[Segment, ...]) -> Outcome:
+        if due():
+            plan = plan._replace(parts=(*plan.parts[:-1], plan.parts[0]))
+            segments = (*segments[:-1], segments[0])
+        return update(self, plan, segments)
+
+    patch.setattr(Trainer, "update", planted)
+
+
+def ring_twice(patch: pytest.MonkeyPatch) -> None:
+    on_record, due = ProcessWorkers._on_record, nth(9)
+
+    def planted(self: ProcessWorkers, record: Record) -> None:
+        on_record(self, record)
+        if due():
+            on_record(self, record)
+
+    patch.setattr(ProcessWorkers, "_on_record", planted)
+
+
+def tear_a_row(patch: pytest.MonkeyPatch) -> None:
+    """The second half of an observation is that of the row before."""
+    serve, due = Station.serve, nth(10)
+
+    def planted(self: Station, credit: Record) -> Record:
+        reply = serve(self, credit)
+        if self._setup.groups and due():
+            [leaf] = self._segments[credit.group, credit.slot].obs.values()
+            leaf[2, 0, 2:] = leaf[1, 0, 2:]
+        return reply
+
+    patch.setattr(Station, "serve", planted)
+
+
+def free_a_slot_too_early(patch: pytest.MonkeyPatch) -> None:
+    """Workers may write into a slot while the learner reads it."""
+    begin = Pacer.begin_update
+
+    def planted(self: Pacer, plan: RolloutPlan) -> None:
+        begin(self, plan)
+        for part in plan.parts:
+            self._free[part.group].add(part.slot)
+
+    patch.setattr(Pacer, "begin_update", planted)
+
+
+def act_with_older_weights(patch: pytest.MonkeyPatch) -> None:
+    """The oldest weights that are still there instead of those that were asked for."""
+    acquire = WeightStore.acquire
+    patch.setattr(WeightStore, "acquire", lambda self, version: acquire(self, self.versions[0]))
+
+
+def grant_beyond_the_bound(patch: pytest.MonkeyPatch) -> None:
+    place = Ordered.place
+
+    def planted(self: Ordered, group: int, ordinal: int) -> tuple[int, int] | None:
+        found = place(self, group, ordinal)
+        return found and (found[0], max(0, found[1] - 1))
+
+    patch.setattr(Ordered, "place", planted)
+
+
+def overwrite_weights_in_use(patch: pytest.MonkeyPatch) -> None:
+    """Published weights change while workers act with them."""
+    write = WeightStore.write
+
+    def planted(self: WeightStore, buffer: int, weights: Any) -> None:
+        write(self, buffer, weights)
+        for used in self._buffer_of.values():
+            write(self, used, weights)
+
+    patch.setattr(WeightStore, "write", planted)
+
+
+def lose_a_wake_up(patch: pytest.MonkeyPatch) -> None:
+    """Another task may come between the look and the wait."""
+
+    async def wait_for(self: Gate, predicate: Callable[[], bool]) -> None:
+        while not predicate():
+            await asyncio.sleep(0)
+            await self.wait()
+
+    patch.setattr(Gate, "wait_for", wait_for)
+
+
+def forget_to_wake(patch: pytest.MonkeyPatch) -> None:
+    wake, due = Gate.wake, nth(7)
+    patch.setattr(Gate, "wake", lambda self: None if due() else wake(self))
+
+
+@pytest.mark.parametrize(
+    ("plant", "shape", "laws"),
+    [
+        (drop_a_segment, 2, {"unique", "order", "kept", "contiguous"}),
+        (lose_a_doorbell, 2, {"deadlock"}),
+        (deliver_twice, 2, {"unique"}),
+        (ring_twice, 3, {"promises"}),
+        (tear_a_row, 2, {"true"}),
+        (free_a_slot_too_early, 3, {"unique", "true", "promises", "contiguous", "versions"}),
+        (act_with_older_weights, 9, {"lag"}),
+        (grant_beyond_the_bound, 2, {"promises"}),
+        (overwrite_weights_in_use, 3, {"versions"}),
+        (lose_a_wake_up, 1, {"deadlock"}),
+        (forget_to_wake, 0, {"deadlock"}),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_a_planted_bug_is_found(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, plant: Plant, shape: int, laws: set[str]
+) -> None:
+    explore(lambda sim: trial(sim, folder, shape=shape, meddle=False), 3, limit_s=LIMIT_S)  # there is nothing to find
+    plant(monkeypatch)
+    with pytest.raises(SeedFailure) as found:
+        explore(lambda sim: trial(sim, folder, shape=shape, meddle=False), 100, limit_s=LIMIT_S)
+    cause = found.value.__cause__
+    assert isinstance(cause, Deadlock | LawsBroken)
+    broken = {violation.law for violation in cause.violations} if isinstance(cause, LawsBroken) else {"deadlock"}
+    assert broken & laws, str(cause)
+
+
+# -- the tape ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_tape_has_everything_that_was_learned_from(folder: Folder) -> None:
+    sim = Sim(0)
+    done = sim.run(simulate(sim, folder.config(SHAPES[3])))
+    tape = tape_of(done.run)
+    assert sum(int(taken.columns["valid"].sum()) for taken in tape.rollouts) == done.run.result.env_steps == STEPS
+    assert len(tape.versions) == done.run.result.updates + 1
+
+
+def test_laws_need_a_recording(folder: Folder) -> None:
+    sim = Sim(0)
+    done = sim.run(simulate(sim, folder.config(algo=Mark())))
+    with pytest.raises(aiorl.ConfigError, match=r"not recorded\n.*Recording"):
+        check_laws(done.run)
