@@ -35,7 +35,7 @@ from bench.common import print_machine, summarise, write_json
 
 STEPS, ENVS = 64, 4  # of a rollout
 RATIOS, DEGREES = ["2:1", "1:1", "1:2", "4:1", "1:4"], [0, 1, 2, 4, 8, 16, 64, -1]
-BURN_IN, SETTLE = 5, 60  # updates before the clock starts; the second where the degree tunes itself
+BURN_IN, SETTLE = 5, 160  # updates before the clock starts; the second where the degree tunes itself
 PILOTS, PILOT_UPDATES = 3, 12
 GOAL = 0.95  # efficiency to reach at degree 1
 PRESSURE = Path("/proc/pressure/cpu")
@@ -247,7 +247,7 @@ async def main() -> None:
     parser.add_argument("--ratios", nargs="+", type=ratio_text, default=RATIOS, metavar="C:T")
     parser.add_argument("--degrees", nargs="+", type=int, default=DEGREES)
     parser.add_argument("--cycle-ms", type=float, default=60.0, help="c + t of each ratio")
-    parser.add_argument("--json", default="bench/results/degree_speed.json", help="write the figures to this file")
+    parser.add_argument("--json", default="bench/raw/degree_speed.json", help="write the figures to this file")
     options = parser.parse_args()
     print_machine()
     degrees = usable(options.degrees)
