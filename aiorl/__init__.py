@@ -3,14 +3,16 @@
 Layers. A module imports only lower ones, or its own without a cycle (tests/test_layering.py reads this table):
 
     errors  events  faultpoints  lazy  seeding
-        segments  trees                                     records, errors, sources of chance  0
+        segments  seals  trees                              records, errors, sources of chance  0
     envs/  buffers/  returns  losses  networks  acting
         normalise  pacing  tuning  ledger                   synchronous: no clock, no loop      1
     algos/                                                  one file per algorithm              2
     config  presets  policy  checkpoint  channel  offload
-        learning  report  record  degree  metrics/          what a run is made from             3
+        filelock  alarms  learning  report  record
+        degree  metrics/                                    what a run is made from             3
     workers/                                                processes and shared memory         4
-    preflight  assembly  checkpointing  loops  evaluation   checks, set-up, the four coroutines 5
+    preflight  assembly  checkpointing  loops  evaluation
+        watchdog                                            checks, set-up, the four coroutines 5
     session  run  replay                                    wires and owns everything           6
     __main__  cli/  testing/                                the edge: programs, the test kit    -
 """
@@ -30,23 +32,24 @@ _EXPORTS = {
     "aiorl.algos.dqn": ["DQN"],
     "aiorl.algos.base": ["Algorithm", "Learner", "LearnerContext", "Policy"],
     "aiorl.errors": [
-        "AiorlError", "CheckpointError", "ConfigError", "EnvError", "InvariantError", "ReproductionError", "TrainingError",
-        "WorkerError",
+        "AiorlError", "CheckpointError", "ConfigError", "EnvError", "InvariantError", "NonFiniteError", "ReproductionError",
+        "TrainingError", "StalledError", "WorkerError",
     ],
     "aiorl.events": [
-        "AnyEvent", "CheckpointFailed", "Checkpointed", "DegreeChanged", "Evaluated", "EvaluationSkipped", "Event",
-        "Finished", "Lagged", "Paused", "Progress", "Reevaluated", "Resumed", "SettingsChanged", "Started", "Status",
-        "Updated", "Warned", "WorkerRestarted",
+        "AnyEvent", "CheckpointFailed", "Checkpointed", "DegreeChanged", "EpisodeAborted", "Evaluated",
+        "EvaluationSkipped", "Event", "Finished", "Lagged", "Paused", "Progress", "Reevaluated", "Resumed",
+        "SettingsChanged", "Stalled", "Started", "Status", "Updated", "Warned", "WorkerRestarted",
     ],
 }  # fmt: skip
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 
 __all__ = [
     "DQN", "PPO", "AiorlError", "Algorithm", "AnyEvent", "CheckpointError", "CheckpointFailed", "Checkpointed",
-    "Config", "ConfigError", "DegreeChanged", "EnvError", "EvalSuite", "Evaluated", "EvaluationSkipped", "Event",
-    "Finished", "InvariantError", "Lagged", "Learner", "LearnerContext", "LoadedPolicy", "Paused", "Policy", "Progress",
-    "Reevaluated", "ReproductionError", "Result", "Resumed", "Run", "SettingsChanged", "Started", "Status",
-    "TrainingError", "Updated", "Warned", "WorkerError", "WorkerRestarted", "load", "train",
+    "Config", "ConfigError", "DegreeChanged", "EnvError", "EpisodeAborted", "EvalSuite", "Evaluated", "EvaluationSkipped",
+    "Event", "Finished", "InvariantError", "Lagged", "Learner", "LearnerContext", "LoadedPolicy", "NonFiniteError",
+    "Paused", "Policy", "Progress",
+    "Reevaluated", "ReproductionError", "Result", "Resumed", "Run", "SettingsChanged", "Stalled", "StalledError", "Started",
+    "Status", "TrainingError", "Updated", "Warned", "WorkerError", "WorkerRestarted", "load", "train",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -60,7 +63,9 @@ if TYPE_CHECKING:
         ConfigError,
         EnvError,
         InvariantError,
+        NonFiniteError,
         ReproductionError,
+        StalledError,
         TrainingError,
         WorkerError,
     )
@@ -69,6 +74,7 @@ if TYPE_CHECKING:
         Checkpointed,
         CheckpointFailed,
         DegreeChanged,
+        EpisodeAborted,
         Evaluated,
         EvaluationSkipped,
         Event,
@@ -79,6 +85,7 @@ if TYPE_CHECKING:
         Reevaluated,
         Resumed,
         SettingsChanged,
+        Stalled,
         Started,
         Status,
         Updated,

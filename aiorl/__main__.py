@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 
 
 def limit_threads() -> None:
@@ -23,7 +24,18 @@ def main() -> int:
     sys.setswitchinterval(0.0005)
     from aiorl.cli import main as cli
 
-    return cli(sys.argv[1:])
+    code = cli(sys.argv[1:])
+    _end_if_busy(code)
+    return code
+
+
+def _end_if_busy(code: int) -> None:
+    """End here and now if a thread of a run that was given up is still busy, say importing torch: C++ that is run into by
+    Python's own end calls abort()."""
+    if any(thread.daemon and thread.name.startswith("aiorl-") for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,18 @@ from typing import cast
 
 import msgspec
 
-from aiorl import loops, preflight
+from aiorl import checkpoint, loops, preflight
 from aiorl.algos.base import LearnerContext
 from aiorl.channel import Channel, Gate
 from aiorl.config import Config, env_name
 from aiorl.degree import Dial, first_degree
 from aiorl.envs.cursor import GroupCursor
 from aiorl.errors import AiorlError, CheckpointError, ConfigError
+from aiorl.filelock import FileLock
 from aiorl.learning import Trainer
 from aiorl.ledger import Ledger
 from aiorl.metrics.curve import write_curve
-from aiorl.metrics.directory import RunFiles, write_atomically
+from aiorl.metrics.directory import RunFiles, hold, write_atomically
 from aiorl.offload import OffloadThread
 from aiorl.pacing import Pacer
 from aiorl.preflight import EVAL_WIDTH, Preflight
@@ -45,11 +46,13 @@ def _launcher(import_main: bool) -> Launcher:
 class Backends:
     """What a run blocks on and starts its workers with. `aiorl.testing` puts simulated ones in their place.
 
-    `thread` gets a name, `launcher` whether workers import the host's `__main__`.
+    `thread` gets a name, `launcher` whether workers import the host's `__main__`. `watch_loop`: a thread watches the event
+    loop in real time.
     """
 
     thread: Callable[[str], OffloadThread] = OffloadThread
     launcher: Callable[[bool], Launcher] = _launcher
+    watch_loop: bool = True
 
 
 REAL = Backends()
@@ -63,6 +66,7 @@ class Assembly:
     parts: loops.Parts
     files: RunFiles
     files_thread: OffloadThread
+    lock: FileLock
     dial: Dial | None  # None where a record decides
     files_error: str | None = None
 
@@ -71,20 +75,26 @@ class Assembly:
         return env_name(self.checked.config.env)
 
     async def flush_files(self) -> str | None:
-        """Write what has gathered. A full disk does not stop the training: the first error is returned, once."""
+        """Write what has gathered. A full disk does not stop the training: what cannot be written waits for room. The error
+        is returned once, and again only if things had been written meanwhile."""
         try:
             await self.files_thread.run(self.files.write, self.files.take())
         except OSError as error:
             first, self.files_error = self.files_error is None, str(error)
             return self.files_error if first else None
+        self.files_error = None
         return None
 
     async def write_files(self, result: Result | None, error: BaseException | None) -> None:
         """The last things in the run directory; closes the files' thread. A disk that is stuck does not hold the host."""
-        with contextlib.suppress(OSError, TimeoutError):
+        with contextlib.suppress(Exception):  # what ended the run may be this very error
             async with asyncio.timeout(FILES_GRACE_S):
                 await self.flush_files()
+        with contextlib.suppress(AiorlError, OSError, TimeoutError):  # without events there is nothing to draw
+            async with asyncio.timeout(FILES_GRACE_S):
                 await self.files_thread.run(_write_end, self.checked.directory, result, error)
+        with contextlib.suppress(OSError):
+            self.lock.release()
         await self.files_thread.aclose(0.2)
 
     async def aclose(self) -> None:
@@ -110,8 +120,10 @@ async def assemble(
     files_thread = backends.thread("aiorl-files")
     learner_thread = backends.thread("aiorl-learner")
     launcher: Launcher | None = None
+    lock: FileLock | None = None
     try:
         checked = await files_thread.run(preflight.check, config, resume)
+        lock = await files_thread.run(hold, checked.directory)
         if checked.config.workers:
             launcher = backends.launcher(checked.needs_main)  # it loads its modules while this process imports torch
             await files_thread.run(launcher.warm_up)
@@ -127,10 +139,12 @@ async def assemble(
     except BaseException:
         if launcher is not None:
             await files_thread.run(launcher.close)
+        if lock is not None:
+            await files_thread.run(lock.release)
         await learner_thread.aclose(0.1)
         await files_thread.aclose(0.1)
         raise
-    return Assembly(checked, parts, files, files_thread, dial)
+    return Assembly(checked, parts, files, files_thread, lock, dial)
 
 
 def _make_trainer(checked: Preflight, record: Record | None) -> Trainer:
@@ -146,7 +160,8 @@ def _make_trainer(checked: Preflight, record: Record | None) -> Trainer:
     )
     ledger = Ledger(config.groups, cast(int, config.group_size))
     settings = record.settings if record is not None else None
-    trainer = Trainer(checked.algorithm, checked.spaces, context, ledger, config.torch_threads, settings)
+    skips_max = config.nonfinite_max if config.on_nonfinite == "skip" else 0
+    trainer = Trainer(checked.algorithm, checked.spaces, context, ledger, config.torch_threads, settings, skips_max)
     if checked.saved is not None:
         try:
             trainer.restore(checked.saved.parts)
@@ -270,13 +285,14 @@ def _restore_counters(checked: Preflight, parts: loops.Parts, report: Report, di
             dial.load_state_dict(saved.degree)
     except (KeyError, ValueError, msgspec.ValidationError) as error:
         raise CheckpointError(f"{saved.path} does not fit this run: {error}") from error
-    report.return_mean_100 = ledger.return_mean_100
+    report.return_mean_100, report.aborted = ledger.return_mean_100, ledger.aborted
     if report.stop_return is None:
         report.stop_return = checked.probe.reward_threshold
 
 
 def _begin_directory(checked: Preflight) -> RunFiles:
     config = checked.config.replace(out=str(checked.directory))
+    checkpoint.clean(checked.directory)
     write_atomically(checked.directory / "config.toml", config.to_toml().encode())
     return RunFiles(checked.directory)
 

@@ -1,10 +1,10 @@
 """Checkpoints: directories of plain arrays and JSON, with a manifest that is the last to be written.
 
-The manifest names every file with its size and SHA-256, and the hash is part of the name the file has on disk. So the files
-of a new checkpoint lie beside those of the one it replaces, and renaming the new manifest into place, which is atomic, is
-the moment of change: before it the old checkpoint is complete, after it the new one. What an interrupted write leaves
-behind is named by no manifest. Reading trusts nothing: names, sizes and hashes are checked before any content is looked at,
-and no content can name code.
+The manifest names every file with its size and SHA-256, and its own SHA-256; the hash is part of the name a file has on
+disk. So the files of a new checkpoint lie beside those of the one it replaces, and renaming the new manifest into place,
+which is atomic, is the moment of change: before it the old checkpoint is complete, after it the new one. What an
+interrupted write leaves behind is named by no manifest. Reading trusts nothing: names, sizes and hashes are checked before
+any content is looked at, and no content can name code.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from aiorl.errors import CheckpointError
 from aiorl.faultpoints import fault_point
 from aiorl.segments import Array
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 JSON_BYTES_MAX = 256 * 2**20
 CHUNK_BYTES = 2**20
+_ZEROS = "0" * 64
 _NAME = re.compile(r"([a-z0-9_]+)\.(safetensors|json)")
 _STORED = re.compile(r"[a-z0-9_]+-[0-9a-f]{16}\.(safetensors|json)|\.[a-z0-9_.]+\.tmp")
 
@@ -50,7 +51,10 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a checkpoint is of. `version` is the number of updates done, `env_steps` the transitions stored."""
+    """What a checkpoint is of. `version` is the number of updates done, `env_steps` the transitions stored.
+
+    `sha256` is of the manifest's own text, with zeros in its place.
+    """
 
     schema: int
     kind: str
@@ -61,6 +65,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     libraries: dict[str, str]
     files: dict[str, FileEntry] = {}
     notes: dict[str, Any] = {}
+    sha256: str = ""
 
     def path_of(self, directory: Path, name: str) -> Path:
         """Where the file that the manifest calls `name` lies."""
@@ -73,7 +78,7 @@ def save(path: Path, manifest: Manifest, parts: Mapping[str, Tree]) -> None:
 
     Raises OSError if the disk does not let it; then, as after a kill at any moment, the old one is still complete.
     """
-    path.mkdir(parents=True, exist_ok=True)
+    _make_directory(path)
     try:
         files: dict[str, FileEntry] = {}
         for name, tree in parts.items():
@@ -83,12 +88,20 @@ def save(path: Path, manifest: Manifest, parts: Mapping[str, Tree]) -> None:
         manifest = msgspec.structs.replace(manifest, files=files)
         _sync_directory(path)
         fault_point("checkpoint.manifest")
-        _write(path / f".{MANIFEST}.tmp", [msgspec.json.format(msgspec.json.encode(manifest))])
+        _write(path / f".{MANIFEST}.tmp", [encode_manifest(manifest)])
         os.replace(path / f".{MANIFEST}.tmp", path / MANIFEST)
         _sync_directory(path)
         _sync_directory(path.parent)
     finally:
         remove_leftovers(path)
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Its text, with its own hash in it."""
+    blank = msgspec.structs.replace(manifest, sha256=_ZEROS)
+    text = msgspec.json.format(msgspec.json.encode(blank))
+    head, _, tail = text.rpartition(_ZEROS.encode())  # it is the last field
+    return head + hashlib.sha256(text).hexdigest().encode() + tail
 
 
 def load(path: Path, parts: tuple[str, ...] = ()) -> tuple[Manifest, dict[str, Tree]]:
@@ -110,16 +123,20 @@ def load_manifest(path: Path) -> Manifest:
         with _open(path / MANIFEST) as file:
             if os.fstat(file.fileno()).st_size > JSON_BYTES_MAX:
                 raise CheckpointError(f"{path / MANIFEST} is damaged: it has more than {JSON_BYTES_MAX} bytes")
-            manifest = msgspec.json.decode(file.read(), type=Manifest)
+            text = file.read()
+            manifest = msgspec.json.decode(text, type=Manifest)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path} is not a checkpoint: it has no {MANIFEST}") from None
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged or of another make: {error}") from None
     if manifest.schema != SCHEMA:
         raise CheckpointError(
-            f"{path} has checkpoint schema {manifest.schema}, this version of aiorl reads {SCHEMA}\n"
+            f"{path / MANIFEST} has checkpoint schema {manifest.schema}, this version of aiorl reads {SCHEMA}\n"
             f"  it was written by aiorl {manifest.libraries.get('aiorl', '?')}"
         )
+    head, _, tail = text.rpartition(manifest.sha256.encode() or b"\n")
+    if hashlib.sha256(head + _ZEROS.encode() + tail).hexdigest() != manifest.sha256:
+        raise CheckpointError(f"{path / MANIFEST} does not match its own SHA-256: the file is damaged")
     for name in manifest.files:
         if not _NAME.fullmatch(name):
             raise CheckpointError(f"{path / MANIFEST}: refusing the file name {name!r}")
@@ -152,9 +169,17 @@ def prune(directory: Path, keep: int, newest: int) -> None:
         if path in kept:
             remove_leftovers(path)
         else:
-            with contextlib.suppress(OSError):
-                (path / MANIFEST).unlink(missing_ok=True)  # first: half deleted it must not look complete
-            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # as it is, or gone: what is left is deleted the next time
+                (path / MANIFEST).unlink(missing_ok=True)  # first: half deleted it must not look complete,
+                _sync_directory(path)  # nor after a power cut
+                shutil.rmtree(path)
+
+
+
+def clean(run: Path) -> None:
+    """Delete what a killed program left unfinished in the run directory `run`: nothing that a manifest names."""
+    for path in (*_numbered(run / "checkpoints"), run / "best", run / "final"):
+        remove_leftovers(path)
 
 
 def remove_leftovers(path: Path) -> None:
@@ -300,6 +325,15 @@ def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> FileEntry:
         file.flush()
         os.fsync(file.fileno())
     return FileEntry(size, digest.hexdigest())
+
+
+def _make_directory(path: Path) -> None:
+    """Make a directory and those it lies in, so that they are there after a power cut as well."""
+    missing = [path, *path.parents]
+    missing = missing[: next(n for n, directory in enumerate(missing) if directory.is_dir())]
+    path.mkdir(parents=True, exist_ok=True)
+    for directory in missing[1:]:  # `save` sees to the last one
+        _sync_directory(directory.parent)
 
 
 def _sync_directory(path: Path) -> None:

@@ -37,6 +37,10 @@ class Checkpointer:
         self._saved_version = -1
 
     @property
+    def writing(self) -> bool:
+        return self._writing is not None and not self._writing.done()
+
+    @property
     def _directory(self) -> Path:
         return self._made.checked.directory / "checkpoints"
 
@@ -44,6 +48,11 @@ class Checkpointer:
         """Called between two updates: capture now, write while training goes on."""
         await self._settle()
         self._writing = await self._begin("periodic")
+
+    async def look(self) -> None:
+        """Called between two updates: report a write that has failed meanwhile at once, not when the next one is due."""
+        if self._writing is not None and self._writing.done():
+            await self._settle()
 
     async def save_requested(self) -> Path:
         """Wait for the running update, capture, write; the checkpoint's path."""

@@ -23,6 +23,7 @@ Auto = Literal["auto"]
 
 INT_MAX = 2**63 - 1  # of TOML
 SELF_TUNED_MAX = 8  # with segments of fixed length the speed is had by 2; the rest is for slow stragglers
+STALL_TIMEOUT_S = 300.0
 EVAL_QUEUE = 8  # snapshots that may wait with eval_busy = "queue"
 GROUPS_MAX = 2**16 - 1  # the records between processes number groups with 16 bits
 
@@ -117,11 +118,26 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         float, Meta(description="seconds without a finished step after which a worker counts as hung", gt=0)
     ] = 60.0
     start_timeout_s: Annotated[float, Meta(description="seconds a worker may take until it is ready", gt=0)] = 60.0
+    stall_timeout_s: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="seconds without any movement after which the run fails (default: 300, or more for slow workers)"),
+    ] = None
+    shutdown_timeout_s: Annotated[
+        float, Meta(description="seconds that Ctrl-C waits for the running update and the final checkpoint", gt=0)
+    ] = 5.0
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="where the learner computes")] = "auto"
     torch_threads: Annotated[int, Meta(description="torch threads of the learner", ge=1)] = 1
     memory_gb: Annotated[
         float | None, Meta(description="memory the run may plan for (default: 80 % of what is available)")
     ] = None
+    on_nonfinite: Annotated[
+        Literal["stop", "skip"],
+        Meta(description="when an update comes to NaN or infinity: end the run, or go on without that update"),
+    ] = "stop"
+    nonfinite_max: Annotated[int, Meta(description="how many updates in a row may be skipped", ge=1)] = 3
+    debug: Annotated[
+        bool, Meta(description="check memory shared with workers by checksums; the command line shows tracebacks, too")
+    ] = False
     out: Annotated[str | None, Meta(description="run directory (default: runs/ENV-ALGO-SEED)")] = None
 
     def __post_init__(self) -> None:
@@ -155,6 +171,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def groups(self) -> int:
         size = auto_group_size(self.envs) if self.group_size == "auto" else self.group_size
         return self.envs // size
+
+    @property
+    def stall_limit_s(self) -> float:
+        """`stall_timeout_s`, worked out where it is not given."""
+        return self.stall_timeout_s or max(STALL_TIMEOUT_S, 2 * self.step_timeout_s, 2 * self.start_timeout_s)
 
     @property
     def eval_places(self) -> int:
@@ -284,7 +305,7 @@ def convert(data: Any, kind: type[Any], where: str, prefix: str = "") -> Any:
 
 
 def _refuse_unknown(keys: Iterable[Any], kind: type[Any], where: str, prefix: str = "") -> None:
-    known = [field.name for field in msgspec.structs.fields(kind)]
+    known = [field.name for field in _fields(kind)]
     for key in map(str, keys):
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
@@ -309,9 +330,14 @@ def _options(kind: Any) -> list[Any]:
     return [option for part in parts for option in _options(part)] or [kind]
 
 
+@functools.cache  # evaluating the annotations takes a millisecond
+def _fields(kind: type[msgspec.Struct]) -> tuple[msgspec.structs.FieldInfo, ...]:
+    return msgspec.structs.fields(kind)
+
+
 def check_bounds(struct: msgspec.Struct, prefix: str) -> None:
     """Check types and bounds of a struct that was made by hand (msgspec checks only what it decodes)."""
-    for field in msgspec.structs.fields(type(struct)):
+    for field in _fields(type(struct)):
         value, name = getattr(struct, field.name), prefix + field.name
         if field.type is Any or get_args(field.type)[:1] == (Any,):
             continue  # env and algo: looked at by themselves
@@ -369,6 +395,12 @@ def _check_choices(config: Config) -> None:
         value = getattr(config, name)
         if isinstance(value, int) and value < 0:
             raise ConfigError(f"{name} = {value}: expected 0 or more")
+    worker_s = max(config.step_timeout_s, config.start_timeout_s)
+    if config.stall_timeout_s is not None and config.stall_timeout_s <= worker_s:
+        raise ConfigError(
+            f"stall_timeout_s = {config.stall_timeout_s:g}: a worker may take {worker_s:g} s by step_timeout_s or "
+            "start_timeout_s\n  expected more than that, or leave it out"
+        )
     if config.memory_gb is not None and config.memory_gb <= 0:
         raise ConfigError(f"memory_gb = {config.memory_gb}: expected more than 0")
     _check_groups(config)
@@ -391,7 +423,7 @@ def _check_algorithm(algorithm: Any) -> None:
         raise ConfigError(f"algo = {name}: expected an instance, got the class\n  write algo={name}()")
     if not (isinstance(algorithm, Algorithm) and isinstance(algorithm, msgspec.Struct)):
         raise ConfigError(f"algo = {algorithm!r}: expected an algorithm's name, or one configured such as aiorl.PPO()")
-    if algorithm.name in (field.name for field in msgspec.structs.fields(Config)):
+    if algorithm.name in (field.name for field in _fields(Config)):
         raise ConfigError(f"algo: an algorithm cannot be called {algorithm.name!r}, as a field of Config is\n  rename it")
     check_bounds(algorithm, f"{algorithm.name}.")
 

@@ -7,6 +7,8 @@
     │   └── ReproductionError  an environment cannot be brought back to where it was
     ├── WorkerError          a worker process died, hung or never became ready
     ├── TrainingError        the learner failed or produced something unusable
+    │   └── NonFiniteError   a loss, a gradient or a parameter is not finite; nothing was changed
+    ├── StalledError         nothing in a run has moved for stall_timeout_s
     └── InvariantError       a promise of aiorl would have been broken: a bug in aiorl, please report it
 
 A message says what was seen, what was expected and what to change, in three lines at most.
@@ -45,6 +47,17 @@ class WorkerError(AiorlError):
 
 class TrainingError(AiorlError):
     """The learner failed, or an update produced values that must not be used."""
+
+
+class NonFiniteError(TrainingError):
+    """An update would have made NaN or infinity. Who raises it has taken the learner back to where it was before.
+
+    With `Config.on_nonfinite = "skip"` the run goes on without this update.
+    """
+
+
+class StalledError(AiorlError):
+    """Nothing has moved for too long; `detail` is the table of who waits for whom."""
 
 
 class InvariantError(AiorlError):

@@ -168,6 +168,14 @@ class Evaluator:
         """No evaluation is under way and none will begin by itself."""
         return self._room.idle and not self._requests and not self._answering
 
+    def describe(self) -> str:
+        """What it does now, in words."""
+        room = self._room
+        now = "evaluates on request" if self._answering else "waits for a due snapshot"
+        if room.under_way is not None:
+            now = f"evaluates version {room.under_way.version}"
+        return f"{now}; {room.waiting + len(self._requests)} waiting, {room.evaluated} done"
+
     # -- the work --------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:

@@ -48,7 +48,8 @@ class Updated(Event, frozen=True, kw_only=True, tag="updated"):
     `staleness_in_queue` is the part of the staleness that came after the rollout was complete (the rest came in flight),
     `off_policy_degree` the bound in force now. `collect_seconds` is the longest segment's collection, `update_seconds` the
     learner's work, `waited_seconds` how long the learner had to wait for this rollout. `episodes`, `return_mean` and
-    `length_mean` are of the episodes that ended in this rollout (None when none did).
+    `length_mean` are of the episodes that ended in this rollout (None when none did). `skipped` says why the update changed
+    nothing, for it came to NaN or infinity; None as a rule.
     """
 
     important: ClassVar[bool] = False
@@ -67,6 +68,7 @@ class Updated(Event, frozen=True, kw_only=True, tag="updated"):
     length_mean: float | None
     train_return_mean_100: float | None
     metrics: dict[str, float]
+    skipped: str | None = None
 
 
 class Progress(Event, frozen=True, kw_only=True, tag="progress"):
@@ -125,7 +127,8 @@ class CheckpointFailed(Event, frozen=True, kw_only=True, tag="checkpoint_failed"
 
 
 class WorkerRestarted(Event, frozen=True, kw_only=True, tag="worker_restarted"):
-    """A worker that died or hung has been started again and goes on where it was; nothing was lost but time.
+    """A worker that died or hung has been started again and goes on where it was; nothing was lost but time (unless an
+    environment does not reproduce, see `EpisodeAborted`).
 
     `reason` is what ended it, `restarts` how often this worker has come back, `seconds_down` from the notice of its end
     until its successor was ready.
@@ -135,6 +138,19 @@ class WorkerRestarted(Event, frozen=True, kw_only=True, tag="worker_restarted"):
     reason: str
     restarts: int
     seconds_down: float
+
+
+class EpisodeAborted(Event, frozen=True, kw_only=True, tag="episode_aborted"):
+    """Environment `env` of worker `worker` could not be brought back to where it was, and has begun another episode.
+
+    Of the aborted one, its `episode`-th, `length` env steps are stored: it has no return, and learning does not look past
+    its last row. From here on the run is not exact: it would not come out the same again.
+    """
+
+    worker: str
+    env: int
+    episode: int
+    length: int
 
 
 class Paused(Event, frozen=True, kw_only=True, tag="paused"):
@@ -167,6 +183,12 @@ class DegreeChanged(Event, frozen=True, kw_only=True, tag="degree_changed"):
     error_per_lag: float | None = None
 
 
+class Stalled(Event, frozen=True, kw_only=True, tag="stalled"):
+    """Nothing has moved for `stall_timeout_s`: the run fails. `table` says who waits for whom, a line each."""
+
+    table: str
+
+
 class Warned(Event, frozen=True, kw_only=True, tag="warned"):
     """Something the user should know that does not stop the run."""
 
@@ -191,7 +213,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
     `state` is starting, warm-up, training, waiting for data, pausing, paused, evaluating, stopping, completed, stopped or
     failed. `off_policy_degree` is the one in force, `self_tuned` says whether it may change by itself.
-    `ledger` has produced, stored, dropped and in_flight transitions.
+    `ledger` has produced, stored, dropped and in_flight transitions, `aborted` counts episodes (see `EpisodeAborted`).
     """
 
     state: str
@@ -219,9 +241,11 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     dropped: dict[str, int]
     restarts: int
     metrics: dict[str, float]
+    aborted: int = 0
 
 
 AnyEvent = (
     Started | Updated | Progress | Evaluated | EvaluationSkipped | Reevaluated | Checkpointed | CheckpointFailed
-    | Paused | Resumed | SettingsChanged | DegreeChanged | Warned | WorkerRestarted | Lagged | Finished
+    | Paused | Resumed | SettingsChanged | DegreeChanged | Warned | WorkerRestarted | EpisodeAborted | Stalled | Lagged
+    | Finished
 )  # fmt: skip

@@ -34,7 +34,7 @@ def fault_point(name: str) -> None:
 @contextlib.contextmanager
 def armed(passing: Callable[[str], None]) -> Iterator[None]:
     """Within the block `passing` is called at every point. One at a time: RuntimeError if the points are armed already."""
-    global _passing  # noqa: PLW0603  # a test arms all points there are, whoever passes them
+    global _passing  # a test arms all points there are, whoever passes them
     if _passing is not None:
         raise RuntimeError("the fault points are armed already")
     _passing = passing

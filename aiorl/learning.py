@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from aiorl.alarms import Alarms
 from aiorl.algos.base import Algorithm, Learner, LearnerContext, Weights
 from aiorl.envs.cursor import GroupCursor, advance
 from aiorl.envs.spaces import Spaces
-from aiorl.errors import InvariantError, TrainingError
-from aiorl.ledger import Episode, Ledger
+from aiorl.errors import InvariantError, NonFiniteError, TrainingError
+from aiorl.ledger import Aborted, Episode, Ledger
 from aiorl.pacing import RolloutPlan
+from aiorl.seals import check_seal
 from aiorl.segments import Array, Rollout, Segment, SegmentHeader
 
 
@@ -25,7 +27,8 @@ from aiorl.segments import Array, Rollout, Segment, SegmentHeader
 class Outcome:
     """What one update did: metrics, gradient steps, the weights it made, the episodes it entered in the books.
 
-    `segment_seconds` is how long each of the plan's parts was collected.
+    `segment_seconds` is how long each of the plan's parts was collected, `skipped` why the update changed nothing (None if
+    it did), `alarms` what is new and wrong.
     """
 
     metrics: dict[str, float]
@@ -37,6 +40,9 @@ class Outcome:
     fingerprint: int
     update_seconds: float
     segment_seconds: tuple[float, ...]
+    aborted: tuple[Aborted, ...] = ()
+    skipped: str | None = None
+    alarms: tuple[str, ...] = ()
 
     @property
     def collect_seconds(self) -> float:
@@ -60,44 +66,76 @@ class Trainer:
         ledger: Ledger,
         threads: int,
         settings: Mapping[int, Mapping[str, float]] | None = None,
+        skips_max: int = 0,
     ) -> None:
-        """`settings`: changes to make after so many updates (when a run is repeated)."""
+        """`settings`: changes to make after so many updates (when a run is repeated). `skips_max`: how many updates in a row
+        may be skipped because they come to NaN or infinity."""
         self.ledger = ledger
+        self._alarms, self._skips_max, self._skips = Alarms(spaces), skips_max, 0
         self._storing = threading.Lock()
         self._settings = settings or {}
         self._threads = threads
         self._restore_threads = _set_torch_threads(threads)
         self.learner: Learner = algorithm.learner(spaces, context)
+        self._fingerprint = fingerprint(self.learner.weights())
 
     def update(self, plan: RolloutPlan, segments: tuple[Segment, ...]) -> Outcome:
-        """Enter a rollout in the books and let the learner do all it owes for it."""
+        """Enter a rollout in the books and let the learner do all it owes for it.
+
+        Raises TrainingError or what the learner raises, and InvariantError for segments that are not as they were sealed.
+        """
+        _check_seals(plan, segments)
         n = segments[0].envs
         envs = np.concatenate([np.arange(part.group * n, (part.group + 1) * n) for part in plan.parts])
         rollout = Rollout(plan.index, plan.behaviour_version, segments, envs)
         if plan.index in self._settings:
             self.learner.set(**self._settings[plan.index])
         begun = time.perf_counter()
-        metrics = self.learner.update(rollout)
+        metrics, skipped = self._learn(rollout)
         took_s = time.perf_counter() - begun
         if "gradient_steps" not in metrics:
             raise TrainingError(
                 f"{type(self.learner).__name__}.update returned no `gradient_steps`\n  add it to the metrics (0 in warm-up)"
             )
-        with self._storing:
-            episodes = self.ledger.store(plan.parts, segments)
+        _check_seals(plan, segments)  # nobody wrote into them while they were read
         weights = self.learner.weights()
+        _check_finite(weights, plan.index)
+        with self._storing:
+            entries = self.ledger.store(plan.parts, segments)
+        before, self._fingerprint = self._fingerprint, fingerprint(weights)
+        alarms = self._alarms.update(
+            plan.index, segments, metrics, changed=self._fingerprint != before, skipped=skipped
+        )
         times = [float(s.header[SegmentHeader.ENDED_S] - s.header[SegmentHeader.STARTED_S]) for s in segments]
         return Outcome(
             metrics={k: float(v) for k, v in metrics.items() if k != "gradient_steps"},
             gradient_steps=int(metrics["gradient_steps"]),
             weights=weights,
-            fingerprint=fingerprint(weights),
-            episodes=episodes,
+            fingerprint=self._fingerprint,
+            episodes=entries.episodes,
+            aborted=tuple(entries.aborted),
             env_steps=rollout.env_steps,
             stored=self.ledger.stored,
             update_seconds=took_s,
             segment_seconds=tuple(times),
+            skipped=skipped,
+            alarms=tuple(alarms),
         )
+
+    def _learn(self, rollout: Rollout) -> tuple[dict[str, float], str | None]:
+        """(metrics, None), or (no gradient steps, why the update was skipped) where it came to NaN and may be."""
+        try:
+            metrics = self.learner.update(rollout)
+        except NonFiniteError as error:
+            self._skips += 1
+            if self._skips <= self._skips_max:
+                return {"gradient_steps": 0.0}, str(error)
+            if not self._skips_max:
+                raise
+            too_many = f"{self._skips_max} updates in a row were skipped, and one more was not finite"
+            raise TrainingError(f"{too_many}\n  {error}") from error
+        self._skips = 0
+        return metrics, None
 
     def where(self, group: int, delivered: Mapping[int, Segment]) -> GroupCursor | None:
         """Where a group goes on after the segments it has delivered (by ordinal), learned from or not; None if it has not
@@ -134,10 +172,27 @@ class Trainer:
     def restore(self, parts: Mapping[str, Any]) -> None:
         """Inverse of `capture`; ValueError names the first mismatch."""
         self.learner.load_state_dict(parts["learner"])
+        self._fingerprint = fingerprint(self.learner.weights())
         self.ledger.load_state_dict(parts["run"]["ledger"])
 
     def close(self) -> None:
         self._restore_threads()
+
+
+def _check_seals(plan: RolloutPlan, segments: tuple[Segment, ...]) -> None:
+    for part, segment in zip(plan.parts, segments, strict=True):
+        check_seal(segment, part.group, part.ordinal)
+
+
+def _check_finite(weights: Weights, update: int) -> None:
+    """What is published is finite, whatever the algorithm looks at. The sum of an array tells, unless it overflows."""
+    for name, array in weights.items():
+        if array.dtype.kind == "f":
+            with np.errstate(all="ignore"):
+                finite = bool(np.isfinite(array.sum())) or bool(np.isfinite(array).all())
+            if not finite:
+                what = f"update {update} made {name} not finite: it is not published"
+                raise TrainingError(f"{what}\n  lower the learning rate")
 
 
 def fingerprint(weights: Weights) -> int:

@@ -27,6 +27,21 @@ class Episode(NamedTuple):
     terminated: bool
 
 
+class Aborted(NamedTuple):
+    """An episode that was given up, for its environment could not be brought back: `length` env steps of it are stored."""
+
+    env: int
+    episode: int
+    length: int
+
+
+class Entries(NamedTuple):
+    """What came to its end with a rollout."""
+
+    episodes: list[Episode]
+    aborted: list[Aborted]
+
+
 @dataclass
 class GroupBooks:
     """Where one group stands after the last update that used it. `cursor` is None before the first."""
@@ -44,6 +59,7 @@ class Ledger:
     def __init__(self, groups: int, group_size: int) -> None:
         self.stored = 0
         self.episodes = 0
+        self.aborted = 0
         self.recent: deque[float] = deque(maxlen=100)
         self._books = [
             GroupBooks(g * group_size, 0, np.zeros(group_size, np.float64), np.zeros(group_size, np.int64))
@@ -55,14 +71,26 @@ class Ledger:
         """Mean return of the last 100 finished episodes."""
         return float(np.mean(self.recent)) if self.recent else None
 
-    def store(self, parts: tuple[Grant, ...], segments: tuple[Segment, ...]) -> list[Episode]:
-        """Enter the segments of one rollout; returns the episodes that ended in it."""
+    def store(self, parts: tuple[Grant, ...], segments: tuple[Segment, ...]) -> Entries:
+        """Enter the segments of one rollout; returns the episodes that ended in it, or were aborted before it."""
         ended: list[Episode] = []
+        aborted: list[Aborted] = []
         for part, segment in zip(parts, segments, strict=True):
+            aborted += self._abort(self._books[part.group], segment)
             ended += self._enter(self._books[part.group], segment)
         self.episodes += len(ended)
+        self.aborted += len(aborted)
         self.recent.extend(e.total for e in ended)
-        return ended
+        return Entries(ended, aborted)
+
+    def _abort(self, books: GroupBooks, segment: Segment) -> list[Aborted]:
+        """Close the open episodes that the segment does not go on with: they have no return."""
+        given_up: list[Aborted] = []
+        for env in np.flatnonzero(segment.aborted).tolist():
+            episode = 0 if books.cursor is None else int(books.cursor.episodes[env])
+            given_up.append(Aborted(books.first_env + env, episode, int(books.lengths[env])))
+            books.totals[env], books.lengths[env] = 0.0, 0
+        return given_up
 
     def _enter(self, books: GroupBooks, segment: Segment) -> list[Episode]:
         columns = segment.columns
@@ -116,13 +144,14 @@ class Ledger:
         return {
             "stored": self.stored,
             "episodes": self.episodes,
+            "aborted": self.aborted,
             "recent": np.array(self.recent, np.float64),
             "groups": groups,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`, for a state that `check_state` lets pass."""
-        self.stored, self.episodes = int(state["stored"]), int(state["episodes"])
+        self.stored, self.episodes, self.aborted = (int(state[name]) for name in ("stored", "episodes", "aborted"))
         self.recent = deque(state["recent"].tolist(), maxlen=100)
         for index, books in enumerate(self._books):
             saved = state["groups"][str(index)]

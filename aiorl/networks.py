@@ -9,7 +9,7 @@ sets the gradients from it (sets, not adds). For networks this small the graph c
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -265,6 +265,10 @@ class FlatParameters:
         parts = vector.split([shape.numel() for shape in self._shapes.values()])
         return {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
 
+    def is_finite(self) -> bool:
+        """Whether all parameters are (the sum tells, unless it overflows)."""
+        return math.isfinite(float(self.vector.sum())) or bool(torch.isfinite(self.vector).all())
+
     def clip_grad(self, max_norm: float) -> Tensor:
         """Scale the gradient down to `max_norm` if it is longer, and return the norm that it had."""
         norm = torch.linalg.vector_norm(self.grad)
@@ -301,6 +305,17 @@ class Adam:
         self._square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         divisor = self._square.sqrt().div_(math.sqrt(1 - beta2**self.steps)).add_(self._eps)
         self._parameters.vector.addcdiv_(self._mean, divisor, value=-learning_rate / (1 - beta1**self.steps))
+
+    def undo(self) -> Callable[[], None]:
+        """What takes the parameters and this state back to where they are now."""
+        steps, kept = self.steps, [(v, v.clone()) for v in (self._parameters.vector, self._mean, self._square)]
+
+        def take_back() -> None:
+            self.steps = steps
+            for vector, before in kept:
+                vector.copy_(before)
+
+        return take_back
 
     def state_dict(self) -> dict[str, Any]:
         arrays = self._parameters.arrays

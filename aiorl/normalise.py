@@ -51,6 +51,10 @@ class RunningMoments:
         self.count = total
 
     @property
+    def is_finite(self) -> bool:
+        return bool(np.isfinite(self.mean).all() and np.isfinite(self.var).all())
+
+    @property
     def scale(self) -> Array:
         """1 / standard deviation."""
         return 1.0 / np.sqrt(self.var + EPSILON)

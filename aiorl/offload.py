@@ -24,6 +24,9 @@ BACKGROUND_NICENESS = 10
 class OffloadThread:
     """A daemon thread that runs one call after the other. Make and use it in one event loop."""
 
+    ident: int | None = None
+    """The thread's number, to find out where it is."""
+
     def __init__(self, name: str) -> None:
         self._loop = asyncio.get_running_loop()
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -31,12 +34,17 @@ class OffloadThread:
         self._closing = False
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
+        self.ident = self._thread.ident
 
     async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run `function` on the thread. If the caller is cancelled the call still ends by itself, unheard.
 
         What it raises is raised here. `SystemExit` and the like, which would end the host, come as RuntimeError.
         """
+        return await self.submit(function, *args, **kwargs)
+
+    def submit(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:
+        """As `run`; the call is in line behind the earlier ones when this returns, not when a task gets its turn."""
         if self._closing:
             raise RuntimeError(f"{self._thread.name} is closed")
         result: asyncio.Future[R] = self._loop.create_future()
@@ -50,7 +58,7 @@ class OffloadThread:
                 self._post(_set_result, result, value)
 
         self._calls.put(call)
-        return await result
+        return result
 
     async def aclose(self, timeout_s: float) -> bool:
         """Let the thread end after the calls it has got; False if it is still busy after `timeout_s`."""

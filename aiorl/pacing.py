@@ -309,6 +309,16 @@ class Pacer:
         return self.commits == self._decided
 
     @property
+    def missing(self) -> list[int]:
+        """The groups whose segment the next rollout waits for (of an eager schedule: that have none waiting)."""
+        if self._script is None:
+            landed = {group for group, _ in self._landed}
+            return [group for group in range(self.groups) if group not in landed]
+        if self._script.rollouts is not None and self._planned >= self._script.rollouts:
+            return []
+        return [group for group, ordinal in self._script.parts(self._planned) if (group, ordinal) not in self._landed]
+
+    @property
     def in_flight(self) -> int:
         """Segments granted and not yet arrived."""
         return sum(len(flying) for flying in self._flying)

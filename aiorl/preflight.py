@@ -174,6 +174,7 @@ def segment_layout(config: Config, algorithm: Algorithm, found: Probe) -> Segmen
         obs=spaces.obs_columns,
         columns={**columns, **own},
         state_bytes=found.state_bytes,
+        guarded=config.debug,
     )
 
 

@@ -50,6 +50,7 @@ class ReportState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     episodes: int
     staleness: StalenessBooks
     evaluations: list[EvaluationRecord]
+    skipped_updates: dict[str, int]
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +63,9 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     With several evaluation suites all figures but `evaluations` are of the primary one. `reevaluations` are those of the
     best at the end, with fresh episodes; where there are any, `best` is the best of them. `evaluation_points` says what
     became of the evaluations due in this session: due = evaluated + skipped. `stop_overshoot` is how far training went on
-    after the snapshot that reached `stop_at`.
+    after the snapshot that reached `stop_at`. `aborted` episodes were given up, for their environment could not be brought
+    back after a restart or a resume: where there are any the run is not exact. `skipped_updates` changed nothing; the reason
+    is nonfinite.
     """
 
     status: str
@@ -100,6 +103,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     queue: dict[str, int]
     params_sha256: str
     directory: str
+    aborted: int = 0
+    skipped_updates: dict[str, int] = {}
 
     def to_dict(self) -> dict[str, Any]:
         return msgspec.to_builtins(self)
@@ -129,6 +134,8 @@ class Report:
         self.metrics: dict[str, float] = {}
         self.dropped: dict[str, int] = {}
         self.restarts = 0  # workers that have come back
+        self.aborted = 0  # episodes of environments that could not be brought back, also in earlier sessions
+        self.skipped_updates: dict[str, int] = {}  # by reason
         self.busy_s = {"collect": 0.0, "train": 0.0, "evaluate": 0.0}
         self.paused_s = 0.0
         self._earlier_s = 0.0
@@ -146,6 +153,8 @@ class Report:
         """One update is done."""
         self.gradient_steps += outcome.gradient_steps
         self.session_gradient_steps += outcome.gradient_steps
+        if outcome.skipped is not None:
+            self.skipped_updates["nonfinite"] = self.skipped_updates.get("nonfinite", 0) + 1
         self.stored = outcome.stored
         self.session_steps += outcome.env_steps
         self.episodes += len(outcome.episodes)
@@ -231,6 +240,7 @@ class Report:
             staleness_max=staleness["max"],
             dropped=dict(self.dropped),
             restarts=self.restarts,
+            aborted=self.aborted,
             metrics=self.metrics,
             **given,
         )
@@ -261,6 +271,8 @@ class Report:
             staleness=self.staleness.summary(),
             dropped=self.dropped,
             restarts=self.restarts,
+            aborted=self.aborted,
+            skipped_updates=self.skipped_updates,
             **given,
         )
 
@@ -280,6 +292,7 @@ class Report:
             episodes=self.episodes,
             staleness=self.staleness,
             evaluations=self.evaluations,
+            skipped_updates=self.skipped_updates,
         )
         return msgspec.to_builtins(state, str_keys=True)
 
@@ -288,6 +301,7 @@ class Report:
         saved = msgspec.convert(state, ReportState, str_keys=True)
         self._earlier_s, self.gradient_steps, self.episodes = saved.seconds, saved.gradient_steps, saved.episodes
         self.staleness, self.evaluations = saved.staleness, list(saved.evaluations)
+        self.skipped_updates = dict(saved.skipped_updates)
         self.stored = stored
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -160,6 +160,13 @@ class Run:
             store.release(buffer)
         checked = session.made.checked
         return LoadedPolicy(checked.algorithm, checked.spaces, weights, version, session.config.to_dict())
+
+    def when_stuck(self, action: Callable[[], object]) -> None:
+        """What to do, on a thread of its own, once the event loop has been blocked for `stall_timeout_s`: the program itself
+        can do nothing any more. By then stderr and the run's stall.txt say by which line. The library ends no process; the
+        command line does.
+        """
+        self._session.when_stuck = action
 
     # -- steering --------------------------------------------------------------------------------------------------
 

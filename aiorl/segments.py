@@ -14,6 +14,10 @@ memory. Its columns, each a NumPy view:
 Where an environment resets within the step that ended its episode, `obs[t + 1]` already belongs to the next episode.
 The true last observation is then kept aside in `final_obs`, and `final_at` says which rows have one. So for every valid
 row the next observation is `final_obs` where there is one and `obs[t + 1]` otherwise: `Rollout.next_obs` does just that.
+
+Where an environment could not be brought back to where it was (after a worker's death, or at a resume), its open episode
+is *aborted*: the segment begins with a fresh episode although the row before did not end one, and `aborted` [n] says so.
+Nothing may flow from such a segment into the rows before it.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 ALIGN = 64
+GUARD_BYTES = 64  # before and behind a guarded slot
+SEAL_PLACE = 3  # numbers at the head of a seal: station, group, ordinal; then a checksum for each block
 
 CORE_COLUMNS = ("action", "reward", "terminated", "truncated", "valid")
 
@@ -55,9 +61,14 @@ class SegmentHeader:
 
 
 class Segment:
-    """Views on one slot. `obs` and `final_obs` map leaf names to arrays; `columns` holds everything else by name."""
+    """Views on one slot. `obs` and `final_obs` map leaf names to arrays; `columns` holds everything else by name.
 
-    __slots__ = ("columns", "envs", "final_at", "final_obs", "header", "obs", "state", "steps")
+    `guards` and `seal` are empty unless the layout is guarded (see `aiorl.seals`).
+    """
+
+    __slots__ = (
+        "aborted", "columns", "envs", "final_at", "final_obs", "guards", "header", "obs", "seal", "state", "steps",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -69,10 +80,14 @@ class Segment:
         final_at: Array,
         final_obs: dict[str, Array],
         state: Array,
+        aborted: Array,
+        seal: Array,
+        guards: dict[str, Array],
     ) -> None:
         self.steps, self.envs = steps, envs
         self.header, self.obs, self.columns = header, obs, columns
-        self.final_at, self.final_obs, self.state = final_at, final_obs, state
+        self.final_at, self.final_obs, self.state, self.aborted = final_at, final_obs, state, aborted
+        self.seal, self.guards = seal, guards
 
     @property
     def finals(self) -> int:
@@ -82,6 +97,7 @@ class Segment:
     def clear(self) -> None:
         """Make ready for writing; columns are overwritten row by row, so only the counts matter."""
         self.header[:] = 0
+        self.aborted[:] = False
 
     def add_final(self, t: int, env: int, obs: Mapping[str, Any]) -> None:
         """Keep the last observation of the episode that environment `env` ended at row `t`."""
@@ -107,13 +123,17 @@ class Segment:
 
 @dataclass(frozen=True)
 class SegmentLayout:
-    """Where each column of a segment lies in its slot. Pure arithmetic: the same on both sides of the process boundary."""
+    """Where each column of a segment lies in its slot. Pure arithmetic: the same on both sides of the process boundary.
+
+    A `guarded` one has room for checksums, and for marks before and behind everything else.
+    """
 
     steps: int
     envs: int
     obs: Mapping[str, Column]
     columns: Mapping[str, Column]
     state_bytes: int = 0
+    guarded: bool = False
 
     def _blocks(self) -> list[tuple[str, str, tuple[int, ...], str]]:
         rows = self.steps * self.envs
@@ -123,8 +143,12 @@ class SegmentLayout:
         blocks += [("final_at", "", (rows,), "int32")]
         # Room for the worst case, one final observation a row: pages never written cost no memory.
         blocks += [("final_obs", k, (rows, *c.shape), c.dtype) for k, c in self.obs.items()]
-        blocks += [("state", "", (self.state_bytes,), "uint8")]
-        return blocks
+        blocks += [("state", "", (self.state_bytes,), "uint8"), ("aborted", "", (self.envs,), "bool")]
+        if not self.guarded:
+            return [*blocks, ("seal", "", (0,), "int64")]
+        blocks += [("seal", "", (SEAL_PLACE + len(blocks),), "int64")]
+        before, behind = (("guards", side, (GUARD_BYTES,), "uint8") for side in ("before", "behind"))
+        return [before, *blocks, behind]
 
     @property
     def nbytes(self) -> int:
@@ -138,7 +162,7 @@ class SegmentLayout:
     def view(self, buffer: memoryview, offset: int = 0) -> Segment:
         """The segment that lies at `offset` of `buffer`."""
         plain: dict[str, Array] = {}
-        named: dict[str, dict[str, Array]] = {"obs": {}, "columns": {}, "final_obs": {}}
+        named: dict[str, dict[str, Array]] = {"obs": {}, "columns": {}, "final_obs": {}, "guards": {}}
         for kind, name, shape, dtype in self._blocks():
             array = np.frombuffer(buffer, dtype, math.prod(shape), offset).reshape(shape)
             if kind in named:
@@ -148,7 +172,8 @@ class SegmentLayout:
             offset += _padded(shape, dtype)
         return Segment(
             self.steps, self.envs, plain["header"], named["obs"], named["columns"],
-            plain["final_at"], named["final_obs"], plain["state"],
+            plain["final_at"], named["final_obs"], plain["state"], plain["aborted"],
+            plain["seal"], named["guards"],
         )  # fmt: skip
 
     def allocate(self) -> Segment:
@@ -186,6 +211,11 @@ class Rollout:
         """Column `name` of all segments, [T, B, …] (a copy when there are several segments)."""
         parts = [s.columns[name] for s in self.segments]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    @property
+    def aborted(self) -> Array:
+        """[B] bool: the environment's open episode was given up before row 0, which begins another one."""
+        return np.concatenate([s.aborted for s in self.segments])
 
     @property
     def obs(self) -> dict[str, Array]:

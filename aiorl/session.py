@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,8 +20,10 @@ from aiorl.evaluation import Evaluator
 from aiorl.events import (
     AnyEvent,
     DegreeChanged,
+    EpisodeAborted,
     Finished,
     Progress,
+    Stalled,
     Started,
     Updated,
     Warned,
@@ -30,11 +32,14 @@ from aiorl.events import (
 from aiorl.faultpoints import fault_point
 from aiorl.learning import Outcome, params_sha256
 from aiorl.metrics.broadcast import Broadcast
+from aiorl.metrics.directory import write_atomically
 from aiorl.metrics.lag import LagMeter
 from aiorl.pacing import RolloutPlan
 from aiorl.record import Record, record_line
 from aiorl.report import Report, Result
 from aiorl.segments import Array
+from aiorl.watchdog import LoopWatch, Row, View, cry, view_of, watch
+from aiorl.workers.pool import worker_of
 from aiorl.workers.supervision import Restart
 
 PROGRESS_INTERVAL_S = 0.25
@@ -64,6 +69,8 @@ class Session:
         self.stop_requested = False
         self.final_evaluation = True
         self.state = "starting"
+        self.when_stuck: Callable[[], object] | None = None
+        self._blamed: set[int] = set()  # environments that have been found not to reproduce
         self._resume_from, self._record, self._backends = resume, record, backends
 
     # -- life ------------------------------------------------------------------------------------------------------
@@ -117,8 +124,8 @@ class Session:
                 resumed_from=saved.manifest.version if saved else None,
             )
         )
-        for message in made.checked.warnings:
-            self.emit(Warned(**self.now(), message=message))
+        for message in (*made.checked.warnings, *_of_a_killed_session(made)):
+            self._warn(message)
 
     async def _work(self, group: asyncio.TaskGroup, made: Assembly) -> None:
         parts, evaluator = made.parts, self.evaluator
@@ -128,16 +135,29 @@ class Session:
             loops.collect(parts),
             loops.drain(parts),
             self._tick(made),
-            self.lag.measure(),
+            watch(self.view, self.config.stall_limit_s, self._tell_stalled),
         ]
-        tasks = [group.create_task(coroutine) for coroutine in background]
-        evaluation = group.create_task(evaluator.run())
-        await group.create_task(loops.train(parts, self._booked))
-        self.report.trained_s = time.perf_counter()
-        parts.pacer.stopped = True
-        await self._finish(evaluator, evaluation)
-        for task in tasks:
-            task.cancel()
+        with self._watching_loop() as turned:
+            tasks = [group.create_task(coroutine) for coroutine in (*background, self.lag.measure(turned))]
+            evaluation = group.create_task(evaluator.run())
+            await group.create_task(loops.train(parts, self._booked))
+            self.report.trained_s = time.perf_counter()
+            parts.pacer.stopped = True
+            await self._finish(evaluator, evaluation)
+            for task in tasks:
+                task.cancel()
+
+    @contextlib.contextmanager
+    def _watching_loop(self) -> Iterator[Callable[[float], None] | None]:
+        """A thread sees to it that a blocked loop is told of; yields what to tell it each time the loop turns."""
+        if not self._backends.watch_loop:
+            yield None
+            return
+        watching = LoopWatch(self.lag, self.view, self.config.stall_limit_s, self._warn, self._loop_stuck)
+        try:
+            yield watching.turned
+        finally:
+            watching.close()
 
     async def _finish(self, evaluator: Evaluator, evaluation: asyncio.Task[None]) -> None:
         """After the last update: save everything, let evaluation come to its end with the final version."""
@@ -184,6 +204,9 @@ class Session:
         before = report.stored
         report.updated(plan, outcome, self.parts.trainer.ledger.return_mean_100)
         self.emit(self._updated_event(plan, outcome, waited_s))
+        for message in outcome.alarms:
+            self.emit(Warned(**self.now(), message=message))
+        self._tell_aborted(outcome)
         decision = self.made.dial.updated(plan, outcome, waited_s) if self.made.dial is not None else None
         if decision is not None:
             self.emit(DegreeChanged(**self.now(), **decision._asdict()))
@@ -192,6 +215,7 @@ class Session:
             return  # the final evaluation and checkpoint follow
         if _is_due(config.eval_every, before, report.stored):
             await self.evaluator.due()
+        await self.checkpointer.look()
         if _is_due(config.checkpoint_every, before, report.stored):
             await self.checkpointer.save_periodic()
 
@@ -214,7 +238,39 @@ class Session:
             length_mean=float(np.mean([e.length for e in ended])) if ended else None,
             train_return_mean_100=self.report.return_mean_100,
             metrics=outcome.metrics,
+            skipped=outcome.skipped,
         )
+
+    def _tell_aborted(self, outcome: Outcome) -> None:
+        """Every episode that was given up is an event; the environment is blamed once."""
+        for env, episode, length in outcome.aborted:
+            station = worker_of(env // cast(int, self.config.group_size), self.config.groups, _stations(self.config))
+            worker = f"worker {station}" if self.config.workers else "this process"
+            self.emit(EpisodeAborted(**self.now(), worker=worker, env=env, episode=episode, length=length))
+            if env not in self._blamed:
+                self._blamed.add(env)
+                log = f" (how it differed: worker-{station}.log)" if self.config.workers else ""
+                message = (
+                    f"environment {env} does not reproduce: its episode {episode} is aborted after {length} steps, "
+                    f"exactness is waived{log}; draw all chance from the generator that reset(seed=…) seeds"
+                )
+                self._warn(message)
+        self.report.aborted += len(outcome.aborted)
+
+    def _warn(self, message: str) -> None:
+        self.emit(Warned(**self.now(), message=message))
+
+    def _tell_stalled(self, table: str) -> None:
+        self.emit(Stalled(**self.now(), table=table))
+
+    def _loop_stuck(self, text: str) -> None:
+        """On the watchdog's thread, for the loop cannot: leave word, then do what whoever owns the process wants."""
+        assert self.made is not None
+        with contextlib.suppress(OSError):
+            write_atomically(self.made.checked.directory / "stall.txt", text.encode())
+        cry(text)
+        if self.when_stuck is not None:
+            self.when_stuck()
 
     def _restarted(self, restart: Restart) -> None:
         self.report.restarts += 1
@@ -268,6 +324,15 @@ class Session:
         if parts is None or evaluator is None:
             return True
         return evaluator.idle and not parts.pacer.in_flight and not parts.updating
+
+    def view(self) -> View:
+        """Who does what and waits for whom; for any thread."""
+        assert self.parts is not None
+        assert self.evaluator is not None
+        assert self.checkpointer is not None
+        report, saves = self.report, "writes a checkpoint" if self.checkpointer.writing else "nothing to write"
+        others = [Row("evaluate", self.evaluator.describe()), Row("save", saves)]
+        return view_of(self.parts, others, (len(report.evaluations), report.restarts, int(self.checkpointer.writing)))
 
     def status(self) -> Any:
         """See `Status`."""
@@ -335,6 +400,17 @@ class Session:
 def _stations(config: Config) -> int:
     """How many stations collect."""
     return max(1, config.workers) if isinstance(config.workers, int) else 1
+
+
+def _of_a_killed_session(made: Assembly) -> list[str]:
+    """What to say where the run directory was left by a process that did not end in good order."""
+    saved = made.checked.saved
+    if not made.lock.was_left or saved is None:
+        return []
+    return [
+        f"the last session was killed: going on from its checkpoint at {saved.manifest.env_steps} env steps, "
+        "what it had learned since is lost"
+    ]
 
 
 async def _uninterrupted(closing: Coroutine[Any, Any, None]) -> None:

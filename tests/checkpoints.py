@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,16 @@ def manifest(**changes: Any) -> Manifest:
         "spaces": spaces(), "libraries": {"aiorl": "0.1"}, "notes": {"why": "a test"},
     }  # fmt: skip
     return Manifest(**fields | changes)
+
+
+def edit_manifest(path: Path, change: Callable[[dict[str, Any]], Any], *, seal: bool = True) -> None:
+    """Change a checkpoint's manifest; with `seal` so that it agrees with its own hash again, as an attacker would."""
+    data = json.loads((path / checkpoint.MANIFEST).read_text())
+    change(data)
+    if seal:
+        data["sha256"] = "0" * 64
+        data["sha256"] = hashlib.sha256(json.dumps(data).encode()).hexdigest()
+    (path / checkpoint.MANIFEST).write_text(json.dumps(data))
 
 
 def part(mark: int) -> dict[str, checkpoint.Tree]:

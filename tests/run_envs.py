@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,13 @@ class Unseeded(Counting):
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         return super().reset(seed=int.from_bytes(os.urandom(4), "little"))
+
+
+class Forgetful(Counting):
+    """Ignores its seed where that is odd: some episodes can be reproduced and others cannot."""
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        return super().reset(seed=int.from_bytes(os.urandom(4), "little") if seed is None or seed % 2 else seed)
 
 
 class Faulty(Counting):
@@ -105,6 +113,40 @@ class Mortal(Faulty):
     @property
     def _first_pid(self) -> int:
         return int(self._marks.name)  # of the process that looks at its spaces
+
+
+class Hungry(Mortal):
+    """Its fault, whatever it is called, is to allocate until there is no more, within 256 MiB of what the process has."""
+
+    def _go_wrong(self) -> None:
+        import resource
+
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + 2**28, resource.RLIM_INFINITY))
+        hoard: list[bytearray] = []
+        while True:
+            hoard.append(bytearray(2**24))
+
+
+class Closing(Counting):
+    """Leaves a file in `folder` for each one made, with a line for each time that it was closed."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self._file = Path(folder) / uuid.uuid4().hex
+        self._file.touch()
+
+    def close(self) -> None:
+        with self._file.open("a") as file:
+            file.write("closed\n")
+
+
+class Deaf(Mortal):
+    """Cannot be ended by SIGTERM."""
+
+    def _go_wrong(self) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        super()._go_wrong()
 
 
 class BadStart(Counting):

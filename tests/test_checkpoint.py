@@ -79,7 +79,7 @@ def test_every_kind_of_value_comes_back(tmp_path: Path) -> None:
     found, parts = checkpoint.load(tmp_path / "1", ("learner", "nothing"))
     assert_same(parts["learner"], TREE)
     assert parts["nothing"] == {}
-    assert found == manifest(files=found.files)
+    assert found == manifest(files=found.files, sha256=found.sha256)
     np.testing.assert_array_equal(np.signbit(parts["learner"]["float64"]), np.signbit(TREE["float64"]))
 
 
@@ -323,6 +323,23 @@ def test_prune_keeps_the_newest_and_removes_what_is_unfinished_or_of_a_given_up_
     checkpoint.prune(tmp_path, keep=2, newest=4)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000003", "00000004", "notes.txt"]
     assert [mark_of(p) for p in checkpoint.complete_checkpoints(tmp_path)] == [3, 4]
+
+
+def test_what_cannot_be_deleted_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A manifest that cannot be removed, for example for lack of permission, must not lose the files that it names."""
+    for version in (1, 2):
+        checkpoint.save(tmp_path / f"{version:08d}", manifest(version=version), part(version))
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        checkpoint.prune(tmp_path, keep=1, newest=2)
+    assert [mark_of(p) for p in checkpoint.complete_checkpoints(tmp_path)] == [1, 2]
+    checkpoint.prune(tmp_path, keep=1, newest=2)
+    assert [mark_of(p) for p in checkpoint.complete_checkpoints(tmp_path)] == [2]
+    assert [p.name for p in tmp_path.iterdir()] == ["00000002"]
 
 
 def test_leftovers_are_told_from_what_somebody_else_put_there(saved: Path) -> None:

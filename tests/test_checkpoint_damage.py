@@ -12,7 +12,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from checkpoints import manifest, mark_of, part
+from checkpoints import edit_manifest, manifest, mark_of, part
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from aiorl import checkpoint
 from aiorl.checkpoint import FileEntry
@@ -66,6 +68,51 @@ def test_each_damaged_file_is_named(saved: Path, pattern: str) -> None:
     assert mark_of(saved) == 3
 
 
+def test_each_damaged_bit_of_the_manifest_is_noticed(saved: Path) -> None:
+    """What it says of itself has a checksum as well: a flipped digit is as good a number as any other."""
+    file = saved / "manifest.json"
+    whole = file.read_bytes()
+    for at in range(len(whole)):
+        for bit in (1, 2, 4, 16, 32, 128):
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
+            refused(saved, "manifest.json")
+    for length in range(len(whole)):
+        file.write_bytes(whole[:length])
+        if whole[length:].strip():
+            refused(saved, "manifest.json")
+    file.write_bytes(whole)
+    assert mark_of(saved) == 3
+
+
+@settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_change_of_any_file_is_noticed_and_named(saved: Path, data: st.DataObject) -> None:
+    files = sorted(path for path in saved.iterdir() if path.is_file())
+    before = {path: path.read_bytes() for path in files}
+    path = data.draw(st.sampled_from(files))
+    how = data.draw(st.sampled_from(["flip", "cut", "insert", "overwrite", "swap", "missing", "twice"]))
+    whole = before[path]
+    at = data.draw(st.integers(0, len(whole) - 1))
+    other = data.draw(st.sampled_from([file for file in files if file != path]))
+    after = {
+        "flip": whole[:at] + bytes([whole[at] ^ (1 << data.draw(st.integers(0, 7)))]) + whole[at + 1 :],
+        "cut": whole[:at], "insert": whole[:at] + data.draw(st.binary(min_size=1, max_size=9)) + whole[at:],
+        "overwrite": whole[:at] + data.draw(st.binary(min_size=1, max_size=99)) + whole[at + 99 :],
+        "swap": before[other], "missing": None, "twice": whole * 2,
+    }[how]  # fmt: skip
+    try:
+        if after is None:
+            path.unlink()
+        else:
+            path.write_bytes(after)
+        if after != whole and not (path.name == "manifest.json" and after is not None and after.strip() == whole.strip()):
+            refused(saved, path.name)
+    finally:
+        for file, contents in before.items():
+            file.write_bytes(contents)
+    assert mark_of(saved) == 3
+
+
 @pytest.mark.parametrize(
     "text", [b"", b"{}", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"schema":' * 50_000, b"1" * 5000]
 )
@@ -74,16 +121,10 @@ def test_nonsense_for_a_manifest(saved: Path, text: bytes) -> None:
     refused(saved, "manifest.json", "damaged or of another make")
 
 
-def edit(saved: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    data = json.loads((saved / "manifest.json").read_text())
-    change(data)
-    (saved / "manifest.json").write_text(json.dumps(data))
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: m.update(schema=99), ["schema 99", "reads 1", "aiorl 0.1"]),
+        (lambda m: m.update(schema=99), ["schema 99", f"reads {checkpoint.SCHEMA}", "aiorl 0.1"]),
         (lambda m: m.update(code="os.system"), ["code"]),
         (lambda m: m.update(version=-1), ["version"]),
         (lambda m: m.update(env_steps="many"), ["env_steps"]),
@@ -98,7 +139,7 @@ def edit(saved: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     ],
 )  # fmt: skip
 def test_a_manifest_that_is_not_as_it_should_be(saved: Path, change: Any, words: list[str]) -> None:
-    edit(saved, change)
+    edit_manifest(saved, change)
     refused(saved, *words)
 
 
@@ -106,14 +147,14 @@ def test_a_manifest_that_is_not_as_it_should_be(saved: Path, change: Any, words:
     "name", ["../../x", "/etc/passwd", "a/b.json", "..", "", "x.pkl", "x.json\n", "x.json/../y.json", "X.json", "x\0.json"]
 )
 def test_file_names_that_lead_elsewhere(saved: Path, name: str) -> None:
-    edit(saved, lambda m: m["files"].update({name: {"size": 1, "sha256": "0" * 64}}))
+    edit_manifest(saved, lambda m: m["files"].update({name: {"size": 1, "sha256": "0" * 64}}))
     refused(saved, "refusing the file name", repr(name))
 
 
 def replace_file(saved: Path, name: str, data: bytes) -> None:
     """Put other contents in a file, with a manifest that agrees."""
     entry = FileEntry(len(data), hashlib.sha256(data).hexdigest())
-    edit(saved, lambda m: m["files"].update({name: msgspec.to_builtins(entry)}))
+    edit_manifest(saved, lambda m: m["files"].update({name: msgspec.to_builtins(entry)}))
     found = checkpoint.load_manifest(saved)
     found.path_of(saved, name).write_bytes(data)
 
@@ -193,7 +234,7 @@ def test_too_much_json_is_refused_when_it_is_saved_and_when_it_is_read(saved: Pa
     monkeypatch.undo()
     assert mark_of(saved) == 3
     replace_file(saved, "run.json", b'{"mark": 3}' + b" " * 5000)
-    edit(saved, lambda m: m.update(config={}))
+    edit_manifest(saved, lambda m: m.update(config={}))
     monkeypatch.setattr(checkpoint, "JSON_BYTES_MAX", 4000)
     refused(saved, "run-", "more than 4000 bytes")
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import gymnasium
 import pytest
+from checkpoints import edit_manifest
 
-from aiorl import checkpoint
 from aiorl.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -82,13 +82,11 @@ def test_eval_for_people(finished: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_eval_does_not_import_what_a_file_names(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = copy(finished, tmp_path)
-    manifest = run / "best" / "manifest.json"
-    text = manifest.read_text()
-    manifest.write_text(text.replace('"CartPole-v1"', '"hostile.module:make"'))
+    edit_manifest(run / "best", lambda m: m["config"].update(env="hostile.module:make"))
     assert main(["eval", str(run), "--episodes", "1"]) == 2
     assert "--env hostile.module:make" in capsys.readouterr().err
     assert "hostile" not in sys.modules
-    manifest.write_text(text.replace('"algo": "ppo"', '"algo": "hostile.module:Algo"'))
+    edit_manifest(run / "best", lambda m: m["config"].update(env="CartPole-v1", algo="hostile.module:Algo"))
     assert main(["eval", str(run), "--episodes", "1"]) == 2
     assert "hostile" not in sys.modules
 
@@ -292,8 +290,7 @@ def test_refused_before_anything_starts(
 
 def test_checkpoint_of_a_later_aiorl(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = copy(finished, tmp_path)
-    manifest = run / "best" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(f'"schema": {checkpoint.SCHEMA}', '"schema": 99'))
+    edit_manifest(run / "best", lambda m: m.update(schema=99))
     assert main(["eval", str(run)]) == 2
     assert "schema 99" in capsys.readouterr().err
 

@@ -62,6 +62,9 @@ class FakeRun:
     def result(self) -> dict[str, Any]:
         return summary()
 
+    def when_stuck(self, action: Callable[[], object]) -> None:
+        self.action = action
+
     def stop(self, *, final_evaluation: bool = True) -> None:
         self.stopped.append(final_evaluation)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import json
 import os
 from pathlib import Path
@@ -15,7 +17,15 @@ from test_events import example
 from aiorl.config import Config
 from aiorl.errors import ConfigError
 from aiorl.events import AnyEvent, Progress, Updated
-from aiorl.metrics.directory import CSV_COLUMNS, RunFiles, choose_directory, make_writable, write_atomically
+from aiorl.metrics import directory
+from aiorl.metrics.directory import (
+    CSV_COLUMNS,
+    RunFiles,
+    append_whole,
+    choose_directory,
+    make_writable,
+    write_atomically,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -181,3 +191,54 @@ def test_writing_a_small_file_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> Non
     assert path.read_bytes() == b"old"
     assert list(Path().iterdir()) == [path], "no temporary file is left"
     monkeypatch.undo()
+
+
+class FullDisk:
+    """Hides `open` of the module: after `room` bytes a write is cut short, then refused."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.room: int | None = None
+        monkeypatch.setattr(directory, "open", self.open, raising=False)
+
+    def open(self, path: Path, mode: str, **options: Any) -> Any:
+        disk = self
+
+        class Scarce(io.FileIO):
+            def write(self, data: Any, /) -> int:
+                if disk.room is None:
+                    return super().write(data)
+                if not disk.room:
+                    raise OSError(errno.ENOSPC, "no space left")
+                part = memoryview(data)[: disk.room]
+                disk.room -= len(part)
+                return super().write(part)
+
+        return Scarce(path, mode.strip("b")) if options.get("buffering") == 0 else open(path, mode, **options)
+
+
+def test_what_a_full_disk_refuses_is_written_later_and_nothing_is_torn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, files = FullDisk(monkeypatch), RunFiles(tmp_path)
+    write(files, updated(1, a=1.0), rollouts=(0,))
+    for version, room in ((2, 7), (3, 0), (4, 300)):
+        disk.room = room
+        with pytest.raises(OSError, match="no space left"):
+            write(files, updated(version, a=1.0), rollouts=(version - 1,))
+    names = ("events.jsonl", "schedule.jsonl", "metrics.csv")
+    assert all((tmp_path / name).read_bytes().endswith(b"\n") for name in names), "a torn line stays"
+    disk.room = None
+    write(files, updated(5, a=1.0), rollouts=(4,))
+    events, schedule = ((tmp_path / name).read_text().splitlines() for name in names[:2])
+    assert [json.loads(text)["version"] for text in events] == [1, 2, 3, 4, 5]
+    assert [json.loads(text)["k"] for text in schedule] == [0, 1, 2, 3, 4]
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 1 + 5
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, path = FullDisk(monkeypatch), tmp_path / "f"
+    append_whole(path, b"before\n")
+    disk.room = 3
+    with pytest.raises(OSError, match="no space left"):
+        append_whole(path, b"after\n")
+    assert path.read_bytes() == b"before\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md", *(ROOT / "docs").glob("*.md")])
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
@@ -25,7 +25,7 @@ def test_links_lead_somewhere(path: Path):
 def test_named_files_exist(path: Path):
     """`tests/test_x.py`, `envs/y.py` and the like, as code; paths may be given from the root or from the package."""
     names = set(re.findall(r"`((?:\w+/)*\w+\.(?:py|toml|txt))`", path.read_text(encoding="utf-8")))
-    names -= {"config.toml", "error.txt"}  # written by runs
+    names -= {"config.toml", "error.txt", "stall.txt"}  # written by runs
     missing = [name for name in names if not any((ROOT / base / name).exists() for base in ("", "aiorl", "tests"))]
     assert not missing, f"{path.name} names {sorted(missing)}"
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +193,14 @@ async def test_embed_starlette_survives_a_failing_run():
         assert '"status":"failed"' in answer.text
         state = (await client.get("/status")).json()
         assert state["state"] == "failed"
+
+
+def test_testing_your_own():
+    """A file of tests, run as a user runs it; the plugin is named where aiorl is on the path but not installed."""
+    installed = any(entry.value == "aiorl.testing.plugin" for entry in metadata.entry_points(group="pytest11"))
+    plugin = [] if installed else ["-p", "aiorl.testing.plugin"]
+    path = str(ROOT / "examples" / "testing_your_own.py")
+    printed = command("-m", "pytest", "-q", "-p", "no:cacheprovider", *plugin, path)
+    assert "3 passed" in printed
+    again = command("-m", "pytest", "-q", "-p", "no:cacheprovider", *plugin, path, "-k", "program", "--aiorl-seed", "3")
+    assert "1 passed" in again

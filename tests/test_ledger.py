@@ -104,7 +104,7 @@ def test_books_equal_a_replay(
             ledger.load_state_dict(state)
         order = rng.permutation(groups).tolist()
         segments = tuple(cut(wholes[g], k * steps, steps) for g in order)
-        ended = ledger.store(parts_of(order, [k] * groups), segments)
+        ended = ledger.store(parts_of(order, [k] * groups), segments).episodes
         booked += ended
 
         replays = [replay(wholes[g], g * n, (k + 1) * steps) for g in range(groups)]
@@ -137,8 +137,8 @@ def test_one_group_may_be_used_twice_in_a_rollout() -> None:
     rng = np.random.default_rng(1)
     wholes = [long_segment(rng, 12, 2, takes_a_row=False) for _ in range(2)]
     ledger = Ledger(2, 2)
-    booked = ledger.store((Grant(0, 0, 0, 0), Grant(0, 1, 1, 0)), (cut(wholes[0], 0, 4), cut(wholes[0], 4, 4)))
-    booked += ledger.store((Grant(1, 0, 0, 0), Grant(0, 2, 0, 1)), (cut(wholes[1], 0, 4), cut(wholes[0], 8, 4)))
+    booked = ledger.store((Grant(0, 0, 0, 0), Grant(0, 1, 1, 0)), (cut(wholes[0], 0, 4), cut(wholes[0], 4, 4))).episodes
+    booked += ledger.store((Grant(1, 0, 0, 0), Grant(0, 2, 0, 1)), (cut(wholes[1], 0, 4), cut(wholes[0], 8, 4))).episodes
     assert ledger.segments_used() == [3, 1]
     assert ledger.rollouts == 2
     assert sorted(booked) == sorted(replay(wholes[0], 0, 12)[0] + replay(wholes[1], 2, 4)[0])
@@ -150,7 +150,7 @@ def test_only_the_last_hundred_returns_count() -> None:
     segment.columns["valid"][...] = segment.columns["terminated"][...] = True
     segment.columns["reward"][:, 0] = np.arange(150)
     ledger = Ledger(1, 1)
-    ended = ledger.store((Grant(0, 0, 0, 0),), (segment,))
+    ended = ledger.store((Grant(0, 0, 0, 0),), (segment,)).episodes
     assert [episode.total for episode in ended] == list(range(150))
     assert ledger.return_mean_100 == np.mean(np.arange(50, 150))
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
 import pytest
+from checkpoints import edit_manifest
 from experience import context, spaces
 from toys import Toy
 
@@ -36,12 +35,6 @@ def save(path: Path, algo: Any, version: int = 1, space: Spaces = SPACES, weight
     )  # fmt: skip
     checkpoint.save(path, manifest, {"policy": made})
     return made
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    data = json.loads((path / "manifest.json").read_text())
-    change(data)
-    (path / "manifest.json").write_text(json.dumps(data))
 
 
 def expected_actions(algo: Algorithm, weights: Weights, obs: Any) -> list[Any]:
@@ -173,7 +166,7 @@ def test_a_file_does_not_decide_what_is_imported(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"trained with toys:Toy, .*\n.*pass algo=YourClass"):
         load(tmp_path)
     assert load(tmp_path, algo=Toy).algorithm == Toy()
-    edit(tmp_path / "best", lambda m: m["config"].update(algo="antigravity:Algo"))
+    edit_manifest(tmp_path / "best", lambda m: m["config"].update(algo="antigravity:Algo"))
     with pytest.raises(CheckpointError, match="antigravity"):
         load(tmp_path)
     assert "antigravity" not in sys.modules
@@ -207,7 +200,7 @@ def test_another_algorithm_than_it_was_trained_with(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_description_that_is_wrong(tmp_path: Path, change: Any, message: str) -> None:
     save(tmp_path / "best", aiorl.PPO(hidden=(4,)))
-    edit(tmp_path / "best", change)
+    edit_manifest(tmp_path / "best", change)
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from checkpoints import manifest, part
+from checkpoints import edit_manifest, manifest, part
 from run_envs import Counting
 from toys import Toy
 
@@ -244,14 +243,8 @@ def test_a_checkpoint_of_something_else(run: Path, changes: dict[str, Any], word
     refused("was made with", "resume with the same value", *words, resume=run, **again(**changes))
 
 
-def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    data = json.loads((path / "manifest.json").read_text())
-    change(data)
-    (path / "manifest.json").write_text(json.dumps(data))
-
-
 def test_a_checkpoint_of_other_spaces(run: Path) -> None:
-    edit(newest(run), lambda m: m["spaces"]["observation"][0].update(shape=[5]))
+    edit_manifest(newest(run), lambda m: m["spaces"]["observation"][0].update(shape=[5]))
     refused("other spaces than run_envs:Counting has now", "saved: obs box[5]", "now:   obs box[2]", resume=run, **again())
 
 
@@ -302,7 +295,7 @@ def test_a_checkpoint_whose_contents_are_of_another_make(run: Path) -> None:
 
 @pytest.mark.parametrize("change", [{"version": 1}, {"version": 0}, {"env_steps": 5}])
 def test_a_manifest_that_belongs_to_other_books(run: Path, change: dict[str, int]) -> None:
-    edit(newest(run), lambda m: m.update(change))
+    edit_manifest(newest(run), lambda m: m.update(change))
     refused("is damaged or of another make", "8 segments with 128 env steps", resume=run, **again())
 
 

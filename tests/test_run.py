@@ -117,16 +117,6 @@ async def test_stop_and_resume_equals_one_go(config: Make, changes: dict[str, An
     assert [line["k"] for line in lines] == list(range(whole.updates)), "the record of a resumed run has a gap"
 
 
-async def test_an_environment_that_does_not_reproduce_is_named_at_resume(config: Make) -> None:
-    halves = config(env="run_envs:Unseeded", workers=1)
-    async with aiorl.Run(halves) as run:
-        async for event in run:
-            if isinstance(event, aiorl.Updated) and event.version == 5:
-                run.stop(final_evaluation=False)
-    with pytest.raises(aiorl.WorkerError, match="does not reproduce"):
-        await aiorl.train(halves, resume=run.directory)
-
-
 # -- what a run tells --------------------------------------------------------------------------------------------------
 
 

@@ -17,10 +17,14 @@ PACKAGE = Path(aiorl.__file__).parent
 ALLOWED: dict[tuple[str, str], str] = {
     ("signals", "workers/program.py"): "a worker process is aiorl's own; Ctrl-C in the terminal must not reach it",
     ("signals", "cli"): "the command line is where the program belongs to aiorl",
+    ("global randomness", "testing/chance.py"): "looks at the global generators to find who else uses them",
+    ("forking", "testing/crashes.py"): "a crash test needs the process as it is, once for each operation",
     ("sleeping", "testing"): "simulated work takes virtual time; a fault that hangs is one",
     ("sleeping", "session.py"): "the clock tick of Progress events; nothing waits for it",
     ("sleeping", "cli/play.py"): "draws an episode at the speed that the environment asks for",
     ("sleeping", "workers/supervision.py"): "a worker that keeps dying is started again only after a while",
+    ("sleeping", "watchdog.py"): "it looks whether something happens that ought to; its absence wakes nobody up",
+    ("sleeping", "filelock.py"): "a lock that is looked at for a moment; the kernel tells nobody when it is free",
     ("sleeping", "metrics/lag.py"): "how late the loop wakes it up is what it measures",
 }
 
@@ -100,8 +104,9 @@ def _sleeps(use: Use) -> bool:
 def _default_executor(use: Use) -> bool:
     if use.name == "asyncio.to_thread" or use.name.endswith(".set_default_executor"):
         return True
-    none = isinstance(use.first, ast.Constant) and use.first.value is None
-    return use.name.endswith(".run_in_executor") and none
+    executor = use.first if use.first is not None else use.keyword("executor")
+    none = isinstance(executor, ast.Constant) and executor.value is None
+    return use.name.endswith(".ThreadPoolExecutor") or (use.name.endswith(".run_in_executor") and none)
 
 
 def _signals(use: Use) -> bool:
@@ -140,7 +145,8 @@ RULES = (
         lambda use: (
             _in(("pickle", "_pickle", "cPickle", "cloudpickle", "dill", "marshal"), "load", "loads", "Unpickler")(use)
             or _is("shelve.open", "joblib.load", "pandas.read_pickle", "torch.load", "torch.jit.load")(use)
-            or (use.name == "numpy.load" and use.is_true("allow_pickle"))
+            or _in(("yaml",), "load", "load_all", "unsafe_load", "unsafe_load_all", "full_load", "full_load_all")(use)
+            or use.is_true("allow_pickle")
         ),
         bad=(
             "import pickle; pickle.loads(b'')",
@@ -151,14 +157,26 @@ RULES = (
             "import dill; f = dill.loads",
             "import torch; torch.load(path, weights_only=True)",
             "import numpy as np; np.load(path, allow_pickle=True)",
+            "import numpy as np; np.lib.format.read_array(f, allow_pickle=flag)",
+            "import yaml; yaml.load(f, Loader=yaml.Loader)",
+            "from yaml import unsafe_load",
         ),
-        good=("import pickle; pickle.dumps(x)", "import numpy as np; np.load(path)", "import json; json.loads(s)"),
+        good=(
+            "import pickle; pickle.dumps(x)",
+            "import numpy as np; np.load(path)",
+            "import numpy as np; np.load(path, allow_pickle=False)",
+            "import yaml; yaml.safe_load(f)",
+            "import json; json.loads(s)",
+        ),
     ),
     Rule(
         "evaluation",
         "text is parsed by type, never run",
-        _is("eval", "exec", "compile", "builtins.eval", "builtins.exec", "__import__"),
-        bad=("eval('1')", "exec('x = 1')", "compile('1', '', 'eval')", "__import__(name)"),
+        _is("eval", "exec", "compile", "builtins.eval", "builtins.exec", "__import__", "runpy.run_path", "runpy.run_module"),
+        bad=(
+            *("eval('1')", "exec('x = 1')", "compile('1', '', 'eval')", "__import__(name)"),
+            "import runpy; runpy.run_path(p)",
+        ),
         good=("policy.eval()", "re.compile('a')", "torch.compile(f)", "model.train(False)"),
     ),
     Rule(
@@ -176,20 +194,32 @@ RULES = (
             "import asyncio; asyncio.to_thread(f)",
             "loop.run_in_executor(None, f)",
             "self._loop.run_in_executor(None, f)",
+            "loop.run_in_executor(executor=None, func=f)",
             "loop.set_default_executor(e)",
+            "from concurrent.futures import ThreadPoolExecutor",
         ),
         good=("loop.run_in_executor(self._executor, f)",),
     ),
     Rule(
         "shell",
         "no text reaches a shell",
-        lambda use: use.is_true("shell") or _is("os.system", "os.popen")(use),
-        bad=("import subprocess; subprocess.run('ls', shell=True)", "import os; os.system('ls')"),
+        lambda use: (
+            use.is_true("shell")
+            or _is("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput")(use)
+            or use.name.endswith(".create_subprocess_shell")
+        ),
+        bad=(
+            "import subprocess; subprocess.run('ls', shell=True)",
+            "import os; os.system('ls')",
+            "import subprocess; subprocess.getoutput('ls')",
+            "import asyncio; asyncio.create_subprocess_shell('ls')",
+        ),
         good=("import subprocess; subprocess.run(['ls'])", "import subprocess; subprocess.run(['ls'], shell=False)"),
     ),
     Rule(
         "process machinery",
-        "queues, pools and managers lose work or hang when a child dies; the start method belongs to the host",
+        "queues, pools and managers lose work or hang when a child dies, named memory outlives a kill; the start method "
+        "belongs to the host",
         lambda use: (
             _in(
                 ("multiprocessing", "mp", "torch.multiprocessing"),
@@ -197,18 +227,29 @@ RULES = (
             )(use)
             or _in(("aiomultiprocess", "aiomultiprocess.core"), "Pool", "Worker", "set_start_method")(use)
             or _in(("multiprocessing.managers",), "BaseManager", "SyncManager")(use)
-            or use.name.endswith((".Manager", ".get_manager", ".qsize"))
+            or use.name.endswith((".Manager", ".get_manager", ".qsize", ".ProcessPoolExecutor", ".SharedMemory"))
+            or (use.name.startswith("?.") and use.name.endswith((".Pool", ".SimpleQueue", ".JoinableQueue")))
         ),
         bad=(
             "import multiprocessing as mp; q = mp.Queue()",
             "from multiprocessing import Pool",
             "import multiprocessing; multiprocessing.get_context('spawn').Manager()",
+            "import multiprocessing; multiprocessing.get_context('spawn').Pool(2)",
+            "import concurrent.futures; concurrent.futures.ProcessPoolExecutor()",
+            "from multiprocessing import shared_memory; shared_memory.SharedMemory(create=True, size=1)",
             "import aiomultiprocess; aiomultiprocess.Pool()",
             "from aiomultiprocess import Worker",
             "import multiprocessing; multiprocessing.set_start_method('spawn')",
             "q.qsize()",
         ),
         good=("import aiomultiprocess; aiomultiprocess.Process(target=f)", "import asyncio; asyncio.Queue()"),
+    ),
+    Rule(
+        "forking",
+        "a fork copies locks that other threads hold, and hangs on them",
+        _in(("os",), "fork", "forkpty"),
+        bad=("import os; os.fork()", "from os import fork"),
+        good=("import os; os.getpid()",),
     ),
     Rule(
         "sleeping",

@@ -200,16 +200,6 @@ async def test_after_the_last_restart_the_run_fails_with_the_last_error(config: 
     assert result.ledger["produced"] == result.ledger["stored"] + result.ledger["dropped"]
 
 
-async def test_what_does_not_reproduce_fails_at_once(config: Make, no_leaks: None) -> None:
-    async with asyncio.timeout(60), aiorl.Run(config(env="run_envs:Unseeded", env_kwargs={}, total_steps=10**7)) as run:
-        await anext(e async for e in run.events() if isinstance(e, aiorl.Updated))
-        kill(workers_of(run).pids[0])
-        with pytest.raises(aiorl.WorkerError, match="does not reproduce") as caught:
-            await run.wait()
-    assert "restarts in" not in str(caught.value)
-    assert run.result.restarts == 0
-
-
 async def test_a_restart_that_takes_too_long_counts_as_one(config: Make, no_leaks: None) -> None:
     deaths = [("kill", 12), ("hang", 4)]
     result, events = await watched(config(deaths, workers=1, start_timeout_s=1.5))

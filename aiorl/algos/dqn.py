@@ -22,7 +22,7 @@ from aiorl.acting import MLP, NoiseTape
 from aiorl.algos.base import LearnerContext, StateTree, Weights
 from aiorl.buffers.replay import Batch, Replay, gradient_steps_owed
 from aiorl.envs.spaces import Spaces
-from aiorl.errors import ConfigError, TrainingError
+from aiorl.errors import ConfigError, NonFiniteError
 from aiorl.lazy import LazyModule
 from aiorl.segments import Array, Column, Rollout
 from aiorl.trees import check_tree
@@ -36,6 +36,7 @@ else:
 
 INIT, SAMPLE = 0, 1  # what a learner's random numbers are for
 _PARTS = ("loss", "q_mean", "target_mean", "grad_norm")
+_ADVICE = "lower dqn.learning_rate, or update the target less often (dqn.target_every)"
 Positive = Annotated[float, Meta(gt=0)]
 
 
@@ -139,6 +140,7 @@ class DQNLearner:
         self._target_parameters.vector.copy_(self._parameters.vector)
         self._adam = networks.Adam(self._parameters, eps=config.adam_eps)
         self._replay = Replay(spaces, context.envs, config.capacity)
+        self._skipped_steps = 0  # gradient steps that were owed and given up
         self._warmup = config.warmup if context.warmup is None else context.warmup
         self._settings = {"learning_rate": config.learning_rate}
 
@@ -147,13 +149,13 @@ class DQNLearner:
     def update(self, rollout: Rollout) -> dict[str, float]:
         disagreement = self._disagreement(rollout)
         self._replay.add(rollout)
-        owed = gradient_steps_owed(self._replay.env_steps, self._warmup, self._config.update_ratio) - self._adam.steps
+        done = self._adam.steps + self._skipped_steps
+        owed = gradient_steps_owed(self._replay.env_steps, self._warmup, self._config.update_ratio) - done
         rate = self._settings["learning_rate"]
         if self._config.anneal:
             rate *= max(0.0, 1.0 - rollout.index / self._context.rollouts)
         rng = self._context.rng(SAMPLE, rollout.index)
-        with torch.no_grad():  # gradients are written out
-            seen = [self._step(self._sample(rng), rate) for _ in range(owed)]
+        seen = self._learn(owed, rate, rng) if owed else []
         metrics: dict[str, float] = {
             "gradient_steps": float(owed),
             "learning_rate": rate,
@@ -165,6 +167,21 @@ class DQNLearner:
         if seen:
             metrics |= dict(zip(_PARTS, np.mean(seen, axis=0).tolist(), strict=True))
         return metrics
+
+    def _learn(self, owed: int, rate: float, rng: np.random.Generator) -> list[list[float]]:
+        """All gradient steps that are owed. If one fails, none was done, and they are not owed any more."""
+        undo, target = self._adam.undo(), self._target_parameters.vector.clone()
+        try:
+            with torch.no_grad():  # gradients are written out
+                seen = [self._step(self._sample(rng), rate) for _ in range(owed)]
+            if not self._parameters.is_finite():  # the last step shows in no loss
+                raise NonFiniteError(f"dqn: not finite after an update: the parameters\n  {_ADVICE}")
+        except BaseException:
+            undo()
+            self._target_parameters.vector.copy_(target)
+            self._skipped_steps += owed
+            raise
+        return seen
 
     def _disagreement(self, rollout: Rollout) -> float:
         """Share of the rollout's greedy actions that the network as it is now would not take: 0 if it is what acted."""
@@ -196,10 +213,7 @@ class DQNLearner:
         row = torch.stack([loss, seen[-1].mean(), targets.mean(), norm]).tolist()
         if not all(map(math.isfinite, row)):
             parts = ", ".join(f"{name} {value:.4g}" for name, value in zip(_PARTS, row, strict=True))
-            raise TrainingError(
-                f"dqn: the loss is not finite at gradient step {self._adam.steps}: {parts}\n"
-                "  lower dqn.learning_rate, or update the target less often (dqn.target_every)"
-            )
+            raise NonFiniteError(f"dqn: the loss is not finite at gradient step {self._adam.steps}: {parts}\n  {_ADVICE}")
         self._adam.step(rate)
         if self._adam.steps % config.target_every == 0:
             self._target_parameters.vector.lerp_(self._parameters.vector, config.target_tau)
@@ -224,6 +238,7 @@ class DQNLearner:
             "target": self._target_parameters.arrays(),
             "optimizer": self._adam.state_dict(),
             "settings": dict(self._settings),
+            "skipped_steps": self._skipped_steps,
         }
 
     def load_state_dict(self, state: StateTree) -> None:
@@ -233,7 +248,7 @@ class DQNLearner:
         self._parameters.load(state["parameters"])
         self._target_parameters.load(state["target"])
         self._adam.load_state_dict(state["optimizer"])
-        self._settings = dict(state["settings"])
+        self._settings, self._skipped_steps = dict(state["settings"]), state["skipped_steps"]
 
     def set(self, **changes: float) -> None:
         """Change learning_rate (before annealing) from the next update on."""

@@ -16,7 +16,8 @@ Otherwise `correction` says what happens, on one code path, so that at staleness
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -27,7 +28,7 @@ from msgspec import Meta
 from aiorl.acting import MLP, Gaussian, NoiseTape, distribution
 from aiorl.algos.base import LearnerContext, StateTree, Weights
 from aiorl.envs.spaces import Spaces
-from aiorl.errors import ConfigError, TrainingError
+from aiorl.errors import ConfigError, NonFiniteError
 from aiorl.lazy import LazyModule
 from aiorl.normalise import RunningMoments, normalise
 from aiorl.returns import gae, running_returns, vtrace
@@ -44,6 +45,7 @@ else:
 INIT, PERMUTE = 0, 1  # what a learner's random numbers are for
 REWARD_CLIP = 10.0
 _PARTS = ("policy_loss", "value_loss", "entropy", "grad_norm")
+_ADVICE = "lower ppo.learning_rate, or normalise observations and rewards (ppo.normalise_obs, ppo.normalise_rewards)"
 Positive = Annotated[float, Meta(gt=0)]
 
 
@@ -168,8 +170,24 @@ class PPOLearner:
     def update(self, rollout: Rollout) -> dict[str, float]:
         if not rollout.env_steps:
             return {"gradient_steps": 0.0}
-        with torch.no_grad():  # gradients are written out
-            return self._update(rollout)
+        take_back = self._undo()
+        try:
+            with torch.no_grad():  # gradients are written out
+                return self._update(rollout)
+        except BaseException:
+            take_back()  # an update is done as a whole or not at all
+            raise
+
+    def _undo(self) -> Callable[[], None]:
+        """What takes everything back to where it is now."""
+        undo_parameters = self._adam.undo()
+        moments, running_return = (copy(self._obs_moments), copy(self._reward_moments)), self._running_return.copy()
+
+        def take_back() -> None:
+            undo_parameters()
+            (self._obs_moments, self._reward_moments), self._running_return = moments, running_return
+
+        return take_back
 
     def _update(self, rollout: Rollout) -> dict[str, float]:
         obs, next_at = self._observations(rollout)
@@ -182,7 +200,15 @@ class PPOLearner:
             # Only now: acting and learning of one version see the same statistics.
             valid = rollout.column("valid").reshape(-1)
             self._obs_moments.update(obs[: len(valid)][valid])
+        self._check_finite()
         return metrics | {"learning_rate": rate}
+
+    def _check_finite(self) -> None:
+        """What the last gradient step made of the parameters shows in no loss, and statistics may overflow unseen."""
+        moments = {"observations": self._obs_moments, "returns": self._reward_moments}
+        wrong = [f"the statistics of {name}" for name, moment in moments.items() if not moment.is_finite]
+        if wrong := wrong + ["the parameters"] * (not self._parameters.is_finite()):
+            raise NonFiniteError(f"ppo: not finite after an update: {', '.join(wrong)}\n  {_ADVICE}")
 
     def _observations(self, rollout: Rollout) -> tuple[Array, Array]:
         """Encoded observations [(T + 1) * B + F, features], the final ones last, and where each row's next one is [T, B]."""
@@ -241,7 +267,7 @@ class PPOLearner:
         rewards = rollout.column("reward")
         if not self._config.normalise_rewards:
             return rewards
-        start = self._running_return[rollout.envs]
+        start = np.where(rollout.aborted, 0.0, self._running_return[rollout.envs])
         returns, end = running_returns(rewards, terminated, truncated, start, gamma=self._config.gamma, valid=valid)
         self._running_return[rollout.envs] = end
         self._reward_moments.update(returns[valid])
@@ -283,10 +309,7 @@ class PPOLearner:
         row = torch.stack([policy_loss, value_loss, found.distribution.entropy.mean(), norm]).tolist()
         if not all(map(math.isfinite, row)):
             parts = ", ".join(f"{name} {value:.4g}" for name, value in zip(_PARTS, row, strict=True))
-            raise TrainingError(
-                f"ppo: a loss is not finite at gradient step {self._adam.steps}: {parts}\n  lower ppo.learning_rate, or "
-                "normalise observations and rewards (ppo.normalise_obs, ppo.normalise_rewards)"
-            )
+            raise NonFiniteError(f"ppo: a loss is not finite at gradient step {self._adam.steps}: {parts}\n  {_ADVICE}")
         self._adam.step(rate)
         return row, log_ratio
 

@@ -92,7 +92,7 @@ class Replay:
         if not self._size:
             return
         newest = self._head - 1
-        goes_on = self._follows == rollout.envs
+        goes_on = (self._follows == rollout.envs) & ~rollout.aborted
         for name, leaf in obs.items():
             same = self._next_obs[name][newest] == leaf[0]
             goes_on &= same.reshape(self.envs, -1).all(1)

@@ -16,16 +16,17 @@ from typing import NamedTuple
 
 
 class Verb(NamedTuple):
-    """A subcommand: the module that has its `main`, what it does, an example."""
+    """A subcommand: the module that has its `main`, what it does, an example; `debugs`: it knows `--debug` itself."""
 
     module: str
     summary: str
     example: str
+    debugs: bool = False
 
 
 VERBS = {
-    "train": Verb("aiorl.cli.train", "train an agent", "train CartPole-v1 --steps 200k --seed 1"),
-    "resume": Verb("aiorl.cli.resume", "go on with a run", "resume runs/CartPole-v1-ppo-0 --steps 400k"),
+    "train": Verb("aiorl.cli.train", "train an agent", "train CartPole-v1 --steps 200k --seed 1", debugs=True),
+    "resume": Verb("aiorl.cli.resume", "go on with a run", "resume runs/CartPole-v1-ppo-0 --steps 400k", debugs=True),
     "replay": Verb("aiorl.cli.replay", "repeat a run bit for bit from its record", "replay runs/CartPole-v1-ppo-0"),
     "eval": Verb("aiorl.cli.evaluate", "measure a trained policy", "eval runs/CartPole-v1-ppo-0 --episodes 100"),
     "play": Verb("aiorl.cli.play", "watch or record a trained policy", "play runs/CartPole-v1-ppo-0 --record pole.gif"),
@@ -33,6 +34,7 @@ VERBS = {
     "runs": Verb("aiorl.cli.runs", "list the runs in a directory", "runs"),
     "envs": Verb("aiorl.cli.envs", "list environments and what they need", "envs lunar"),
     "algos": Verb("aiorl.cli.algos", "list algorithms and what they can do", "algos"),
+    "doctor": Verb("aiorl.cli.doctor", "check this machine, and an environment", "doctor my_package.envs:MyEnv"),
 }  # fmt: skip
 
 ABOUT = "Asynchronous reinforcement learning: exact, bounded, never silently stuck."
@@ -84,7 +86,7 @@ def _guarded(verb: Verb, words: list[str]) -> int:
 
     debug = "--debug" in words
     try:
-        code = importlib.import_module(verb.module).main([w for w in words if w != "--debug"])
+        code = importlib.import_module(verb.module).main([w for w in words if w != "--debug" or verb.debugs])
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader of our output has gone (`… | head`): there is nobody to hear more

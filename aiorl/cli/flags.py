@@ -17,7 +17,10 @@ import msgspec
 
 from aiorl.errors import ConfigError
 
-NAMES = {"total_steps": "steps", "step_timeout_s": "step-timeout", "start_timeout_s": "start-timeout"}
+NAMES = {
+    "total_steps": "steps", "step_timeout_s": "step-timeout", "start_timeout_s": "start-timeout",
+    "stall_timeout_s": "stall-timeout", "shutdown_timeout_s": "shutdown-timeout",
+}  # fmt: skip
 """Fields whose flag is called otherwise."""
 
 _COUNT = re.compile(r"([+-]?[0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)([kKmMgG]?)")

@@ -28,12 +28,15 @@ GROUPS = {
     "evaluation and checkpoints": (
         "eval_every", "eval_episodes", "eval_busy", "eval_suites", "eval_top", "stop_at", "checkpoint_every", "keep",
     ),
+    "when something is wrong": ("stall_timeout_s", "shutdown_timeout_s", "on_nonfinite", "nonfinite_max", "debug"),
 }  # fmt: skip
 """Where each field of Config appears in the help; fields not named here come last."""
 
 RESUMABLE = (
     "total_steps", "workers", "eval_every", "eval_episodes", "eval_busy", "eval_suites", "eval_top", "stop_at",
-    "checkpoint_every", "keep", "step_timeout_s", "start_timeout_s", "device", "torch_threads", "memory_gb",
+    "checkpoint_every", "keep", "step_timeout_s", "start_timeout_s", "stall_timeout_s", "shutdown_timeout_s",
+    "device", "torch_threads", "memory_gb",
+    "on_nonfinite", "nonfinite_max", "debug",
 )  # fmt: skip
 """What may be changed when a run goes on: nothing that would make it another experiment."""
 
@@ -139,7 +142,6 @@ def _train_parser(algorithm: Any, base: Mapping[str, Any]) -> Parser:
 def _add_progress(parser: Parser) -> Any:
     group = parser.add_argument_group("command")
     group.add_argument("--progress", metavar="|".join(MODES), help="how to show progress (default: auto)")
-    group.add_argument("--debug", action="store_true", help="show Python tracebacks")
     return group
 
 

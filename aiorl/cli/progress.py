@@ -17,6 +17,7 @@ from aiorl.events import (
     Checkpointed,
     CheckpointFailed,
     DegreeChanged,
+    EpisodeAborted,
     Evaluated,
     EvaluationSkipped,
     Finished,
@@ -25,6 +26,7 @@ from aiorl.events import (
     Reevaluated,
     Resumed,
     SettingsChanged,
+    Stalled,
     Started,
     Status,
     Warned,
@@ -192,6 +194,10 @@ def event_line(event: AnyEvent) -> str | None:
             return f"warning: {event.message}"
         case WorkerRestarted():
             return f"{event.worker} is back after {event.seconds_down:.1f} s (restart {event.restarts}): it {event.reason}"
+        case EpisodeAborted():
+            return f"{event.worker}: episode {event.episode} of environment {event.env} aborted after {event.length} steps"
+        case Stalled():
+            return f"nothing moves:\n{event.table}"
         case Finished():
             return event.status if event.error is None else None
         case _:

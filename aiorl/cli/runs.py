@@ -14,11 +14,13 @@ import msgspec
 from aiorl.cli.flags import Parser
 from aiorl.cli.text import count, duration, number, table
 from aiorl.errors import ConfigError
+from aiorl.filelock import state_of
+from aiorl.metrics.directory import LOCK
 
 HEADING = ("run", "status", "env", "algo", "seed", "steps", "return", "best eval", "time", "started")
 RIGHT = frozenset({4, 5, 6, 7, 8})
 RECENT_S = 30.0
-"""A run without a summary whose events grew this recently is taken to be running."""
+"""A run without a summary or a lock whose events grew this recently is taken to be running."""
 
 TAIL_BYTES = 1 << 16
 
@@ -61,13 +63,16 @@ def describe(path: Path) -> dict[str, Any]:
         "wall_seconds": None, "started": (path / "config.toml").stat().st_mtime,
     }  # fmt: skip
     summary = _json(path / "summary.json")
+    state = state_of(path / LOCK)
+    if state != "free":
+        summary, facts["status"] = {}, {"held": "running", "left": "killed"}[state]
     if summary:
         facts.update({k: summary.get(k) for k in ("status", "env_steps", "train_return_mean_100", "wall_seconds")})
         facts["best_evaluation"] = (summary.get("best") or {}).get("mean_return")
         return facts
     events = path / "events.jsonl"
     if events.is_file():
-        if time.time() - events.stat().st_mtime < RECENT_S:
+        if state == "free" and time.time() - events.stat().st_mtime < RECENT_S:
             facts["status"] = "running"
         for event in _last_events(events):
             facts.update(env_steps=event.get("env_steps"), wall_seconds=event.get("seconds"))

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from aiorl.cli import INTERRUPTED, TERMINATED
+from aiorl.cli import FAILED, INTERRUPTED, TERMINATED
 from aiorl.cli.progress import Display, Mode, Notes, make_display
 from aiorl.cli.summary import summary_lines
 from aiorl.config import Config
@@ -60,6 +60,7 @@ async def _carry_out(config: Config, mode: Mode, preset: bool, resume: str | Pat
         with signals:
             async with run:
                 signals.run = run
+                run.when_stuck(lambda: os._exit(FAILED))  # the loop is blocked for good: nobody else can end this process
                 await _follow(run, display, mode)
     except asyncio.CancelledError:
         if signals.code is None:
@@ -94,7 +95,7 @@ class Signals:
     """Ctrl-C and SIGTERM: the first stops the run in good order, the second ends it at once. SIGUSR1 saves.
 
     `code` is the exit code of the signal that came, or None. A signal before the workers are ready ends at once: there
-    is nothing to save yet.
+    is nothing to save yet. Good order must not take longer than `shutdown_timeout_s` either.
     """
 
     def __init__(self, say: Callable[[str], None], end: Callable[[int], None] = os._exit) -> None:
@@ -104,6 +105,7 @@ class Signals:
         self._task: asyncio.Task[Any] | None = None
         self._checkpoints: set[asyncio.Task[Any]] = set()
         self._leaving = False
+        self._deadline: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Signals:
         self._task = asyncio.current_task()
@@ -116,6 +118,8 @@ class Signals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
         for name in self._actions():
             with suppress(NotImplementedError, AttributeError):
                 asyncio.get_running_loop().remove_signal_handler(getattr(signal, name))
@@ -134,8 +138,14 @@ class Signals:
             self.code = code
             self.run.stop(final_evaluation=False)
             self._say("stopping: the update in progress is finished and saved (Ctrl-C again ends at once)")
+            self._deadline = asyncio.get_running_loop().call_later(self.run.config.shutdown_timeout_s, self._leave)
             return
         self.code = self.code or code
+        self._leave()
+
+    def _leave(self) -> None:
+        """End at once."""
+        assert self.code is not None
         self._leaving = True
         last_resort = threading.Timer(GRACE_S, self._end, [self.code])
         last_resort.daemon = True

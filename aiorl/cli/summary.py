@@ -12,7 +12,7 @@ LABEL = 11
 
 
 def summary_lines(result: Mapping[str, Any], directory: Path) -> list[str]:
-    """Three to seven lines from the fields of summary.json (see Result)."""
+    """Three to eight lines from the fields of summary.json (see Result)."""
     seconds = result["wall_seconds"]
     took = f"{seconds:.1f} s" if seconds < 100 else duration(seconds)
     lines = [
@@ -31,6 +31,10 @@ def summary_lines(result: Mapping[str, Any], directory: Path) -> list[str]:
         when = f"first at {count(reached['env_steps'])} env steps, {number(reached['seconds'])} s"
         lines.append(_line("reached", f"{number(result['stop_return'])} {when}{_overshoot(result)}"))
     lines.append(_line("staleness", _staleness(result)))
+    if skipped := sum(result.get("skipped_updates", {}).values()):
+        lines.append(_line("skipped", f"{plural(skipped, 'update')} that came to NaN or infinity"))
+    if aborted := result.get("aborted"):
+        lines.append(_line("aborted", f"{plural(aborted, 'episode')} of environments that do not reproduce: not exact"))
     there = [name for name in ("curve.svg", "summary.json", "best/", "final/") if (directory / name).exists()]
     lines.append(_line("files", f"{directory}/ ({', '.join(there)})" if there else f"{directory}/"))
     return lines

@@ -41,14 +41,15 @@ def advance(cursor: GroupCursor | None, segment: Segment, steps: int | None = No
     columns = {name: segment.columns[name][:steps] for name in ("action", "terminated", "truncated", "valid")}
     ended = columns["terminated"] | columns["truncated"]
     actions: list[Array] = []
+    aborted = segment.aborted
     for env in range(segment.envs):
         ends = np.flatnonzero(ended[:, env])
         begin = int(ends[-1]) + 1 if len(ends) else 0
         taken = columns["action"][begin:, env][columns["valid"][begin:, env]]
-        if cursor is not None and not len(ends):
+        if cursor is not None and not len(ends) and not aborted[env]:
             taken = np.concatenate([cursor.actions[env], taken])
         actions.append(taken)
-    episodes = ended.sum(axis=0)
+    episodes = ended.sum(axis=0) + aborted  # an aborted episode is over too
     done = ended[-1].copy()
     reset_at = segment.final_at[: segment.finals]
     done[reset_at[reset_at // segment.envs == steps - 1] % segment.envs] = False

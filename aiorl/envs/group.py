@@ -24,10 +24,12 @@ class Group(Protocol):
     envs: range
     """Global indices of its environments."""
 
-    def open(self, cursor: GroupCursor | None) -> None:
+    def open(self, cursor: GroupCursor | None, *, strict: bool = True) -> list[str]:
         """Make and reset the environments, or bring back the open episodes of `cursor` exactly.
 
-        Raises EnvError if an environment cannot be made, breaks its contract, or does not reproduce.
+        Raises EnvError if an environment cannot be made or breaks its contract, ReproductionError if one does not come back
+        to where it was. Unless `strict` that one begins its next episode instead, the next segment says that its open
+        episode is aborted, and what is returned says how it differed.
         """
         ...
 

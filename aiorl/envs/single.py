@@ -99,19 +99,34 @@ class SingleGroup:
         # What the environments showed last, and where an episode begins with the next step.
         self._obs = {name: np.zeros((len(envs), *c.shape), c.dtype) for name, c in spaces.obs_columns.items()}
         self._first = np.ones(len(envs), bool)
+        self._aborted = np.zeros(len(envs), bool)  # to be told with the next segment
 
-    def open(self, cursor: GroupCursor | None) -> None:
-        """Make and reset the environments; with a cursor, bring back its open episodes. Raises EnvError."""
+    def open(self, cursor: GroupCursor | None, *, strict: bool = True) -> list[str]:
+        """Make and reset the environments; with a cursor, bring back its open episodes. See `aiorl.envs.group.Group`."""
         for index in self.envs:
             self._checked.append(CheckedEnv(make_env(self._spec), self._spaces, index))
         rows = list(self._obs.values())
+        if cursor is None:
+            for i, env in enumerate(self._checked):
+                self._begin(env, 0, rows, i)
+            return []
+        self._first = cursor.first
+        differences: list[str] = []
         for i, env in enumerate(self._checked):
-            self._begin(env, 0 if cursor is None else int(cursor.episodes[i]), rows, i)
-            if cursor is not None:
-                self._replay(env, cursor.actions[i], rows, i)
-                self._compare(env, cursor, i)
-        if cursor is not None:
-            self._first = cursor.first
+            try:
+                self._bring_back(env, cursor, rows, i)
+            except EnvError as error:
+                if strict:
+                    raise
+                differences.append(str(error).partition("\n")[0])
+                self._aborted[i] = self._first[i] = True
+                self._begin(env, int(cursor.episodes[i]) + 1, rows, i)
+        return differences
+
+    def _bring_back(self, env: CheckedEnv, cursor: GroupCursor, rows: Sequence[Array], i: int) -> None:
+        self._begin(env, int(cursor.episodes[i]), rows, i)
+        self._replay(env, cursor.actions[i], rows, i)
+        self._compare(env, cursor, i)
 
     def _begin(self, env: CheckedEnv, episode: int, rows: Sequence[Array], i: int) -> None:
         env.reset(episode_seed(self._seed, env.index, episode), episode, rows, i)
@@ -135,6 +150,8 @@ class SingleGroup:
         leaves, rewards = {name: segment.obs[name] for name in self._obs}, segment.columns["reward"]
         choices, first, never = ChoiceWriter(segment), self._first, np.zeros(len(self.envs), bool)
         _clear(segment, steps)
+        segment.aborted[:] = self._aborted
+        self._aborted[:] = False
         for name, leaf in leaves.items():
             leaf[0] = self._obs[name]
         for t in range(steps):

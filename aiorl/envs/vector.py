@@ -74,8 +74,8 @@ class CheckedVector:
         return f"{self._label}, step {self._steps}"
 
     def reset(self) -> list[Array]:
-        """Begin the first episodes. Raises EnvError."""
-        seeds = [self._seed_of(i, 0) for i in range(self.n)]
+        """Begin the episodes `episodes`, at first 0 each. Raises EnvError."""
+        seeds = [self._seed_of(i, int(episode)) for i, episode in enumerate(self.episodes)]
         try:
             result = self.env.reset(seed=seeds)
         except Exception:  # most implementations take one number only; a true fault shows again
@@ -183,21 +183,34 @@ class VectorGroup:
         self._capture: StateCapture | None = None
         self._obs: list[Array] = []
         self._first = np.ones(len(envs), bool)
+        self._aborted = np.zeros(len(envs), bool)  # to be told with the next segment
 
-    def open(self, cursor: GroupCursor | None) -> None:
-        """Make and reset the environments; with a cursor, set their state. Raises EnvError."""
+    def open(self, cursor: GroupCursor | None, *, strict: bool = True) -> list[str]:
+        """Make and reset the environments; with a cursor, set their state, all or none. See `aiorl.envs.group.Group`."""
         n = len(self.envs)
         vector = CheckedVector(make_vector(self._spec, n), self._spaces, n, self._seed_of, self.envs.start)
         self._vector, self._capture = vector, StateCapture(vector.env)
         self._obs = [leaf.copy() for leaf in vector.reset()]
         if cursor is None:
-            return
+            return []
+        try:
+            self._bring_back(cursor, vector, self._capture)
+        except ReproductionError as error:
+            if strict:
+                raise
+            vector.episodes[:] = cursor.episodes + 1
+            self._obs = [leaf.copy() for leaf in vector.reset()]
+            self._aborted[:] = True
+            return [str(error).partition("\n")[0]]
+        return []
+
+    def _bring_back(self, cursor: GroupCursor, vector: CheckedVector, capture: StateCapture) -> None:
         if not cursor.env_state:
             raise ReproductionError(
                 f"the open episodes of environments {self.envs.start}-{self.envs.stop - 1} cannot be brought back: the "
                 f"state of the vector environment {self._spec.name} could not be captured\n  set native_vector = false"
             )
-        self._capture.restore(cursor.env_state)
+        capture.restore(cursor.env_state)
         self._obs = [cursor.obs[leaf.name].copy() for leaf in self._spaces.observation]
         self._first = cursor.first
         vector.ended, vector.episodes = cursor.done.copy(), cursor.episodes.copy()
@@ -215,6 +228,8 @@ class VectorGroup:
         columns, choices, first = segment.columns, ChoiceWriter(segment), self._first
         reward, valid, terminated, truncated = (columns[n] for n in ("reward", "valid", "terminated", "truncated"))
         segment.clear()
+        segment.aborted[:] = self._aborted
+        self._aborted[:] = False
         valid[steps:] = terminated[steps:] = truncated[steps:] = False
         for leaf, value in zip(leaves.values(), self._obs, strict=True):
             leaf[0] = value

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
-from collections.abc import Iterable
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import msgspec
 from aiorl.config import Config
 from aiorl.errors import ConfigError
 from aiorl.events import AnyEvent, Progress, Updated
+from aiorl.filelock import FileLock, Held
 
 CSV_COLUMNS = (
     "seconds", "version", "env_steps", "rollout", "behaviour_version", "staleness", "staleness_in_queue",
@@ -64,6 +66,20 @@ def make_writable(path: Path) -> None:
         raise _not_writable(path, error) from None
 
 
+LOCK = "run.lock"
+
+
+def hold(path: Path) -> FileLock:
+    """Make a run directory this process's own. ConfigError if it is in use."""
+    try:
+        return FileLock(path / LOCK)
+    except Held as held:
+        who = f"by process {held.pid}" if held.pid else "by another process"
+        raise ConfigError(f"{path} is in use {who}\n  wait for it to end, stop it, or choose another out") from None
+    except OSError as error:
+        raise _not_writable(path, error) from None
+
+
 def _not_writable(path: Path, error: OSError) -> ConfigError:
     return ConfigError(f"cannot write to {path}: {error.strerror}\n  choose another out directory")
 
@@ -79,6 +95,10 @@ class RunFiles:
         self._events: list[AnyEvent] = []
         self._schedule: list[dict[str, Any]] = []
         self._encoder = msgspec.json.Encoder()
+        # What has been taken and is not in a file yet: on a full disk it waits here until there is room.
+        self._lines = {"events.jsonl": bytearray(), "schedule.jsonl": bytearray()}
+        self._updates: list[Updated] = []
+        _remove_leftovers(path)
         for name in ("events.jsonl", "schedule.jsonl", "metrics.csv"):
             _drop_torn_line(path / name)
         self._metric_names = _metric_names(path / "metrics.csv")
@@ -97,33 +117,47 @@ class RunFiles:
         return batch
 
     def write(self, batch: tuple[list[AnyEvent], list[dict[str, Any]]]) -> None:
-        """Append a batch to the files."""
+        """Append a batch to the files, and what could not be written before. OSError if something has to wait now."""
         events, schedule = batch
-        self._append("events.jsonl", events)
-        self._append("schedule.jsonl", schedule)
-        updates = [event for event in events if isinstance(event, Updated)]
-        if updates:
-            self._append_metrics(updates)
+        for name, records in (("events.jsonl", events), ("schedule.jsonl", schedule)):
+            self._lines[name] += b"".join(self._encoder.encode(record) + b"\n" for record in records)
+        self._updates += [event for event in events if isinstance(event, Updated)]
+        for name, lines in self._lines.items():
+            if lines:
+                append_whole(self.path / name, lines)
+                lines.clear()
+        if self._updates:
+            self._append_metrics()
+            self._updates = []
 
-    def _append(self, name: str, records: Iterable[Any]) -> None:
-        data = b"".join(self._encoder.encode(record) + b"\n" for record in records)
-        if data:
-            with open(self.path / name, "ab") as file:
-                file.write(data)
-
-    def _append_metrics(self, updates: list[Updated]) -> None:
-        target = self.path / "metrics.csv"
+    def _append_metrics(self) -> None:
+        target, updates = self.path / "metrics.csv", self._updates
         new = {name for update in updates for name in update.metrics}.difference(self._metric_names)
         if new or not target.exists():
             # Some learners report losses only once warm-up is over: the rows so far get empty cells for them.
+            _widen(target, [*CSV_COLUMNS, *self._metric_names, *sorted(new)])
             self._metric_names += sorted(new)
-            _widen(target, [*CSV_COLUMNS, *self._metric_names])
         rows = [
             [getattr(update, name) for name in CSV_COLUMNS] + [update.metrics.get(name, "") for name in self._metric_names]
             for update in updates
         ]
-        with open(target, "a", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows(rows)
+        text = io.StringIO()
+        csv.writer(text).writerows(rows)
+        append_whole(target, text.getvalue().encode())
+
+
+def append_whole(path: Path, data: bytes | bytearray) -> None:
+    """Append all of `data`, or nothing: what a full disk has cut short is taken back. Raises OSError."""
+    with open(path, "ab", buffering=0) as file:
+        length, view = file.seek(0, os.SEEK_END), memoryview(data)
+        try:
+            while view:
+                view = view[file.write(view) :]
+        except OSError:
+            view.release()
+            file.truncate(length)
+            raise
+        view.release()
 
 
 def _widen(path: Path, columns: list[str]) -> None:
@@ -145,6 +179,15 @@ def _metric_names(path: Path) -> list[str]:
         return []
     with open(path, encoding="utf-8", newline="") as file:
         return next(csv.reader(file))[len(CSV_COLUMNS) :]
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Files that a killed run had not given their name yet."""
+    names = re.compile(r"\.(config\.toml|metrics\.csv|summary\.json|curve\.svg|error\.txt)\.tmp|\.write-test-\d+")
+    for file in path.iterdir():
+        if names.fullmatch(file.name):
+            with contextlib.suppress(OSError):
+                file.unlink()
 
 
 def _drop_torn_line(path: Path) -> None:

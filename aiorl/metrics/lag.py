@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -18,13 +20,18 @@ class LagMeter:
         self._late_ms = np.zeros(KEEP)  # a ring
         self._count = 0
         self.max_ms = 0.0
+        self.woke_s = math.inf  # when it woke up last, once it has begun
 
-    async def measure(self) -> None:
-        """Run until cancelled."""
+    async def measure(self, turned: Callable[[float], None] | None = None) -> None:
+        """Run until cancelled. `turned` is told each time by how many seconds it was late."""
         while True:
-            due_s = time.perf_counter() + INTERVAL_S  # not loop.time(): uvloop's clock counts whole milliseconds
+            self.woke_s = time.perf_counter()
+            due_s = self.woke_s + INTERVAL_S  # not loop.time(): uvloop's clock counts whole milliseconds
             await asyncio.sleep(INTERVAL_S)
-            self.note(max(0.0, time.perf_counter() - due_s) * 1000)
+            late_s = max(0.0, time.perf_counter() - due_s)
+            self.note(late_s * 1000)
+            if turned is not None:
+                turned(late_s)
 
     def note(self, late_ms: float) -> None:
         self.max_ms = max(self.max_ms, late_ms)

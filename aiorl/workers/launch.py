@@ -12,17 +12,30 @@ This module leans on four things that Python and aiomultiprocess do not document
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import os
+import shutil
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import context as mp_context  # pyright: ignore[reportAttributeAccessIssue]
-from multiprocessing import forkserver, popen_forkserver, reduction, spawn, util
+from multiprocessing import forkserver, popen_forkserver, reduction, resource_tracker, spawn, util
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import aiomultiprocess
 from aiomultiprocess.types import Unit
+
+from aiorl.filelock import FileLock, Held, state_of
+
+MARK = "aiorl-{}.lock"
+"""In the folder with the fork server's socket: held while a launcher lives, so that a folder left by a kill can be told."""
+
+_numbers = itertools.count()
 
 
 class Launcher:
@@ -34,6 +47,7 @@ class Launcher:
         self._server.set_forkserver_preload(["aiorl.workers.preload"])
         self._import_main = import_main
         self._method = method
+        self._mark: FileLock | None = None
 
     def process(
         self,
@@ -48,16 +62,51 @@ class Launcher:
     def launch(self, process: BaseProcess) -> Any:
         """The multiprocessing side of a started process."""
         popen = _SpawnPopen if self._method == "spawn" else _ForkServerPopen
-        return popen(process, self._server, self._import_main)
+        with _deaf_to_ctrl_c():
+            return popen(process, self._server, self._import_main)
 
     def warm_up(self) -> None:
         """Start the fork server, so that it loads its modules while other things are being prepared."""
         if self._method == "forkserver":
-            self._server.ensure_running()
+            remove_leftovers()
+            with _deaf_to_ctrl_c():
+                self._server.ensure_running()
+            with contextlib.suppress(OSError, Held):
+                self._mark = FileLock(Path(util.get_temp_dir()) / MARK.format(f"{os.getpid()}-{next(_numbers)}"))
 
     def close(self) -> None:
         """End the fork server. Call it when all its processes have ended, else this waits for them."""
         self._server._stop()  # type: ignore[attr-defined]
+        if self._mark is not None:
+            self._mark.release()
+            self._mark = None
+
+
+@contextlib.contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """What is started in here does not hear the terminal's Ctrl-C, from its first moment until `program.prepare`: else it
+    would print a traceback. The mask is that of this thread alone."""
+    resource_tracker.ensure_running()  # it unblocks the signal for its own start, so let that be over
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def remove_leftovers() -> None:
+    """Delete the folders of sockets that runs left behind whose process was killed before it could."""
+    for mark in Path(tempfile.gettempdir()).glob("pymp-*/" + MARK.format("*")):
+        others = {path.name.partition("-")[0] for path in _listing(mark.parent) if path != mark}
+        if others <= {"listener", "aiorl"} and all(state_of(m) == "left" for m in mark.parent.glob(MARK.format("*"))):
+            shutil.rmtree(mark.parent, ignore_errors=True)
+
+
+def _listing(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
 
 
 class WorkerProcess(aiomultiprocess.Process):

@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from aiorl.errors import ConfigError
+
 CGROUP_MEMORY = "/sys/fs/cgroup/memory"
 
 
@@ -46,12 +48,20 @@ def _attach(fd: Any, nbytes: int) -> SharedBlock:
 
 
 def _create(nbytes: int) -> int:
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("aiorl", os.MFD_CLOEXEC)
-    else:  # macOS: an unlinked temporary file does the same
-        fd, path = tempfile.mkstemp(prefix="aiorl-")
-        os.unlink(path)
-    os.ftruncate(fd, nbytes)
+    fd = -1
+    try:
+        if hasattr(os, "memfd_create"):
+            fd = os.memfd_create("aiorl", os.MFD_CLOEXEC)
+        else:  # macOS: an unlinked temporary file does the same
+            fd, path = tempfile.mkstemp(prefix="aiorl-")
+            os.unlink(path)
+        os.ftruncate(fd, nbytes)
+    except OSError as error:
+        if fd >= 0:
+            os.close(fd)
+        available = available_bytes()
+        there = "" if available is None else f"; {available / 2**20:.0f} MiB of memory are available"
+        raise ConfigError(f"{nbytes / 2**20:.1f} MiB of shared memory cannot be had: {error.strerror}{there}") from error
     return fd
 
 

@@ -16,6 +16,7 @@ from aiorl.envs.cursor import GroupCursor
 from aiorl.errors import WorkerError
 from aiorl.offload import OffloadThread
 from aiorl.pacing import Grant
+from aiorl.seals import lay_guards
 from aiorl.segments import Array, Segment
 from aiorl.workers.launch import Launcher
 from aiorl.workers.memory import SharedBlock
@@ -29,7 +30,7 @@ from aiorl.workers.program import (
     segments_of,
 )
 from aiorl.workers.records import Kind, Record
-from aiorl.workers.supervision import Keeper, Means, Restart, Where
+from aiorl.workers.supervision import Keeper, Means, Restart, Where, WorkerView
 
 
 class Arrival(NamedTuple):
@@ -77,6 +78,10 @@ class Workers(Protocol):
         """Mend what can be mended, telling `restarted`, and raise the first failure that cannot. Await it in one task."""
         ...
 
+    def views(self) -> list[WorkerView]:
+        """What each worker does now, for any thread."""
+        ...
+
     async def aclose(self) -> None:
         """End everything; safe to call twice."""
         ...
@@ -89,6 +94,11 @@ class StationPlan(NamedTuple):
     evaluation: StationSetup
 
 
+def worker_of(group: int, groups: int, workers: int) -> int:
+    """The worker that a group belongs to: neighbours are together."""
+    return group * workers // groups
+
+
 def plan_stations(
     common: StationSetup, groups: int, group_size: int, workers: int, cursors: Mapping[int, GroupCursor | None]
 ) -> StationPlan:
@@ -99,7 +109,7 @@ def plan_stations(
     count = max(1, workers)
     training: list[StationSetup] = []
     for index in range(count):
-        mine = [g for g in range(groups) if g * count // groups == index]
+        mine = [g for g in range(groups) if worker_of(g, groups, count) == index]
         block = SharedBlock(StationSetup.block_bytes(len(mine), common.slots, common.segment, 0))
         training.append(
             replace(
@@ -111,6 +121,8 @@ def plan_stations(
                 eval_width=0,
             )
         )
+        for segment in segments_of(training[-1]).values():
+            lay_guards(segment)
     width = max(1, common.eval_width)
     block = SharedBlock(StationSetup.block_bytes(0, common.slots, common.segment, width))
     evaluation = replace(common, index=count, block=block, groups={}, cursors={}, eval_width=width)
@@ -206,6 +218,9 @@ class ProcessWorkers:
         for setup in (*self._plan.training, self._plan.evaluation):
             setup.block.close()
 
+    def views(self) -> list[WorkerView]:
+        return [keeper.view() for keeper in self._keepers]
+
     @property
     def pids(self) -> list[int]:
         """Ids of the processes that live, the evaluating one last."""
@@ -224,7 +239,6 @@ class InlineWorkers:
         self._thread: OffloadThread | None = thread("aiorl-collect")
         self._failure: asyncio.Future[WorkerError] = asyncio.get_running_loop().create_future()
         self._evaluating = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         assert self._thread is not None
@@ -235,19 +249,20 @@ class InlineWorkers:
 
     def collect(self, grant: Grant, buffer: int) -> None:
         credit = Record(Kind.COLLECT, grant.group, grant.slot, buffer, grant.ordinal, grant.version)
-        task = asyncio.get_running_loop().create_task(self._collect(credit))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _collect(self, credit: Record) -> None:
         assert self._thread is not None
-        try:
-            done = await self._thread.run(self._station.serve, credit)
-        except Exception as error:
-            if not self._failure.done():
-                self._failure.set_result(_failure(self._station, error))
-        else:
+        self._thread.submit(self._station.serve, credit).add_done_callback(self._collected)
+
+    def _collected(self, answer: asyncio.Future[Record]) -> None:
+        if answer.cancelled():
+            return
+        error = answer.exception()  # looked at even if it is too late: asyncio reports errors that nobody has seen
+        if self.arrivals.closed:
+            return
+        if error is None:
+            done = answer.result()
             self.arrivals.put_nowait(Arrival(done.group, done.slot, done.buffer, done.value))
+        elif not self._failure.done():
+            self._failure.set_result(_failure(self._station, error))
 
     def segment(self, group: int, slot: int) -> Segment:
         return self._segments[group, slot]
@@ -274,9 +289,6 @@ class InlineWorkers:
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
         self.arrivals.close()
         with contextlib.suppress(TimeoutError, Exception):
             async with asyncio.timeout(1.5):
@@ -287,7 +299,19 @@ class InlineWorkers:
         for setup in (*self._plan.training, self._plan.evaluation):
             setup.block.close()
 
+    def views(self) -> list[WorkerView]:
+        named = (("collecting here", self._station), ("evaluating here", self._eval_station))
+        return [_inline_view(name, station.control) for name, station in named]
+
     pids: tuple[int, ...] = ()
+
+
+def _inline_view(name: str, control: Control) -> WorkerView:
+    counters = control.counters
+    phase, ordinal, beats = (int(counters[place]) for place in (Counter.PHASE, Counter.ORDINAL, Counter.BEATS))
+    at = f"in rollout {ordinal}, step {int(counters[Counter.STEP])} of the segment"
+    doing = {Phase.COLLECTING: at, Phase.EVALUATING: "in an evaluation"}.get(phase, "between segments")
+    return WorkerView(name, None, doing, int(phase in (Phase.COLLECTING, Phase.EVALUATING)), beats + ordinal)
 
 
 def _nothing() -> None:
@@ -299,7 +323,7 @@ def _close_all(stations: Iterable[Station]) -> None:
         station.close()
 
 
-def _failure(station: Station, error: Exception) -> WorkerError:
+def _failure(station: Station, error: BaseException) -> WorkerError:
     words = station.control.error()
     if words is None:
         station.control.put_error(error)

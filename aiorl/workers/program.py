@@ -10,6 +10,7 @@ import faulthandler
 import json
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -27,6 +28,7 @@ from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import EnvSpec
 from aiorl.errors import AiorlError
 from aiorl.offload import BACKGROUND_NICENESS
+from aiorl.seals import seal
 from aiorl.seeding import ACT
 from aiorl.segments import Array, Segment, SegmentHeader, SegmentLayout
 from aiorl.workers.memory import SharedBlock
@@ -142,14 +144,16 @@ class Station:
         self._policies: dict[int, Policy] = {g: setup.algorithm.policy(setup.spaces) for g in setup.groups}
         self._weights: dict[int, dict[str, Array]] = {}
 
-    def open(self) -> None:
-        """Make and reset the environments, or bring them back to where their cursors say."""
+    def open(self) -> list[str]:
+        """Make and reset the environments, or bring them back to where their cursors say; returns how any differed."""
         setup = self._setup
+        differences: list[str] = []
         for index, envs in setup.groups.items():
             group = make_group(setup.env, setup.spaces, envs, setup.seed)
             self._groups[index] = group
-            group.open(setup.cursors.get(index))
+            differences += group.open(setup.cursors.get(index), strict=False)
         self.control.counters[Counter.PHASE] = Phase.IDLE
+        return differences
 
     def serve(self, credit: Record) -> Record:
         """Do what a credit asks for and return the doorbell. On an error the control block holds the last words."""
@@ -177,6 +181,7 @@ class Station:
         self._groups[credit.group].collect(policy, segment, segment.steps, self._beat)
         segment.header[SegmentHeader.STARTED_S] = started_s
         segment.header[SegmentHeader.ENDED_S] = time.monotonic()
+        seal(segment, setup.index, credit.group, credit.ordinal)
         return credit._replace(kind=Kind.COLLECTED, value=segment.env_steps)
 
     def _evaluate(self, credit: Record) -> Record:
@@ -219,6 +224,7 @@ class Pipes:
 def prepare(log_path: str | None) -> None:
     """First thing in a worker process: own log, no interest in the terminal's Ctrl-C, an end with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training process decides when a worker stops
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # it was blocked for the start
     os.nice(BACKGROUND_NICENESS)
     log = os.open(log_path or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
@@ -257,7 +263,8 @@ async def main(setup: StationSetup, pipes: Pipes) -> None:
     control = Control(setup.block)
     try:
         station = Station(setup)
-        station.open()
+        for difference in station.open():
+            print(f"open episode aborted: {difference}", file=sys.stderr, flush=True)  # into the worker's log
         os.write(doorbell_fd, Record(Kind.READY, value=os.getpid()).pack())
         while (credit := await inbox.get()) is not None and credit.kind is not Kind.STOP:
             os.write(doorbell_fd, station.serve(credit).pack())

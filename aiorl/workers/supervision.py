@@ -26,6 +26,7 @@ from aiorl.workers.worker import Fault, Worker
 RESTARTS_MAX = 3
 RESTART_WINDOW_S = 60.0
 BACK_OFF_S = (0.0, 0.5, 2.0)  # before each restart within the window
+LOOKS = 4  # at a worker within its step_timeout_s
 
 Where = Callable[[int, Mapping[int, Segment]], GroupCursor | None]
 """Where a group goes on after its delivered segments, given by ordinal; called on the launching thread."""
@@ -38,6 +39,16 @@ class Restart(NamedTuple):
     reason: str
     restarts: int
     seconds_down: float
+
+
+class WorkerView(NamedTuple):
+    """A worker at one moment. `beats` changes with every environment step, `credits` are those not answered."""
+
+    worker: str
+    pid: int | None
+    doing: str
+    credits: int
+    beats: int
 
 
 class Budget:
@@ -82,7 +93,7 @@ class Keeper:
         self._outstanding: deque[Record] = deque()  # credits not answered, in the order in which they will be
         self._delivered: dict[tuple[int, int], int] = {}  # ordinal of the segment that lies in (group, slot)
         self._serving = False
-        self._last_beat = ((-1, -1), _now_s())
+        self._beats, self._looked_s, self._still_s = (-1, -1), _now_s(), 0.0
         self._worker = self._make(setup)
         self.name = self._worker.name
 
@@ -100,7 +111,7 @@ class Keeper:
     async def enter(self) -> None:
         """Wait until the started process is ready, and give it all there is to do. WorkerError if it dies before."""
         await asyncio.shield(self._worker.ready)
-        self._last_beat = (self._worker.beats, _now_s())
+        self._beats, self._looked_s, self._still_s = self._worker.beats, _now_s(), 0.0
         self._serving = True
         for credit in self._outstanding:
             self._worker.send(credit)
@@ -112,7 +123,7 @@ class Keeper:
     def send(self, credit: Record) -> None:
         """Hand over a credit, now or when there is a process to take it; never blocks."""
         if not self._outstanding:
-            self._last_beat = (self._last_beat[0], _now_s())
+            self._looked_s, self._still_s = _now_s(), 0.0
         self._outstanding.append(credit)
         self._delivered.pop((credit.group, credit.slot), None)  # the slot is granted again: that segment has been used
         if self._serving:
@@ -127,7 +138,7 @@ class Keeper:
     # -- supervision -----------------------------------------------------------------------------------------------
 
     async def keep(self, restarted: Callable[[Restart], None]) -> NoReturn:
-        """Start the worker again whenever it dies or hangs. WorkerError when the budget is used up or it is no use."""
+        """Start the worker again whenever it dies or hangs. WorkerError when the budget is used up."""
         while True:
             fault = await self._trouble()
             begun_s = _now_s()
@@ -141,7 +152,7 @@ class Keeper:
         """Return when the worker has died or hangs."""
         while self._worker.fault is None:
             try:
-                async with asyncio.timeout(self._means.step_timeout_s / 4):
+                async with asyncio.timeout(self._means.step_timeout_s / LOOKS):
                     await self._worker.ended.wait()
             except TimeoutError:
                 if (fault := self._hangs()) is not None:
@@ -149,24 +160,28 @@ class Keeper:
         return self._worker.fault
 
     def _hangs(self) -> Fault | None:
-        """A fault if the worker has something to do and has not finished an environment step for too long."""
+        """A fault if the worker has something to do and has not finished an environment step for too long.
+
+        Time in which nobody could look, for the loop was blocked or the whole program stopped, is not held against it.
+        """
+        self._worker.take_in()  # it may have answered while the loop was late
         now_s, beats, limit_s = _now_s(), self._worker.beats, self._means.step_timeout_s
-        if beats != self._last_beat[0] or not self._outstanding:
-            self._last_beat = (beats, now_s)
-        hung_s = now_s - self._last_beat[1]
-        if hung_s <= limit_s:
+        gone_s, self._looked_s = min(now_s - self._looked_s, 2 * limit_s / LOOKS), now_s
+        self._still_s = 0.0 if beats != self._beats or not self._outstanding else self._still_s + gone_s
+        self._beats = beats
+        if self._still_s <= limit_s:
             return None
-        reason = f"has not finished a step for {hung_s:.1f} s {self._worker.where()}"
+        reason = f"has not finished a step for {self._still_s:.1f} s {self._worker.where()}"
         advice = f"the limit is step_timeout_s = {limit_s:g}; raise it if the environment is that slow"
         return Fault(WorkerError(f"{self.name} {reason}\n  {advice}"), reason)
 
     async def _start_again(self, fault: Fault) -> Fault | None:
         """One more try after `fault`: what it failed of, None if the worker is ready. Raises the fault's error instead if
-        it would only come again or has come too often."""
+        it has come too often."""
         await self._worker.end()
-        wait_s = None if fault.final else self._budget.draw(_now_s())
+        wait_s = self._budget.draw(_now_s())
         if wait_s is None:
-            raise fault.error if fault.final else _after_restarts(fault.error)
+            raise _after_restarts(fault.error)
         await asyncio.sleep(wait_s)
         cursors = await self._means.thread.run(self._cursors, dict(self._delivered))
         self._worker.control.reset()
@@ -190,6 +205,11 @@ class Keeper:
         for (group, slot), ordinal in delivered.items():
             segments[group][ordinal] = self.segments[group, slot]
         return {group: self._means.where(group, by_ordinal) for group, by_ordinal in segments.items()}
+
+    def view(self) -> WorkerView:
+        """What it does, for whoever wonders why nothing moves. For any thread."""
+        doing = self._worker.where() if self._serving else "not serving: it is being started or has ended"
+        return WorkerView(self.name, self.pid, doing, len(self._outstanding), sum(self._worker.beats))
 
     # -- end -------------------------------------------------------------------------------------------------------
 

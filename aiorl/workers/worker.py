@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from aiorl.errors import ReproductionError, WorkerError
+from aiorl.errors import WorkerError
 from aiorl.workers.launch import Launcher, WorkerProcess
 from aiorl.workers.memory import dup_for_child
 from aiorl.workers.program import Control, Counter, Phase, Pipes, StationSetup, main, prepare
@@ -23,11 +23,10 @@ ORPHAN_GRACE_S = 0.4  # for a process to notice that nobody waits for it any mor
 
 
 class Fault(NamedTuple):
-    """What ended a worker or makes it useless: the error, its cause in one line, and whether it would only come again."""
+    """What ended a worker or makes it useless: the error, and its cause in one line."""
 
     error: WorkerError
     reason: str
-    final: bool = False
 
 
 class Worker:
@@ -109,6 +108,11 @@ class Worker:
                 self._on_record(record)
         return bool(data)
 
+    def take_in(self) -> None:
+        """Hear every doorbell that has rung, also before the loop gets round to it."""
+        while self._receive():
+            pass
+
     @property
     def beats(self) -> tuple[int, int]:
         """Changes with every environment step that the worker finishes."""
@@ -139,8 +143,7 @@ class Worker:
             loop.remove_reader(self._process.sentinel)
             return
         loop.remove_reader(self._process.sentinel)
-        while self._receive():  # doorbells rung before it died still count
-            pass
+        self.take_in()  # doorbells rung before it died still count
         self.fault = self._last_words(exitcode)
         if not self.ready.done():
             self.ready.set_exception(self.fault.error)
@@ -153,8 +156,7 @@ class Worker:
             log = f"\n  worker log: {self.log_path}" if self.log_path else ""
             how, message = f"failed {self.where()}", words["message"]
             error = WorkerError(f"{self.name} {how}\n  {message}{log}", detail=words["detail"])
-            reason = f"{how}: {message.partition(chr(10))[0]}"
-            return Fault(error, reason, final=words["type"] == ReproductionError.__name__)
+            return Fault(error, f"{how}: {message.partition(chr(10))[0]}")
         how = f"exited with code {exitcode}"
         if exitcode < 0:
             how = f"was ended by {_signal_name(-exitcode)}"

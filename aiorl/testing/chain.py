@@ -1,0 +1,70 @@
+"""The smallest environment that tells whether a learner reads the ends of episodes rightly.
+
+Five states, shown one-hot. Episodes begin in one of the three states of `Place`, or in GOAL:
+
+    state      low action                  high action
+    TERMINATED +0.3, terminated at VOID    0, terminated at GOAL       nothing follows: low is better
+    TRUNCATED  +0.3, terminated at VOID    0, truncated at GOAL        the value of GOAL follows: high is better
+    GOES_ON    +0.3, terminated at VOID    0, on to GOAL               high is better
+    GOAL       +1, terminated at VOID      the same
+
+Every learner that looks beyond the next reward finds "high" in GOES_ON. If it then acts the same in TRUNCATED and
+differently in TERMINATED, it bootstraps where it must and only there (Pardo et al., "Time Limits in Reinforcement
+Learning", ICML 2018).
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+Obs = np.ndarray[Any, np.dtype[np.float32]]
+
+SURE = 0.3
+
+
+class Place(IntEnum):
+    TERMINATED, TRUNCATED, GOES_ON, GOAL, VOID = range(5)
+
+
+class Chain(gymnasium.Env[Any, Any]):
+    """`action` is the kind of its action space: discrete, multi_discrete, multi_binary or box (from 0 on it is high)."""
+
+    def __init__(self, action: str = "discrete") -> None:
+        spaces = gymnasium.spaces
+        self.observation_space = spaces.Box(0, 1, (len(Place),), np.float32)
+        self.action_space = {
+            "discrete": lambda: spaces.Discrete(2),
+            "multi_discrete": lambda: spaces.MultiDiscrete([2]),
+            "multi_binary": lambda: spaces.MultiBinary(1),
+            "box": lambda: spaces.Box(-1, 1, (1,), np.float32),
+        }[action]()
+        self.discrete = action != "box"
+        self.place = Place.GOAL
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Obs, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.place = Place(int(self.np_random.integers(Place.VOID)))
+        return shown(self.place), {}
+
+    def step(self, action: Any) -> tuple[Obs, float, bool, bool, dict[str, Any]]:
+        place = self.place
+        high = is_high(action, discrete=self.discrete)
+        self.place = Place.GOAL if high and place is not Place.GOAL else Place.VOID
+        reward = 1.0 if place is Place.GOAL else 0.0 if high else SURE
+        truncated = high and place is Place.TRUNCATED
+        ended = place is Place.GOAL or not high or place is Place.TERMINATED
+        return shown(self.place), reward, ended and not truncated, truncated, {}
+
+
+def shown(place: Place) -> Obs:
+    return np.eye(len(Place), dtype=np.float32)[place]
+
+
+def is_high(action: Any, *, discrete: bool) -> bool:
+    """What an action of any kind means in `Chain`."""
+    value = float(np.asarray(action).reshape(-1)[0])
+    return value >= 1 if discrete else value >= 0

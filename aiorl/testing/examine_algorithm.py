@@ -1,0 +1,232 @@
+"""Trying out an algorithm: does it keep its protocols, is it exact where that is promised, does it read ends rightly?
+
+Everything is asked from outside, so it holds for any algorithm: on `aiorl.testing.chain.Chain`, which has five states.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import pickle
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import reduction
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from aiorl.algos.base import Algorithm, Learner, Policy
+from aiorl.config import Config
+from aiorl.envs.make import probe
+from aiorl.envs.spaces import Spaces
+from aiorl.envs.spec import EnvSpec
+from aiorl.errors import ConfigError
+from aiorl.learning import params_sha256
+from aiorl.run import Run, train
+from aiorl.testing import learner_checks, policy_checks
+from aiorl.testing.bench import Bench, context, copied, record
+from aiorl.testing.chain import Place, is_high, shown
+from aiorl.testing.findings import Finding, error, errors, info, sort, warning
+from aiorl.testing.plain_loop import plain_loop
+
+CHAIN = "aiorl.testing.chain:Chain"
+ACTIONS = ("discrete", "box", "multi_discrete", "multi_binary")
+
+RUN_ENVS, RUN_STEPS, RUN_ROLLOUTS, RUN_SEED = 4, 16, 6, 5
+LEARN_ENVS, LEARN_ENV_STEPS, LEARN_SEED = 8, 16_384, 2
+
+CHECKS: tuple[Callable[[Bench], Iterator[Finding]], ...] = (
+    learner_checks.metrics, learner_checks.weights, learner_checks.repeatable, learner_checks.state,
+    learner_checks.settings, learner_checks.not_finite, policy_checks.policy,
+)  # fmt: skip
+
+
+def check_algorithm(algorithm: Algorithm | type[Algorithm], *, learning: bool = True) -> list[Finding]:
+    """Look for everything that would make a training with `algorithm` inexact, fail when resumed, or come out wrong.
+
+    `algorithm` is a configuration, or its class if the defaults will do. With `learning` it is also trained on a problem
+    of a few states, which takes seconds, to see that truncation bootstraps and termination does not. Runs in this
+    process.
+    """
+    if inspect.isclass(algorithm):
+        algorithm = cast("type[Any]", algorithm)()
+    algorithm = cast("Algorithm", algorithm)
+    if missing := list(_protocol(algorithm, Algorithm)):
+        return missing
+    try:
+        env, spaces = _environment(algorithm)
+    except ConfigError as refusal:
+        return [error("refuses-all", f"check() refuses every kind of action space, the last with: {refusal}")]
+    findings = [*_declared(algorithm), *_guarded("protocol", lambda: _halves(algorithm, spaces))]
+    if not errors(findings):
+        findings += _guarded("runs", lambda: _examine(algorithm, env, learning))
+    return sort(findings)
+
+
+def _examine(algorithm: Algorithm, env: EnvSpec, learning: bool) -> list[Finding]:
+    bench = record(algorithm, env)
+    findings: list[Finding] = []
+    for check in CHECKS:
+        findings += _guarded(check.__name__, lambda check=check: check(bench))
+    if not errors(findings):
+        findings += _in_a_thread(lambda: asyncio.run(_runs(bench)))
+        if learning:
+            findings += _guarded("ends", lambda: ends_of_episodes(algorithm, env))
+    return findings
+
+
+def _guarded(code: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """What an algorithm raises is a finding as well."""
+    try:
+        return list(check())
+    except Exception as failure:
+        return [error(code.replace("_", "-"), f"raised {type(failure).__name__}: {failure}")]
+
+
+# -- the form ----------------------------------------------------------------------------------------------------------
+
+
+def _protocol(thing: Any, protocol: Any) -> Iterator[Finding]:
+    names = {*vars(protocol), *inspect.get_annotations(protocol)}
+    if missing := sorted(name for name in names if not name.startswith("_") and not hasattr(thing, name)):
+        kind = protocol.__name__
+        yield error(
+            "protocol", f"{type(thing).__name__} has no {', '.join(missing)}", f"see {kind} in aiorl/algos/base.py"
+        )
+
+
+def _halves(algorithm: Algorithm, spaces: Spaces) -> Iterator[Finding]:
+    yield from _protocol(algorithm.policy(spaces), Policy)
+    yield from _protocol(algorithm.learner(spaces, context()), Learner)
+
+
+def _environment(algorithm: Algorithm) -> tuple[EnvSpec, Spaces]:
+    """The chain with the first kind of actions that the algorithm takes. Raises ConfigError if it takes none."""
+    refusal = ""
+    for action in ACTIONS:
+        spec = EnvSpec(CHAIN, {"action": action}, CHAIN)
+        spaces = probe(spec).spaces
+        try:
+            algorithm.check(spaces)
+        except (ConfigError, AssertionError) as no:
+            refusal = str(no)
+        else:
+            return spec, spaces
+    raise ConfigError(refusal)
+
+
+def _declared(algorithm: Algorithm) -> Iterator[Finding]:
+    if not isinstance(algorithm.corrects_staleness, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+        yield error(
+            "corrects-staleness", f"corrects_staleness is {algorithm.corrects_staleness!r}, expected True or False"
+        )
+    length = algorithm.default_segment_length
+    if not isinstance(length, int) or length < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        yield error("segment-length", f"default_segment_length is {length!r}, expected a whole number of steps")
+    try:
+        reduction.ForkingPickler.dumps(algorithm)
+    except (pickle.PicklingError, TypeError, AttributeError) as failure:
+        yield error(
+            "importable",
+            f"the configuration cannot be sent to a worker: {failure}",
+            "define its class at the top level of a module",
+        )
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------------
+
+
+async def _runs(bench: Bench) -> list[Finding]:
+    """In this process, without workers: equal to the plain loop, and to itself when it is stopped and resumed."""
+    with tempfile.TemporaryDirectory(prefix="aiorl-check-") as directory:
+        whole = ""
+        for degree in [0, 2] if bench.algorithm.corrects_staleness else [0]:
+            result = await train(_config(bench, Path(directory) / f"degree-{degree}", degree))
+            learner = plain_loop(
+                bench.algorithm, bench.env, envs=RUN_ENVS, group_size=2, steps=RUN_STEPS, seed=RUN_SEED,
+                rollouts=RUN_ROLLOUTS, degree=degree, warmup=RUN_STEPS,
+            )  # fmt: skip
+            whole = whole or result.params_sha256
+            if params_sha256(learner.weights()) != result.params_sha256:
+                return [error(
+                    "not-serial",
+                    f"a run at off_policy_degree {degree} does not end where the plain loop ends",
+                    "something depends on more than seed, weights and rollouts: on time, threads, or what instances share",
+                )]  # fmt: skip
+        halves = _config(bench, Path(directory) / "halves", 0)
+        async with Run(halves) as run:
+            async for event in run:
+                if event.version >= RUN_ROLLOUTS // 2:
+                    run.stop(final_evaluation=False)
+        if (await train(halves, resume=run.directory)).params_sha256 != whole:
+            return [error(
+                "not-resumable",
+                "a run that was stopped and resumed does not end where one without a stop ends",
+                "something is missing from state_dict, or changes on its way through a file",
+            )]  # fmt: skip
+    return []
+
+
+def _config(bench: Bench, out: Path, degree: int) -> Config:
+    return Config(
+        env=CHAIN, env_kwargs=dict(bench.env.kwargs), algo=bench.algorithm, seed=RUN_SEED, envs=RUN_ENVS, group_size=2,
+        workers=0, segment_length=RUN_STEPS, total_steps=RUN_ROLLOUTS * RUN_STEPS * RUN_ENVS, off_policy_degree=degree,
+        warmup=RUN_STEPS, eval_every=0, eval_episodes=1, checkpoint_every=0, out=str(out),
+    )  # fmt: skip
+
+
+def _in_a_thread(work: Callable[[], list[Finding]]) -> list[Finding]:
+    """The caller may be inside an event loop, where no other can run."""
+    results: list[list[Finding]] = []
+    thread = threading.Thread(target=lambda: results.append(_guarded("run", work)), name="aiorl-check")
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+# -- learning ----------------------------------------------------------------------------------------------------------
+
+
+def ends_of_episodes(algorithm: Algorithm, env: EnvSpec) -> Iterator[Finding]:
+    """Train on the chain and look at what it then does in the three places that tell."""
+    high = _learned(algorithm, env)
+    if not high[Place.GOES_ON]:
+        yield warning(
+            "no-foresight",
+            f"in {LEARN_ENV_STEPS:,} steps it did not learn to wait one step for a larger reward",
+            "right if it only looks at the next reward (then nothing can be said about ends of episodes)",
+        )
+        return
+    if high[Place.TERMINATED]:
+        yield error(
+            "bootstraps-termination",
+            "it expects reward after a termination",
+            "the value of what follows is 0 where `terminated` is True",
+        )
+    if not high[Place.TRUNCATED]:
+        yield error(
+            "cuts-truncation",
+            "it takes a truncation for the end of everything",
+            "where `truncated` is True, add the discounted value of rollout.next_obs(), the true last observation",
+        )
+    if high[Place.TRUNCATED] and not high[Place.TERMINATED]:
+        yield info("ends", "truncation bootstraps, termination does not")
+
+
+def _learned(algorithm: Algorithm, env: EnvSpec) -> dict[Place, bool]:
+    """Where the deterministic policy chooses "high" after a short training."""
+    steps = min(64, algorithm.default_segment_length)
+    learner = plain_loop(
+        algorithm, env, envs=LEARN_ENVS, group_size=LEARN_ENVS, steps=steps, seed=LEARN_SEED,
+        rollouts=LEARN_ENV_STEPS // (LEARN_ENVS * steps), degree=0,
+    )  # fmt: skip
+    spaces = probe(env).spaces
+    policy = algorithm.policy(spaces)
+    places = [Place.TERMINATED, Place.TRUNCATED, Place.GOES_ON]
+    policy.begin(copied(learner.weights()), 0, None, 1)
+    obs = {spaces.observation[0].name: np.stack([shown(place) for place in places])}
+    actions, _ = policy.act(obs, np.ones(len(places), bool))
+    discrete = spaces.action.kind != "box"
+    return {place: is_high(action, discrete=discrete) for place, action in zip(places, actions, strict=True)}

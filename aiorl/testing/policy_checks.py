@@ -1,0 +1,89 @@
+"""What a policy does when it is handled as a worker handles it: one check for each clause of its protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from aiorl.algos.base import Policy, Weights
+from aiorl.segments import Array
+from aiorl.testing.bench import ENVS, HALF, SEED, STEPS, Bench, copied, same
+from aiorl.testing.chance import watched
+from aiorl.testing.findings import Finding, error, warning
+
+
+def policy(bench: Bench) -> Iterator[Finding]:
+    """Its weights lie in memory that others read, its observations in a segment; its chance is its generator's."""
+    recorded = bench.tape[-1].rollout()
+    obs = {name: leaf[0].copy() for name, leaf in recorded.obs.items()}
+    fixed = copied(bench.trained(HALF).weights())
+    for array in fixed.values():
+        array.flags.writeable = False
+    used: set[str] = set()
+    shown = {name: leaf.copy() for name, leaf in obs.items()}
+    try:
+        with watched(used):
+            greedy, _ = _act(bench, fixed, shown, None)
+            drawn, extras = _act(bench, fixed, shown, SEED)
+    except ValueError as failure:
+        if "read-only" not in str(failure):
+            raise
+        yield error(
+            "writes-weights", "the policy writes into its weights, which other workers act with", "work on a copy"
+        )
+        return
+    if used:
+        yield error(
+            "global-chance",
+            f"the policy uses the global generator of {', '.join(sorted(used))}",
+            "draw from begin's rng only",
+        )
+    if not same(obs, shown):
+        yield error(
+            "writes-obs", "the policy writes into its observations, which are stored as they are", "work on a copy"
+        )
+    again, more = _act(bench, fixed, obs, SEED)
+    if not (same({"a": drawn, **extras}, {"a": again, **more})):
+        yield error("not-repeatable", "with the same weights, observations and generator the policy acts differently")
+    if not same({"a": greedy}, {"a": _act(bench, fixed, obs, None)[0]}):
+        yield error(
+            "not-deterministic",
+            "with rng = None the policy acts differently at the second time",
+            "take the most likely action",
+        )
+    yield from _dtypes(bench, drawn, extras)
+
+
+def _act(
+    bench: Bench, weights: Weights, obs: Mapping[str, Array], seed: int | None
+) -> tuple[Array, Mapping[str, Array]]:
+    acting: Policy = bench.algorithm.policy(bench.spaces)
+    acting.begin(weights, 0, None if seed is None else np.random.default_rng(seed), STEPS)
+    actions, extras = acting.act(obs, np.ones(ENVS, bool))
+    return np.array(actions), {name: np.array(value) for name, value in extras.items()}
+
+
+def _dtypes(bench: Bench, actions: Array, extras: Mapping[str, Array]) -> Iterator[Finding]:
+    """Values are cast into their columns: what would be lost on the way is a mistake."""
+    columns = {"action": bench.spaces.action_column, **bench.algorithm.columns(bench.spaces)}
+    given = {"action": actions, **extras}
+    for name, column in columns.items():
+        if name not in given:
+            yield error("columns", f"act() returns no {name!r}, which columns() declares")
+            continue
+        value, declared = given[name], np.dtype(column.dtype)
+        if value.shape != (ENVS, *column.shape):
+            yield error("columns", f"act() returns {name!r} of shape {value.shape}, expected {(ENVS, *column.shape)}")
+        elif not np.can_cast(value.dtype, declared, "same_kind"):
+            yield error(
+                "dtype",
+                f"act() returns {name!r} as {value.dtype}, which cannot be stored as {declared} without loss",
+            )
+        elif value.dtype.kind == "f" and not np.isfinite(value).all():
+            yield error("dtype", f"act() returns {name!r} that is not finite")
+        elif not np.can_cast(value.dtype, declared, "safe"):
+            yield warning(
+                "dtype",
+                f"act() returns {name!r} as {value.dtype}; stored, it is rounded to {declared}: declare or return the other",
+            )

@@ -1,0 +1,654 @@
+"""The fault catalogue, part 1: workers (F1-F8, F11, F12) and the loop (F19-F22). Each test is named by its row.
+
+Real processes and real signals where the row says so; the deadlines in seconds are those of the rows, which leave room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kills import kill, until, workers_of
+from sims import Folder
+from toys import Toy
+
+import aiorl
+from aiorl import loops
+from aiorl.channel import Channel, Closed
+from aiorl.cli import main as cli
+from aiorl.cli.session import run_async
+from aiorl.metrics.directory import RunFiles
+from aiorl.testing import LEDGER_ENV, Mark, Pace, Recording, check_laws, explore, simulate
+from aiorl.workers import memory
+from aiorl.workers.launch import Launcher
+from aiorl.workers.pool import ProcessWorkers
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, and workers need POSIX")
+
+HERE = Path(__file__).parent
+WORKERS, ENVS = 8, 16
+FIVE_TIMES = [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 5))]
+Make = Callable[..., aiorl.Config]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Make:
+    """The common set-up of the catalogue, a little shorter; with `deaths` the environments are `run_envs.Mortal`."""
+    count = iter(range(100))
+
+    def make(deaths: list[tuple[str, int]] | None = None, **changes: Any) -> aiorl.Config:
+        out = tmp_path / str(next(count))
+        fields: dict[str, Any] = {
+            "env": LEDGER_ENV, "algo": Recording.of(Mark()), "total_steps": 20_000, "envs": ENVS, "group_size": 2,
+            "segment_length": 32, "workers": WORKERS, "off_policy_degree": 2, "eval_every": 0, "eval_episodes": 4,
+            "checkpoint_every": 0, "out": str(out),
+        }  # fmt: skip
+        if deaths is not None:
+            marks = tmp_path / f"marks {out.name}" / str(os.getpid())
+            marks.mkdir(parents=True)
+            fields["env"] = "run_envs:Mortal"
+            fields["env_kwargs"] = {"marks": str(marks), "deaths": [list(d) for d in deaths], "length": 20}
+        return aiorl.Config(**{**fields, **changes})
+
+    return make
+
+
+@pytest.fixture
+def cli_loop() -> None:
+    """libuv makes a pipe for signals at its first loop, and keeps it: no leak of the test that happens to be the first."""
+    run_async(asyncio.sleep(0))
+
+
+async def stored(run: aiorl.Run, steps: int) -> None:
+    """Wait until so many transitions are stored."""
+    await anext(e async for e in run.events() if isinstance(e, aiorl.Updated) and e.env_steps >= steps)
+
+
+async def next_update(run: aiorl.Run) -> None:
+    version = run.status().version
+    await until(lambda: run.status().version > version or run.status().state not in ("training", "waiting for data"))
+
+
+def restarts(events: list[Any]) -> list[aiorl.WorkerRestarted]:
+    return [event for event in events if isinstance(event, aiorl.WorkerRestarted)]
+
+
+# -- workers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", FIVE_TIMES)
+async def test_f01_sigkill_of_one_worker(config: Make, no_leaks: None, seed: int) -> None:
+    """Noticed within 100 ms, training goes on within 2 s, nothing lost, nothing twice."""
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(60), aiorl.Run(config(total_steps=10**7)) as run:
+        seen = run.events(10**6)
+        await stored(run, random.Random(seed).randint(1000, 6000))
+        victim = workers_of(run)._keepers[3]
+        worker = victim._worker
+        assert victim.pid is not None
+        death = asyncio.ensure_future(asyncio.to_thread(_time_of_death, victim.pid))
+        await asyncio.sleep(0.05)  # for the thread to look
+        begun_s = loop.time()
+        kill(victim.pid)
+        async with asyncio.timeout(5):
+            await worker.ended.wait()
+        noticed_s = loop.time()
+        assert noticed_s - await death <= 0.1, "noticed too late"
+        await next_update(run)
+        assert loop.time() - begun_s <= 2.0, "training went on too late"
+        await until(lambda: victim.restarts == 1)
+        before = victim._worker.beats
+        await until(lambda: victim._worker.beats != before)
+        assert loop.time() - begun_s <= 5.0, "the worker was back too late"
+        await next_update(run)
+        run.stop(final_evaluation=False)
+        await run.wait()
+    (back,) = restarts([event async for event in seen])
+    assert back.worker == "worker 3"
+    assert "SIGKILL" in back.reason
+    assert set(run.result.dropped) <= {"stopped"}, "a kill loses nothing: the segment is collected again"
+    check_laws(run)
+
+
+def _time_of_death(pid: int) -> float:
+    """When the kernel had ended a process: on a busy machine that comes some time after the signal."""
+    import select
+
+    fd = os.pidfd_open(pid)
+    select.select([fd], [], [], 10)
+    died_s = time.monotonic()
+    os.close(fd)
+    return died_s
+
+
+@pytest.mark.parametrize("seed", FIVE_TIMES)
+async def test_f02_sigkill_of_all_workers(config: Make, no_leaks: None, seed: int) -> None:
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(60), aiorl.Run(config(total_steps=10**7)) as run:
+        seen = run.events(10**6)
+        await stored(run, random.Random(seed).randint(1000, 6000))
+        version, begun_s = run.status().version, loop.time()
+        for pid in workers_of(run).pids:
+            kill(pid)
+        await until(lambda: run.status().version > version + 3)  # more than had been collected by then
+        assert loop.time() - begun_s <= 5.0
+        run.stop(final_evaluation=False)
+        await run.wait()
+    assert {e.worker for e in restarts([event async for event in seen])} >= {f"worker {i}" for i in range(WORKERS)}
+    check_laws(run)
+
+
+async def test_f03_out_of_memory_raised(config: Make, no_leaks: None) -> None:
+    changes = {"env": "run_envs:Hungry", "algo": Toy(), "total_steps": 3000, "workers": 2}
+    setting = config([("raise", 57)], **{k: v for k, v in changes.items() if k != "env"}).replace(env=changes["env"])
+    async with asyncio.timeout(60), aiorl.Run(setting) as run:
+        events = [event async for event in run]
+    (back,) = restarts(events)
+    assert re.search(r"failed in rollout 1, .*environment \d+, step \d+ of episode \d+: .*MemoryError", back.reason)
+    assert run.result.status == "completed"
+    assert run.result.dropped == {}
+
+
+async def test_f03_killed_for_memory(config: Make, no_leaks: None) -> None:
+    """As the kernel does it."""
+    async with asyncio.timeout(60), aiorl.Run(config([("kill", 57)], algo=Toy(), total_steps=3000)) as run:
+        events = [event async for event in run]
+    (back,) = restarts(events)
+    assert "SIGKILL (possibly out of memory)" in back.reason
+    assert (run.result.status, run.result.dropped) == ("completed", {})
+
+
+def test_f04_an_environment_that_can_never_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cli_loop: None, no_leaks: None
+) -> None:
+    begun_s, made = time.monotonic(), []
+    make = Launcher.process
+    monkeypatch.setattr(Launcher, "process", lambda *args: made.append(args) or make(*args))
+    out = tmp_path / "run"
+    words = ["train", "run_envs:BadStart", "--env-kwargs", f"pid={os.getpid()}", "--envs", "16", "--group-size", "2"]
+    assert cli([*words, "--workers", "8", "--progress", "none", "--out", str(out)]) == 1
+    assert time.monotonic() - begun_s <= 10
+    assert len(made) <= WORKERS + 3
+    said = capsys.readouterr().err
+    assert "no licence file" in said
+    assert len(said.strip().splitlines()) <= 3
+    text = (out / "error.txt").read_text()
+    assert "BadStart" in text or "run_envs.py" in text, "the original traceback is lost"
+    assert 'raise FileNotFoundError("no licence file")' in text
+
+
+@pytest.mark.parametrize("env", ["Mortal", pytest.param("Deaf", marks=pytest.mark.long)])
+async def test_f05_a_step_that_never_ends(config: Make, no_leaks: None, env: str) -> None:
+    setting = config([("hang", 57)], algo=Toy(), total_steps=3000, workers=2, step_timeout_s=2.0)
+    async with asyncio.timeout(60), aiorl.Run(setting.replace(env=f"run_envs:{env}")) as run:
+        events = [event async for event in run]
+    (back,) = restarts(events)
+    found = re.search(r"has not finished a step for (.*) s in rollout 1, step \d+ of the segment, environments", back.reason)
+    assert found
+    assert 2.0 <= float(found[1]) <= 3.0
+    assert back.seconds_down <= (2.5 if env == "Deaf" else 2.0), "5 s in all, with those until it was noticed"
+    assert (run.result.status, run.result.dropped) == ("completed", {})
+
+
+PROGRAM = """
+import asyncio, sys
+sys.path[:0] = sys.argv[2:]
+import aiorl
+from toys import Toy
+async def main():
+    config = aiorl.Config(env="run_envs:Counting", algo=Toy(), total_steps=10**8, envs=8, group_size=2, workers=4,
+                          eval_every=0, checkpoint_every=500, out=sys.argv[1])
+    async with aiorl.Run(config) as run:
+        async for event in run.events():
+            if isinstance(event, aiorl.Checkpointed):
+                print("READY", flush=True)
+asyncio.run(main())
+"""
+
+
+def test_f06_sigkill_of_the_parent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No descendants after 2 s; the run says that it was killed, goes on from its checkpoint, and the leftovers are gone."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    temporary, out = tmp_path / "tmp", tmp_path / "runs" / "one"
+    temporary.mkdir()
+    command = [sys.executable, str(tmp_path / "program.py"), str(out), str(HERE), str(HERE.parent)]
+    blocks = set(Path("/dev/shm").glob("aiorl*")) if Path("/dev/shm").is_dir() else set()
+    environ = {**os.environ, "TMPDIR": str(temporary)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "READY\n"
+        descendants = list(_descendants(parent.pid))
+        assert len(descendants) >= 5, "fewer than the workers"
+        assert cli(["runs", str(tmp_path / "runs")]) == 0
+        assert " running " in capsys.readouterr().out
+        assert cli(["resume", str(out), "--progress", "none"]) == 2, "two processes must not write to one directory"
+        assert f"is in use by process {parent.pid}" in capsys.readouterr().err
+        parent.send_signal(signal.SIGKILL)
+    ended_s = time.monotonic()
+    for pid in descendants:
+        _wait_until_gone(pid, 2.0 - (time.monotonic() - ended_s))
+    assert {p for p in Path("/dev/shm").glob("aiorl*") if "test" not in p.name} <= blocks
+    assert cli(["runs", str(tmp_path / "runs")]) == 0
+    assert " killed " in capsys.readouterr().out
+
+    (out / ".config.toml.tmp").touch()  # as if it had been killed while writing it
+    left = list(temporary.glob("pymp-*"))
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    monkeypatch.syspath_prepend(str(HERE))
+    steps = json.loads(next(iter(sorted(out.glob("checkpoints/*/manifest.json"))[-1:])).read_text())["env_steps"]
+    assert cli(["resume", str(out), "--steps", str(steps + 200), "--progress", "plain"]) == 0
+    assert f"the last session was killed: going on from its checkpoint at {steps} env steps" in capsys.readouterr().err
+    assert not any(path.exists() for path in left), "the folder with its sockets is still there"
+    assert not list(out.rglob("*.tmp"))
+    assert not (out / "run.lock").exists()
+    assert cli(["runs", str(tmp_path / "runs")]) == 0
+    assert " completed " in capsys.readouterr().out
+
+
+def _descendants(pid: int) -> Iterator[int]:
+    for listing in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, listing.read_text().split()):
+            if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes():
+                yield child
+                yield from _descendants(child)
+
+
+def _wait_until_gone(pid: int, timeout_s: float) -> None:
+    import select
+
+    with contextlib.suppress(ProcessLookupError):
+        fd = os.pidfd_open(pid)
+        ready, _, _ = select.select([fd], [], [], max(0.0, timeout_s))
+        os.close(fd)
+        assert ready, f"process {pid} outlived its parent"
+
+
+class Program:
+    """`aiorl train` in a process group of its own, in the middle of training."""
+
+    def __init__(self, folder: Path, *words: str, algo: str = "toys:Toy") -> None:
+        self.out, self.made = folder / "run", folder / "made"
+        self.made.mkdir()
+        path = os.pathsep.join([str(HERE), str(HERE.parent)])
+        command = [
+            sys.executable, "-m", "aiorl", "train", "run_envs:Closing", "--env-kwargs", f"folder={self.made}",
+            "--algo", algo,
+            "--steps", "100M", "--envs", "8", "--group-size", "2", "--workers", "2", "--out", str(self.out), *words,
+        ]  # fmt: skip
+        self.process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
+        self.wait_for("updated")
+
+    def wait_for(self, event: str, count: int = 1) -> None:
+        """Until the run has told of so many events of a kind."""
+        end_s = time.monotonic() + 30
+        while self.told(event) < count:
+            assert self.process.poll() is None, self.process.communicate()[1]
+            assert time.monotonic() < end_s, f"no {event}"
+            time.sleep(0.01)  # for a file that another process writes
+
+    def told(self, event: str) -> int:
+        path = self.out / "events.jsonl"
+        return path.read_text().count(f'"event":"{event}"') if path.exists() else 0
+
+    def ended(self) -> tuple[int, list[str], float]:
+        """Exit code, lines on stderr, and the seconds it took from now."""
+        begun_s = time.monotonic()
+        _, text = self.process.communicate(timeout=30)
+        return self.process.returncode, text.strip().splitlines(), time.monotonic() - begun_s
+
+
+def assert_in_good_order(program: Program, descendants: list[int], code: int) -> None:
+    got, lines, took_s = program.ended()
+    assert (got, took_s <= 6.0) == (code, True), (got, took_s, lines)
+    assert len(lines) <= 3, lines
+    for pid in descendants:
+        _wait_until_gone(pid, 2.0)
+    summary = json.loads((program.out / "summary.json").read_text())
+    assert summary["status"] == "stopped"
+    ledger = summary["ledger"]
+    assert ledger["produced"] == ledger["stored"] + ledger["dropped"]
+    versions = [int(path.name) for path in (program.out / "checkpoints").iterdir()]
+    assert max(versions) == summary["updates"], "the last update was not saved"
+    closed = [path.read_text() for path in program.made.iterdir()]
+    assert set(closed) == {"closed\n"}, "every environment is to be closed once"
+    assert not (program.out / "run.lock").exists()
+
+
+@pytest.mark.parametrize("progress", ["none", pytest.param("plain", marks=pytest.mark.long)])
+def test_f07_ctrl_c(tmp_path: Path, progress: str) -> None:
+    program = Program(tmp_path, "--progress", progress)
+    if progress == "plain":
+        assert program.process.stderr is not None
+        program.process.stderr.readline()  # the heading is no part of the end
+    descendants = list(_descendants(program.process.pid))
+    os.killpg(program.process.pid, signal.SIGINT)
+    assert_in_good_order(program, descendants, 130)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)]
+)
+def test_f08_a_signal_to_the_parent_only(tmp_path: Path, number: int, code: int) -> None:
+    program = Program(tmp_path, "--progress", "none")
+    descendants = list(_descendants(program.process.pid))
+    program.process.send_signal(number)
+    assert_in_good_order(program, descendants, code)
+
+
+@pytest.mark.long
+def test_f07_ctrl_c_twice(tmp_path: Path) -> None:
+    program = Program(tmp_path, "--progress", "none")
+    descendants = list(_descendants(program.process.pid))
+    for _ in range(2):
+        os.killpg(program.process.pid, signal.SIGINT)
+        time.sleep(0.05)  # two signals of one kind at once are one
+    code, lines, took_s = program.ended()
+    assert (code, took_s <= 6.0, len(lines) <= 3) == (130, True, True), (took_s, lines)
+    for pid in descendants:
+        _wait_until_gone(pid, 2.0)
+
+
+@pytest.mark.long
+def test_f07_ctrl_c_in_an_update_that_takes_for_ever(tmp_path: Path) -> None:
+    """Good order has a deadline."""
+    program = Program(tmp_path, "--progress", "none", "--shutdown-timeout", "1.5", algo="test_watchdog:Slow")
+    program.wait_for("updated", 3)
+    os.killpg(program.process.pid, signal.SIGINT)
+    code, lines, took_s = program.ended()
+    assert (code, len(lines) <= 3) == (130, True), lines
+    assert 1.0 <= took_s <= 3.5, "it was waited for"
+    assert "what was not saved is lost" in lines[-1]
+
+
+@pytest.mark.long
+def test_f07_ctrl_c_at_any_moment_of_the_start(tmp_path: Path) -> None:
+    for number, delay_s in enumerate((0.2, 0.6, 0.9, 1.2, 1.5, 1.8, 2.1)):
+        out = tmp_path / str(number)
+        command = [sys.executable, "-m", "aiorl", "train", "CartPole-v1", "--workers", "4", "--progress", "none"]
+        with subprocess.Popen(
+            [*command, "--steps", "100M", "--out", str(out)],
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True, cwd=HERE.parent,
+        ) as process:  # fmt: skip
+            time.sleep(delay_s)  # the moment is the point
+            os.killpg(process.pid, signal.SIGINT)
+            _, text = process.communicate(timeout=30)
+        if delay_s > 0.5:  # before that Python itself may still be starting
+            assert (process.returncode, len(text.strip().splitlines()) <= 3) == (130, True), (delay_s, text)
+
+
+@pytest.mark.long
+def test_a_loop_that_is_blocked_for_good_ends_the_program(tmp_path: Path) -> None:
+    """Nobody reads its output: the print blocks the loop, which can notice nothing any more. The watchdog's thread does."""
+    command = [
+        sys.executable, "-m", "aiorl", "train", "CartPole-v1", "--steps", "100M", "--workers", "2", "--progress", "json",
+        "--out", str(tmp_path / "run"), "--step-timeout", "1", "--start-timeout", "5", "--stall-timeout", "5.5",
+        "--eval-every", "0",
+    ]  # fmt: skip
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE.parent, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert "started" in process.stdout.readline()
+        descendants = list(_descendants(process.pid))
+        said = process.stderr.read()  # nobody reads stdout
+        assert process.wait(30) == 1
+    assert "the event loop has been blocked for" in said
+    assert "(show)" in said, "the line that blocks it"
+    assert re.search(r"^  train +(waits for|in update)", said, re.M)
+    assert re.search(r"^  worker 0 \(process \d+\) ", said, re.M)
+    assert (tmp_path / "run" / "stall.txt").read_text() in said
+    for pid in descendants:
+        _wait_until_gone(pid, 2.0)
+
+
+@pytest.mark.long
+def test_sigusr1_saves_and_training_goes_on(tmp_path: Path) -> None:
+    program = Program(tmp_path, "--progress", "none", "--checkpoint-every", "0")
+    for count in (1, 2):
+        program.process.send_signal(signal.SIGUSR1)
+        program.wait_for("checkpointed", count)
+    before = program.told("updated")
+    program.wait_for("updated", before + 1)
+    program.process.send_signal(signal.SIGTERM)
+    assert program.ended()[0] == 143
+
+
+async def test_cancelling_the_task_around_a_run_is_like_a_stop(config: Make, no_leaks: None) -> None:
+    runs: list[aiorl.Run] = []
+
+    async def host() -> None:
+        async with aiorl.Run(config(algo=Toy(), env="run_envs:Counting", workers=2, total_steps=10**7)) as run:
+            runs.append(run)
+            await run.wait()
+
+    task = asyncio.ensure_future(host())
+    await until(lambda: runs and runs[0].status().version > 3)
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    (run,) = runs
+    assert run.result.status == "stopped"
+    assert aiorl.load(run.directory, which="latest", algo=Toy).version == run.result.updates, "nothing was saved at the end"
+
+
+# -- what is refused before anything is started ------------------------------------------------------------------------
+
+
+def test_f11_an_environment_that_workers_cannot_import(
+    tmp_path: Path, config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from run_envs import Counting
+
+    class Local(Counting):
+        pass
+
+    def never(*_: Any) -> None:
+        pytest.fail("a process was started")
+
+    monkeypatch.setattr(Launcher, "process", never)
+    monkeypatch.setattr(Launcher, "warm_up", never)
+    for env in (lambda: Counting(), Local):  # noqa: PLW0108  # the lambda is the point
+        begun_s = time.monotonic()
+        with pytest.raises(aiorl.ConfigError, match=r"workers cannot import (a lambda|Local)"):
+            asyncio.run(aiorl.train(config(env=env, algo=Toy())))
+        assert time.monotonic() - begun_s <= 1.0
+    program = tmp_path / "unguarded.py"
+    program.write_text(
+        "import asyncio, sys\n"
+        f"sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]\n"
+        "print('ONCE', flush=True)\n"
+        "import aiorl\nfrom toys import Toy\nfrom run_envs import Counting\n"
+        "class Mine(Counting): pass\n"
+        f"asyncio.run(aiorl.train(aiorl.Config(env=Mine, algo=Toy(), workers=2, out={str(tmp_path / 'x')!r})))\n"
+    )
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=30)
+    assert done.stdout == "ONCE\n", "workers ran the program again"
+    assert "aiorl.errors.ConfigError" in done.stderr
+    assert "__main__" in done.stderr
+
+
+def test_f12_no_shared_memory_and_too_few_descriptors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cli_loop: None, no_leaks: None
+) -> None:
+    words = ["train", "CartPole-v1", "--envs", "32", "--group-size", "2", "--workers", "4", "--progress", "none"]
+    begun_s = time.monotonic()
+    assert cli([*words, "--memory-gb", "0.00001", "--out", str(tmp_path / "a")]) == 2
+    assert re.search(r"need .* GiB of shared memory, the limit is", capsys.readouterr().err)
+
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(memory.os, "ftruncate", full)
+    assert cli([*words, "--out", str(tmp_path / "b")]) == 2
+    said = capsys.readouterr().err
+    assert "MiB of shared memory cannot be had: No space left on device" in said
+    assert "MiB of memory are available" in said
+    monkeypatch.undo()
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        assert cli([*words, "--out", str(tmp_path / "c")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert re.search(r"need about \d+ open files, the limit is 64", capsys.readouterr().err)
+    assert time.monotonic() - begun_s <= 9.0, "3 s each"
+
+
+# -- the loop ----------------------------------------------------------------------------------------------------------
+
+
+def hog() -> None:
+    end_s = time.perf_counter() + 0.5
+    while time.perf_counter() < end_s:  # the fault itself
+        pass
+
+
+@pytest.mark.parametrize("step_timeout_s", [60.0, 0.3])
+async def test_f19_a_callback_that_blocks_the_loop(config: Make, no_leaks: None, step_timeout_s: float) -> None:
+    loop = asyncio.get_running_loop()
+    setting = config(total_steps=10**7, workers=2, step_timeout_s=step_timeout_s)
+    async with asyncio.timeout(60), aiorl.Run(setting) as run:
+        seen = run.events(10**6)
+        for _ in range(5):
+            await next_update(run)
+            loop.call_soon(hog)
+            await asyncio.sleep(0.2)
+        run.stop(final_evaluation=False)
+        await run.wait()
+    events = [event async for event in seen]
+    told = [e.message for e in events if isinstance(e, aiorl.Warned) and "was blocked" in e.message]
+    mine = [text for text in told if "test_catalogue_workers.py" in text and "(hog)" in text]
+    assert 4 <= len(mine) <= 6, told
+    assert all(re.search(r"blocked for 0\.[4-9]\d s", text) for text in mine), mine
+    assert restarts(events) == [], "a worker was judged by a loop that was late"
+
+
+async def test_f19_the_whole_program_is_stopped_for_a_while(tmp_path: Path) -> None:
+    """Ctrl-Z and fg: nobody is hung, nothing has stalled."""
+    program = Program(tmp_path, "--progress", "none", "--step-timeout", "0.4")
+    os.killpg(program.process.pid, signal.SIGSTOP)
+    await asyncio.sleep(1.5)
+    os.killpg(program.process.pid, signal.SIGCONT)
+    before = program.told("updated")
+    program.wait_for("updated", before + 50)
+    assert program.told("worker_restarted") == 0
+    program.process.send_signal(signal.SIGTERM)
+    assert program.ended()[0] == 143
+
+
+def _boom(*_: Any, **__: Any) -> Any:
+    raise ArithmeticError("boom")
+
+
+async def _boom_later(*_: Any, **__: Any) -> Any:
+    await asyncio.sleep(0.05)
+    raise ArithmeticError("boom")
+
+
+@pytest.mark.parametrize("where", ["update", "evaluation", "drain", "files"])
+async def test_f20_an_exception_anywhere_ends_the_run(
+    config: Make, no_leaks: None, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    loop, unheard = asyncio.get_running_loop(), []
+    loop.set_exception_handler(lambda _, context: unheard.append(context))
+    begun_s = None
+    if where == "evaluation":
+        monkeypatch.setattr(ProcessWorkers, "evaluate", _boom_later)
+    if where == "drain":
+        monkeypatch.setattr(loops, "drain", _boom_later)
+    if where == "files":
+        monkeypatch.setattr(RunFiles, "write", _boom)
+    algo = Toy(fail_at=3) if where == "update" else Toy()
+    async with aiorl.Run(config(algo=algo, env="run_envs:Counting", workers=2, eval_every=200, total_steps=10**7)) as run:
+        begun_s = loop.time()
+        with pytest.raises(aiorl.AiorlError, match=r"planned failure|boom") as caught:
+            async with asyncio.timeout(10):
+                await run.wait()
+        assert loop.time() - begun_s <= 4.0, "2 s for the end, and the time until it comes to the fault"
+    assert isinstance(caught.value.__cause__, RuntimeError | ArithmeticError)
+    assert run.result.status == "failed"
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    import gc
+
+    gc.collect()
+    assert unheard == []
+
+
+async def test_f21_closing_a_queue_wakes_everybody() -> None:
+    full: Channel[int] = Channel(4)
+    for item in range(4):
+        full.put_nowait(item)
+    producers = [asyncio.ensure_future(full.put(10 + i)) for i in range(8)]
+    empty: Channel[int] = Channel(4)
+    consumers = [asyncio.ensure_future(empty.get()) for _ in range(3)]
+    await asyncio.sleep(0)
+    full.close()
+    empty.close()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert all(task.done() for task in (*producers, *consumers)), "somebody sleeps on"
+    assert all(isinstance(task.exception(), Closed) for task in (*producers, *consumers))
+    assert [item async for item in full] == [0, 1, 2, 3], "what was accepted is delivered"
+
+
+@pytest.mark.parametrize(
+    "pace", [Pace(segment_s=0.02, update_s=2.0), Pace(segment_s=2.0, update_s=0.02)], ids=["slow trainer", "slow collectors"]
+)
+def test_f22_one_side_a_hundred_times_slower(pace: Pace) -> None:
+    """In virtual time. The laws know the bounds of the queues, the lag and the ratio of updates to data."""
+    folder = Folder()
+
+    def one(sim: Any) -> None:
+        simulated = sim.run(simulate(sim, folder.config(total_steps=2000, step_timeout_s=60, start_timeout_s=60), pace=pace))
+        simulated.check_laws()
+        result = simulated.run.result
+        assert (result.status, result.restarts) == ("completed", 0)
+        assert result.updates * folder.config().steps_per_rollout == result.env_steps
+
+    try:
+        explore(one, seeds=3)
+    finally:
+        folder.close()
+
+
+@pytest.mark.long
+async def test_f22_workers_that_wait_sleep(config: Make, no_leaks: None) -> None:
+    """A trainer that is busy for a while: collectors use at most 5 % of a core, memory stays as it is."""
+    from test_watchdog import Slow
+
+    setting = config(algo=Slow(), env="run_envs:Counting", workers=2, total_steps=10**7)
+    async with asyncio.timeout(60), aiorl.Run(setting) as run:
+        await until(lambda: run.status().version == 3)
+        await asyncio.sleep(1.0)  # they have filled what there is to fill
+        pids = workers_of(run).pids
+        before_s, begun_s = sum(map(_cpu_s, pids)), time.monotonic()
+        await asyncio.sleep(1.5)
+        used_s, took_s = sum(map(_cpu_s, pids)) - before_s, time.monotonic() - begun_s
+        run.stop(final_evaluation=False)
+    assert used_s <= 0.05 * took_s * len(pids)
+    assert run.result.queue["high_water"] <= run.result.queue["bound"]
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,167 @@
+"""`python -m aiorl doctor`: what it checks, how it says it, and its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aiorl.cli import main
+from aiorl.testing import machine
+from aiorl.testing.findings import Finding
+from aiorl.testing.machine import check_machine
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+FACTS = {
+    "python", "packages", "device", "cores", "threads", "memory", "shared-memory", "open-files", "clock", "workers",
+    "run-directory",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))  # other tests may be running
+
+
+def found() -> dict[str, Finding]:
+    return {f.code: f for f in check_machine()}
+
+
+def test_a_sound_machine_and_environment(capsys: pytest.CaptureFixture[str]):
+    assert main(["doctor", "CartPole-v1"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("machine\n")
+    assert "\nCartPole-v1\n" in out
+    for fact in FACTS | {"step-time", "sigterm"}:
+        assert f"  {fact} " in out
+    assert list(Path().iterdir()) == [], "looking leaves nothing behind"
+
+
+def test_a_broken_environment(capsys: pytest.CaptureFixture[str]):
+    command = ["doctor", "envs_for_tests:Broken", "--env-kwargs", "fault=raise", "kind=box"]
+    assert main(command) == 1
+    out = capsys.readouterr().out
+    assert "ERROR  contract" in out
+    assert "the simulator fell over" in out
+    assert "error" in out.splitlines()[-1]
+    assert main([*command, "--json"]) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {line["about"] for line in lines} == {"machine", "envs_for_tests:Broken"}
+    assert [line["code"] for line in lines if line["severity"] == "error"] == ["contract"]
+
+
+def test_what_to_do_stands_under_what_was_seen(capsys: pytest.CaptureFixture[str]):
+    assert main(["doctor", "envs_for_tests:ReusesBuffer"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if "reuses-obs" in line)
+    assert lines[at].index("an observation") == lines[at + 1].index("aiorl copies")
+
+
+@pytest.mark.parametrize("words", [["--nonsense"], ["CartPole-v1", "--env-kwargs", "gravity"]])
+def test_bad_usage(words: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main(["doctor", *words]) == 2
+    assert len(capsys.readouterr().err.splitlines()) <= 3
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from aiorl.cli import main; main(['doctor', '--help']); "
+        "print([m for m in ('torch', 'gymnasium', 'aiorl.testing') if m in sys.modules])"
+    )
+    root = str(Path(machine.__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": root}
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "Check this machine" in done.stdout
+
+
+# -- what may be wrong with a machine ----------------------------------------------------------------------------------
+
+
+def test_nothing_is_wrong_here_that_tests_could_run_with():
+    facts = found()
+    assert set(facts) == FACTS
+    assert not [f for f in facts.values() if f.severity == "error"]
+    assert "first worker is up after" in facts["workers"].message
+
+
+def test_few_open_files():
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (70, hard))
+    try:
+        (short,) = machine._descriptors()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (short.severity, "ulimit -n" in short.message) == ("error", True)
+
+
+@pytest.mark.parametrize(("text", "severity"), [("150000 100000\n", "warning"), ("max 100000\n", "info"), ("?", "info")])
+def test_a_quota_of_the_control_group(text: str, severity: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "cpu.max").write_text(text)
+    monkeypatch.setattr(machine, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(machine, "usable_cores", lambda: 8)
+    (cores,) = machine._cores()
+    assert cores.severity == severity
+    assert ("--workers 1" in cores.message) == (severity == "warning")
+
+
+def test_one_core_and_a_busy_machine(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "usable_cores", lambda: 1)
+    monkeypatch.setattr(machine, "CPU_QUOTA", Path("no such file"))
+    monkeypatch.setattr(os, "getloadavg", lambda: (9.0, 0.0, 0.0))
+    assert [(f.code, f.severity) for f in machine._cores()] == [("cores", "warning"), ("load", "warning")]
+
+
+@pytest.mark.parametrize(("free", "severity"), [(1 << 28, "warning"), (1 << 36, "info"), (None, "info")])
+def test_memory(free: int | None, severity: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "available_bytes", lambda: free)
+    assert [f.severity for f in machine._memory()] == [severity, "info"]
+
+
+def test_threads(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    (threads,) = machine._threads()
+    assert (threads.severity, "OMP_NUM_THREADS=4" in threads.message) == ("warning", True)
+
+
+def test_a_missing_package(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "PACKAGES", ("numpy", "no-such-package"))
+    listed, missing = machine._packages()
+    assert "numpy " in listed.message
+    assert (missing.severity, "pip install no-such-package" in missing.message) == ("error", True)
+
+
+def test_a_directory_that_cannot_be_written(tmp_path: Path):
+    (tmp_path / "runs").write_text("a file is in the way")
+    (found_,) = machine._disk(tmp_path / "runs")
+    assert (found_.severity, "--out" in found_.message) == ("error", True)
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "LITTLE_DISK", 1 << 62)
+    (found_,) = machine._disk(tmp_path / "runs")
+    assert (found_.severity, "make room" in found_.message) == ("warning", True)
+
+
+def test_workers_that_do_not_come_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "_start_one", lambda launcher, directory: (_ for _ in ()).throw(TimeoutError()))
+    (workers,) = machine._processes()
+    assert workers.severity == "error"
+
+
+def test_a_check_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch):
+    def broken() -> None:
+        raise OSError("no /proc here")
+
+    monkeypatch.setattr(machine, "_clock", broken)
+    assert "no /proc here" in next(f.message for f in check_machine() if f.severity == "error")
