@@ -8,7 +8,8 @@ both have to do is adjusted first, by short runs at degree 1, until collecting a
 c : t the wanted ratio and c + t = `--cycle-ms`. Then every degree is timed in turns, `--rounds` times. In each run
 
     wall         time per update, from one update's end to another's `--updates` later
-    c, t         median time of collecting a rollout and of an update, in that very run: two busy cores slow each other
+    c, t         mean time of collecting a rollout and of an update, in that very run: two busy cores slow each other.
+                 (Means, as wall is one: where a core's speed drifts, a median would belong to other updates.)
     bound        min(c, t) / (c + t): the most that doing both at once can save of doing one after the other
     efficiency   max(c, t) / wall: the speed-up (c + t) / wall over its bound (c + t) / max(c, t)
     saving       1 - wall / wall at degree 0 in the same round; what slows two busy cores counts against it
@@ -35,7 +36,7 @@ from bench.common import print_machine, summarise, write_json
 
 STEPS, ENVS = 64, 4  # of a rollout
 RATIOS, DEGREES = ["2:1", "1:1", "1:2", "4:1", "1:4"], [0, 1, 2, 4, 8, 16, 64, -1]
-BURN_IN, SETTLE = 5, 160  # updates before the clock starts; the second where the degree tunes itself
+BURN_IN, SETTLE = 5, 120  # updates before the clock starts; the second where the degree tunes itself
 PILOTS, PILOT_UPDATES = 3, 12
 GOAL = 0.95  # efficiency to reach at degree 1
 PRESSURE = Path("/proc/pressure/cpu")
@@ -115,8 +116,8 @@ def point(events: list[aiorl.Updated], degree: int, waits_s: float) -> Point:
     wall_s = measured[-1].seconds - first.seconds
     return Point(
         wall=wall_s / len(measured) * 1e3,
-        collect=median(e.collect_seconds for e in measured) * 1e3,
-        update=median(e.update_seconds for e in measured) * 1e3,
+        collect=fmean(e.collect_seconds for e in measured) * 1e3,
+        update=fmean(e.update_seconds for e in measured) * 1e3,
         staleness=fmean(e.staleness for e in measured),
         degree=degree,
         crowded=waits_s / wall_s if PRESSURE.exists() else None,

@@ -24,7 +24,7 @@ from bench.common import print_machine, write_json
 from bench.degree_speed import Load, calibrate, configuration
 
 CYCLE_MS = 40.0
-ERROR_TARGET = 0.1
+ERROR_TARGET = 0.06
 REGIMES = ("balanced", "train-bound", "error-bound")
 
 

@@ -73,7 +73,9 @@ async def test_a_run_whose_degree_was_set_by_hand_is_resumed_and_repeated(tmp_pa
     assert degree_changes(tmp_path) == [(3, "asked"), (2, "asked")]
     result = await aiorl.train(turned, resume=tmp_path)
     assert result.off_policy_degree == 2, "it stays as it was set"
-    assert 2 <= result.staleness["max"] <= 3
+    assert result.staleness["max"] <= 3
+    if schedule == "ordered":
+        assert result.staleness["max"] >= 2
     again = await replay(tmp_path, workers=2)
     assert again.equal
     assert again.repeated_sha256 == result.params_sha256
