@@ -165,7 +165,8 @@ def _lag(session: Session, tape: Tape) -> Iterator[Violation]:
     config = session.config
     version_of = {crc: version for version, crc in tape.versions.items()}
     if len(version_of) < len(tape.versions):
-        yield Violation("versions", f"{len(tape.versions)} versions, but only {len(version_of)} different weights")
+        told = f"{len(tape.versions)} versions, but only {len(version_of)} different weights: an update that changes none"
+        yield Violation("versions", f"{told} cannot be told from one that was lost (is the learning rate 0?)")
         return
     assert session.parts is not None
     degree = config.degree_limit if session.parts.pacer.degree_changed else session.parts.pacer.degree
