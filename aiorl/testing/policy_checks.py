@@ -12,6 +12,8 @@ from aiorl.testing.bench import ENVS, HALF, SEED, STEPS, Bench, copied, same
 from aiorl.testing.chance import watched
 from aiorl.testing.findings import Finding, error, warning
 
+TRIES = 16
+
 
 def policy(bench: Bench) -> Iterator[Finding]:
     """Its weights lie in memory that others read, its observations in a segment; its chance is its generator's."""
@@ -46,7 +48,8 @@ def policy(bench: Bench) -> Iterator[Finding]:
     again, more = _act(bench, fixed, obs, SEED)
     if not (same({"a": drawn, **extras}, {"a": again, **more})):
         yield error("not-repeatable", "with the same weights, observations and generator the policy acts differently")
-    if not same({"a": greedy}, {"a": _act(bench, fixed, obs, None)[0]}):
+    # More than once: few actions to choose from are soon the same by chance.
+    if not all(same({"a": greedy}, {"a": _act(bench, fixed, obs, None)[0]}) for _ in range(TRIES)):
         yield error(
             "not-deterministic",
             "with rng = None the policy acts differently at the second time",
