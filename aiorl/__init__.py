@@ -2,7 +2,7 @@
 
 Layers. A module imports only lower ones, or its own without a cycle (tests/test_layering.py reads this table):
 
-    errors  events  faultpoints  lazy  seeding
+    errors  events  faultpoints  lazy  seeding  structs
         segments  seals  trees                              records, errors, sources of chance  0
     envs/  buffers/  returns  losses  networks  acting
         normalise  pacing  tuning  ledger                   synchronous: no clock, no loop      1

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
-import math
 import os
 import re
-import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 from msgspec import Meta
@@ -18,10 +15,10 @@ from msgspec import Meta
 from aiorl.algos import algorithm_class, algorithm_name
 from aiorl.algos.base import Algorithm
 from aiorl.errors import ConfigError
+from aiorl.structs import check_bounds, check_plain, convert, fields_of, not_for_toml, read_toml, refuse_unknown
 
 Auto = Literal["auto"]
 
-INT_MAX = 2**63 - 1  # of TOML
 SELF_TUNED_MAX = 8  # with segments of fixed length the speed is had by 2; the rest is for slow stragglers
 STALL_TIMEOUT_S = 300.0
 EVAL_QUEUE = 8  # snapshots that may wait with eval_busy = "queue"
@@ -189,7 +186,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def replace(self, **changes: Any) -> Config:
         """A copy with some fields changed, checked again."""
-        _refuse_unknown(changes, Config, "configuration")
+        refuse_unknown(changes, Config, "configuration")
         return msgspec.structs.replace(self, **changes)
 
     def resolve(self) -> Config:
@@ -276,110 +273,6 @@ def env_name(env: Any) -> str:
     return f"{getattr(env, '__module__', '?')}:{getattr(env, '__qualname__', type(env).__qualname__)}"
 
 
-def read_toml(path: str | Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no configuration file at {path}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as TOML: {error}") from None
-
-
-def convert(data: Any, kind: type[Any], where: str, prefix: str = "") -> Any:
-    """Build a struct from plain data. ConfigError names `where`, the key (after `prefix`), its value and what to expect."""
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the whole'} = {data!r}: expected a table")
-    table = cast("Mapping[Any, Any]", data)
-    _refuse_unknown(table, kind, where, prefix)
-    try:
-        return msgspec.convert(table, kind)
-    except msgspec.ValidationError as error:
-        text, _, place = str(error).partition(" - at `$.")
-        place = place.rstrip("`")
-        key = re.split(r"[.\[]", place)[0]
-        if key not in table:
-            raise ConfigError(f"{where}: {text}") from error.__cause__
-        types = {field.name: field.type for field in msgspec.structs.fields(kind)}
-        expected = _expected(text, types[key] if place == key else None)
-        raise ConfigError(f"{where}: {prefix}{key} = {table[key]!r}: {expected}") from None
-
-
-def _refuse_unknown(keys: Iterable[Any], kind: type[Any], where: str, prefix: str = "") -> None:
-    known = [field.name for field in _fields(kind)]
-    for key in map(str, keys):
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f" — did you mean `{prefix}{near[0]}`?" if near else f"\n  known: {', '.join(known)}"
-            raise ConfigError(f"{where}: unknown key `{prefix}{key}`{hint}")
-
-
-def _expected(message: str, kind: Any) -> str:
-    """What msgspec found wrong, with the words that a field of type `kind` takes."""
-    options = _options(kind)
-    words = [str(option) for option in options if isinstance(option, str)]
-    if words and "null" not in message:
-        return f"expected {' or '.join(['int'] * (int in options) + words)}"
-    return (message[:1].lower() + message[1:]).replace("`", "").replace("object", "table").replace(" | null", " or none")
-
-
-def _options(kind: Any) -> list[Any]:
-    """The alternatives of a type: int | Literal["auto"] gives [int, "auto"]."""
-    if get_origin(kind) is Literal:
-        return list(get_args(kind))
-    parts = get_args(kind)[:1] if get_origin(kind) is Annotated else get_args(kind)
-    return [option for part in parts for option in _options(part)] or [kind]
-
-
-@functools.cache  # evaluating the annotations takes a millisecond
-def _fields(kind: type[msgspec.Struct]) -> tuple[msgspec.structs.FieldInfo, ...]:
-    return msgspec.structs.fields(kind)
-
-
-def check_bounds(struct: msgspec.Struct, prefix: str) -> None:
-    """Check types and bounds of a struct that was made by hand (msgspec checks only what it decodes)."""
-    for field in _fields(type(struct)):
-        value, name = getattr(struct, field.name), prefix + field.name
-        if field.type is Any or get_args(field.type)[:1] == (Any,):
-            continue  # env and algo: looked at by themselves
-        if isinstance(value, msgspec.Struct):
-            check_bounds(value, f"{name}.")
-            continue
-        try:
-            plain = msgspec.to_builtins(value)
-            check_plain(plain, name)
-            msgspec.convert(plain, field.type)
-        except TypeError:
-            raise _not_for_toml(name, value) from None
-        except msgspec.ValidationError as error:
-            text = str(error).partition(" - at ")[0]
-            raise ConfigError(f"{name} = {value!r}: {_expected(text, field.type)}") from None
-
-
-def check_plain(value: Any, name: str) -> None:
-    """Refuse what would not be the same after it was written to TOML and read again (but for tuples, which become lists)."""
-    if isinstance(value, Mapping):
-        for key, inner in cast("Mapping[Any, Any]", value).items():
-            if inner is None or not isinstance(key, str):
-                raise ConfigError(f"{name}: TOML cannot hold {key!r} = {inner!r}\n  give it a str as key, or leave it out")
-            check_plain(inner, f"{name}.{key}")
-    elif isinstance(value, list | tuple):
-        for index, inner in enumerate(cast("list[Any]", value)):
-            check_plain(inner, f"{name}[{index}]")
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{name} = {value}: expected a finite number")
-    elif isinstance(value, int) and abs(value) > INT_MAX:
-        raise ConfigError(f"{name} = {value}: expected at most {INT_MAX}")
-    elif not (value is None or isinstance(value, str | int | float)):
-        raise _not_for_toml(name, value)
-
-
-def _not_for_toml(name: str, value: Any) -> ConfigError:
-    return ConfigError(
-        f"{name} = {value!r}: values of type {type(value).__name__} cannot be written to TOML\n"
-        "  use numbers, texts, true or false, lists and tables"
-    )
-
-
 def _check_choices(config: Config) -> None:
     """Checks that need more than one field, or more than a type."""
     if not (isinstance(config.env, str) or callable(config.env)):
@@ -423,7 +316,7 @@ def _check_algorithm(algorithm: Any) -> None:
         raise ConfigError(f"algo = {name}: expected an instance, got the class\n  write algo={name}()")
     if not (isinstance(algorithm, Algorithm) and isinstance(algorithm, msgspec.Struct)):
         raise ConfigError(f"algo = {algorithm!r}: expected an algorithm's name, or one configured such as aiorl.PPO()")
-    if algorithm.name in (field.name for field in _fields(Config)):
+    if algorithm.name in (field.name for field in fields_of(Config)):
         raise ConfigError(f"algo: an algorithm cannot be called {algorithm.name!r}, as a field of Config is\n  rename it")
     check_bounds(algorithm, f"{algorithm.name}.")
 
@@ -440,7 +333,7 @@ def _suites(given: Any) -> dict[str, EvalSuite]:
         try:
             table = msgspec.to_builtins(suite)
         except TypeError:
-            raise _not_for_toml(where, suite) from None
+            raise not_for_toml(where, suite) from None
         check_plain(table, where)
         suites[name] = convert(msgspec.json.decode(msgspec.json.encode(table)), EvalSuite, where)
     return suites

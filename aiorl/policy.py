@@ -11,10 +11,10 @@ import numpy as np
 from aiorl import checkpoint
 from aiorl.algos import algorithm_class
 from aiorl.algos.base import Algorithm, Weights
-from aiorl.config import convert
 from aiorl.envs.spaces import Spaces
 from aiorl.errors import CheckpointError, ConfigError
 from aiorl.segments import Array
+from aiorl.structs import convert
 
 Which = Literal["best", "final", "latest"]
 

@@ -13,9 +13,10 @@ import msgspec
 from aiorl.algos import algorithm_class
 from aiorl.cli.flags import Parser, add_fields, field_value
 from aiorl.cli.progress import Mode
-from aiorl.config import Config, read_toml
+from aiorl.config import Config
 from aiorl.errors import ConfigError
 from aiorl.presets import preset
+from aiorl.structs import read_toml
 
 GROUPS = {
     "what to train": ("algo", "total_steps", "seed", "env_kwargs", "out", "device", "torch_threads", "memory_gb"),

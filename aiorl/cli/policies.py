@@ -10,11 +10,12 @@ from aiorl.algos import algorithm_class
 from aiorl.checkpoint import load_manifest
 from aiorl.cli.envs import spaces_text
 from aiorl.cli.flags import Parser
-from aiorl.config import EvalSuite, convert
+from aiorl.config import EvalSuite
 from aiorl.envs.make import probe
 from aiorl.envs.spec import EnvSpec, resolve_env
 from aiorl.errors import CheckpointError, ConfigError
 from aiorl.policy import LoadedPolicy, find, load
+from aiorl.structs import convert
 
 WHICH = ("best", "final", "latest")
 

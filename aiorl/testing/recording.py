@@ -16,9 +16,9 @@ import numpy as np
 
 from aiorl.algos import algorithm_class, algorithm_name
 from aiorl.algos.base import LearnerContext, StateTree, Weights
-from aiorl.config import convert
 from aiorl.envs.spaces import Spaces
 from aiorl.segments import Array, Column, Rollout
+from aiorl.structs import convert
 
 ACTED_WITH = "acted_with"
 """The column that says which weights chose an action: `weights_crc` of them, int64."""
