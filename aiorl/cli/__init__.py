@@ -34,6 +34,7 @@ VERBS = {
     "runs": Verb("aiorl.cli.runs", "list the runs in a directory", "runs"),
     "envs": Verb("aiorl.cli.envs", "list environments and what they need", "envs lunar"),
     "algos": Verb("aiorl.cli.algos", "list algorithms and what they can do", "algos"),
+    "bench": Verb("aiorl.cli.bench", "measure what bounds the speed of a training", "bench CartPole-v1 --workers 2"),
     "doctor": Verb("aiorl.cli.doctor", "check this machine, and an environment", "doctor my_package.envs:MyEnv"),
 }  # fmt: skip
 
