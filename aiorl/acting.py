@@ -16,7 +16,8 @@ from aiorl.envs.spaces import Leaf
 from aiorl.segments import Array
 
 LOG_2PI = math.log(2 * math.pi)
-TINY = np.float32(1e-37)
+TINY = np.float32(1e-30)  # so that no noise lifts a logit over one that is larger by more than exp can hold
+LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # of squashed Gaussians
 
 
 def relu(x: Array, out: Array) -> Array:
@@ -38,16 +39,16 @@ class MLP:
             self._layers.append((weight.T, weights[f"{name}.{len(self._layers)}.bias"]))
         if not self._layers:
             raise KeyError(f"{name}.0.weight")
-        self._activate = ACTIVATIONS[activation]
-        self._activated = len(self._layers) - (0 if activate_last else 1)
+        activate = ACTIVATIONS[activation]
+        self._activate = [activate] * (len(self._layers) - 1) + [activate if activate_last else None]
 
     def __call__(self, x: Array) -> Array:
         """[N, in] to [N, out], float32; a new array."""
-        for i, (weight, bias) in enumerate(self._layers):
-            x = x @ weight
+        for (weight, bias), activate in zip(self._layers, self._activate, strict=True):
+            x = np.dot(x, weight)  # sooner begun than `@`
             x += bias
-            if i < self._activated:
-                self._activate(x, out=x)
+            if activate is not None:
+                activate(x, out=x)
         return x
 
 
@@ -87,9 +88,9 @@ class Categorical:
 
 def _choose(logits: Array, noisy: Array) -> tuple[Array, Array]:
     actions = noisy.argmax(1)
-    shifted = logits - logits.max(1, keepdims=True)
-    chosen = shifted[np.arange(len(actions)), actions]
-    return actions, chosen - np.log(np.exp(shifted).sum(1))
+    odds = logits - logits[np.arange(len(actions)), actions][:, None]  # of each action against the chosen one, as logarithms
+    total = np.add.reduce(np.exp(odds, odds), 1)
+    return actions, np.negative(np.log(total, total), total)
 
 
 class Gaussian:

@@ -27,12 +27,17 @@ class Episode(NamedTuple):
     terminated: bool
 
 
+NOT_REPRODUCED, NOT_FINITE = "not reproduced", "not finite"
+
+
 class Aborted(NamedTuple):
-    """An episode that was given up, for its environment could not be brought back: `length` env steps of it are stored."""
+    """An episode that was given up, of which `length` env steps are stored. `reason`: its environment could not be brought
+    back, or returned NaN or infinity (and that row is dropped)."""
 
     env: int
     episode: int
     length: int
+    reason: str = NOT_REPRODUCED
 
 
 class Entries(NamedTuple):
@@ -51,6 +56,10 @@ class GroupBooks:
     totals: Array  # [n] float64, reward of the open episode so far
     lengths: Array  # [n] its env steps
     cursor: GroupCursor | None = None
+
+    def episode(self, env: int) -> int:
+        """Index of the open episode of the group's environment `env`."""
+        return 0 if self.cursor is None else int(self.cursor.episodes[env])
 
 
 class Ledger:
@@ -77,7 +86,9 @@ class Ledger:
         aborted: list[Aborted] = []
         for part, segment in zip(parts, segments, strict=True):
             aborted += self._abort(self._books[part.group], segment)
-            ended += self._enter(self._books[part.group], segment)
+            closed = self._enter(self._books[part.group], segment)
+            ended += closed.episodes
+            aborted += closed.aborted
         self.episodes += len(ended)
         self.aborted += len(aborted)
         self.recent.extend(e.total for e in ended)
@@ -87,28 +98,31 @@ class Ledger:
         """Close the open episodes that the segment does not go on with: they have no return."""
         given_up: list[Aborted] = []
         for env in np.flatnonzero(segment.aborted).tolist():
-            episode = 0 if books.cursor is None else int(books.cursor.episodes[env])
-            given_up.append(Aborted(books.first_env + env, episode, int(books.lengths[env])))
+            given_up.append(Aborted(books.first_env + env, books.episode(env), int(books.lengths[env])))
             books.totals[env], books.lengths[env] = 0.0, 0
         return given_up
 
-    def _enter(self, books: GroupBooks, segment: Segment) -> list[Episode]:
+    def _enter(self, books: GroupBooks, segment: Segment) -> Entries:
         columns = segment.columns
         valid, reward = columns["valid"], columns["reward"]
-        done = (columns["terminated"] | columns["truncated"]) & valid
-        ended: list[Episode] = []
+        over = columns["terminated"] | columns["truncated"]
+        entries = Entries([], [])
         for env in range(segment.envs):
-            begin = 0
-            for end in np.flatnonzero(done[:, env]).tolist():
-                ended.append(self._close_episode(books, segment, env, begin, end + 1))
-                begin = end + 1
+            begin, number = 0, books.episode(env) + int(segment.aborted[env])
+            for end in np.flatnonzero(over[:, env]).tolist():
+                episode = self._close_episode(books, segment, env, begin, end + 1)
+                if valid[end, env]:
+                    entries.episodes.append(episode)
+                else:
+                    entries.aborted.append(Aborted(episode.env, number, episode.length, NOT_FINITE))
+                begin, number = end + 1, number + 1
             rows = valid[begin:, env]
             books.totals[env] = _add_up(books.totals[env], reward[begin:, env][rows])
             books.lengths[env] += np.count_nonzero(rows)
         self.stored += int(np.count_nonzero(valid))
         books.segments += 1
         books.cursor = advance(books.cursor, segment)
-        return ended
+        return entries
 
     def _close_episode(self, books: GroupBooks, segment: Segment, env: int, begin: int, end: int) -> Episode:
         columns = segment.columns
@@ -212,5 +226,8 @@ def _cursor_from(tree: dict[str, Any]) -> GroupCursor | None:
 
 
 def _add_up(start: float, values: Array) -> float:
-    """start + values[0] + values[1] + …, in that order (np.sum adds pairwise, which rounds differently)."""
-    return float(np.cumsum(np.concatenate([[start], values]))[-1])
+    """start + values[0] + values[1] + …, in that order (np.sum adds pairwise, which rounds differently). Spoils `values`."""
+    if not len(values):
+        return float(start)
+    values[0] += start
+    return float(values.cumsum()[-1])

@@ -1,72 +1,138 @@
 """Losses as pure functions of tensors, each with its gradient written out: (scalar to minimise, its derivative).
 
-Every input has shape [N] unless stated, and so has the derivative, which is by the first argument. The scalar can be
+Every input has shape [N] unless stated, and so has the derivative, which is by the first argument. All are tensors, or
+all NumPy arrays: on a few hundred numbers in main memory NumPy takes a third of the time. Of tensors, the scalar can be
 differentiated by autograd as well. Nothing is detached inside, except where a docstring says so: whoever computes
 targets does so without gradients.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
-from torch import Tensor
+
+from aiorl.segments import Array
+
+Values = Any
+"""A tensor, or a NumPy array."""
 
 
-def check_shapes(**tensors: Tensor | None) -> None:
-    """Raise ValueError unless all tensors given have the same shape, before broadcasting hides the mistake."""
-    given = {name: tensor.shape for name, tensor in tensors.items() if tensor is not None}
-    first, shape = next(iter(given.items()))
-    for name, other in given.items():
-        if other != shape:
-            raise ValueError(f"{name} has shape {list(other)}, but {first} has {list(shape)}")
+def library_of(x: Values) -> Any:
+    """The module whose functions take `x`: numpy or torch."""
+    return np if isinstance(x, np.ndarray) else torch
 
 
-def standardise(x: Tensor, eps: float = 1e-8) -> Tensor:
+def near(x: torch.Tensor) -> Values:
+    """A tensor without gradient as what is quickest to compute with: the same memory as an array, or itself on a GPU."""
+    return x.numpy() if x.is_cpu else x
+
+
+def tensor(x: Values) -> torch.Tensor:
+    """Inverse of `near`."""
+    return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+
+
+def choose(x: Values, index: Values) -> Values:
+    """x[i, index[i]] for each row of `x` [N, A]."""
+    if isinstance(x, np.ndarray):
+        return x[np.arange(len(x)), index]
+    return x.gather(1, index.unsqueeze(1)).squeeze(1)
+
+
+def spread(values: Values, index: Values, like: Values) -> Values:
+    """Zeros like [N, A], with values[i] at [i, index[i]]."""
+    if isinstance(values, np.ndarray):
+        result = np.zeros_like(like)
+        result[np.arange(len(result)), index] = values
+        return result
+    return torch.zeros_like(like).scatter_(1, index.unsqueeze(1), values.unsqueeze(1))
+
+
+def mean(x: Values) -> Values:
+    """Of [N]. (The quickest way in NumPy.)"""
+    return x.sum() / len(x)
+
+
+def joined(parts: Sequence[Values]) -> Values:
+    """[n] each to one [N]."""
+    return library_of(parts[0]).concatenate(parts)
+
+
+def numbers(rows: Sequence[Sequence[Values]]) -> Array:
+    """Rows of single values as a float64 array, fetched from a GPU at once."""
+    if isinstance(rows[0][0], torch.Tensor):
+        return torch.stack([torch.stack(list(row)) for row in rows]).double().cpu().numpy()
+    return np.array(rows, np.float64)
+
+
+def check_shapes(**values: Values | None) -> None:
+    """Raise ValueError unless all values given have the same shape, before broadcasting hides the mistake."""
+    first, shape = "", None
+    for name, value in values.items():
+        if value is None:
+            continue
+        if shape is None:
+            first, shape = name, value.shape
+        elif value.shape != shape:
+            raise ValueError(f"{name} has shape {list(value.shape)}, but {first} has {list(shape)}")
+
+
+def standardise(x: Values, eps: float = 1e-8) -> Values:
     """Subtract the mean and divide by the (biased) standard deviation; a single value becomes 0."""
-    centred = x - x.mean()
-    return centred / (centred.square().mean().sqrt() + eps)
+    centred = x - mean(x)
+    return centred / (mean(centred * centred) ** 0.5 + eps)
 
 
 def clipped_surrogate(
-    log_ratio: Tensor, advantage: Tensor, clip_range: float, weight: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    log_ratio: Values, advantage: Values, clip_range: float, weight: Values | None = None
+) -> tuple[Values, Values]:
     """PPO's policy loss (Schulman et al. 2017, arXiv 1707.06347), decoupled if weighted (Hilton et al. 2022, 2110.00641).
 
     `log_ratio` = log pi(a|x) - log pi_proximal(a|x). `weight` = pi_proximal / pi_behaviour (capped by the caller) corrects
     for actions that an older policy chose; None where both are the same.
     """
     check_shapes(log_ratio=log_ratio, advantage=advantage, weight=weight)
-    ratio = log_ratio.exp()
-    gain, limited = ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage
-    objective, slope = torch.minimum(gain, limited), gain * (gain <= limited)
+    library = library_of(log_ratio)
+    ratio = library.exp(log_ratio)
+    gain, limited = ratio * advantage, ratio.clip(1 - clip_range, 1 + clip_range) * advantage
+    objective, slope = library.minimum(gain, limited), gain * (gain <= limited)
     if weight is not None:
         objective, slope = objective * weight, slope * weight
-    return -objective.mean(), slope * (-1 / len(slope))
+    return -mean(objective), slope * (-1 / len(slope))
 
 
 def value_loss(
-    value: Tensor, target: Tensor, old_value: Tensor | None = None, clip_range: float | None = None
-) -> tuple[Tensor, Tensor]:
+    value: Values, target: Values, old_value: Values | None = None, clip_range: float | None = None
+) -> tuple[Values, Values]:
     """Half the mean squared error; with `clip_range`, values may only gain within that distance of `old_value`."""
     check_shapes(value=value, target=target, old_value=old_value)
     error = value - target
     if clip_range is None:
-        return 0.5 * error.square().mean(), error / len(error)
+        return 0.5 * mean(error * error), error / len(error)
     if old_value is None:
         raise ValueError("clip_range needs old_value")
-    change = value - old_value
-    limited = old_value + change.clamp(-clip_range, clip_range) - target
-    slope = torch.where(error.abs() >= limited.abs(), error, limited * (change.abs() <= clip_range))
-    return 0.5 * torch.maximum(error.square(), limited.square()).mean(), slope / len(error)
+    library, change = library_of(error), value - old_value
+    limited = old_value + change.clip(-clip_range, clip_range) - target
+    slope = library.where(abs(error) >= abs(limited), error, limited * (abs(change) <= clip_range))
+    return 0.5 * mean(library.maximum(error * error, limited * limited)), slope / len(error)
 
 
-def approximate_kl(log_ratio: Tensor) -> Tensor:
+def clipped_share(log_ratio: Values, clip_range: float) -> Values:
+    """Share of the probability ratios that differ from 1 by more than `clip_range`."""
+    return mean(abs(library_of(log_ratio).expm1(log_ratio)) > clip_range)
+
+
+def approximate_kl(log_ratio: Values) -> Values:
     """KL(old || new) from samples of old, low in variance and never negative: mean of ratio - 1 - log ratio (Schulman)."""
-    return (log_ratio.expm1() - log_ratio).mean()
+    return mean(library_of(log_ratio).expm1(log_ratio) - log_ratio)
 
 
 def q_targets(
-    returns: Tensor, discounts: Tensor, next_q_target: Tensor, next_q_online: Tensor | None = None
-) -> Tensor:
+    returns: Values, discounts: Values, next_q_target: Values, next_q_online: Values | None = None
+) -> Values:
     """Targets [N] for action values: returns + discounts * Q_target(x', argmax_a Q(x', a)). Without gradients.
 
     `next_q_target` and `next_q_online` are [N, A]. The target network chooses the action itself (Mnih et al. 2015), or the
@@ -76,23 +142,17 @@ def q_targets(
     check_shapes(next_q_target=next_q_target, next_q_online=next_q_online)
     with torch.no_grad():
         chooser = next_q_target if next_q_online is None else next_q_online
-        values = next_q_target.gather(1, chooser.argmax(1, keepdim=True)).squeeze(1)
-        return returns + discounts * values
+        return returns + discounts * choose(next_q_target, chooser.argmax(1))
 
 
 def q_loss(
-    q: Tensor, actions: Tensor, targets: Tensor, huber_delta: float | None = 1.0
-) -> tuple[Tensor, Tensor]:
+    q: Values, actions: Values, targets: Values, huber_delta: float | None = 1.0
+) -> tuple[Values, Values]:
     """Error of the chosen actions' values: `q` [N, A] (and its derivative), int64 `actions`, `targets`.
 
     Huber (quadratic up to `huber_delta`, linear beyond), or half the mean squared error if that is None.
     """
     check_shapes(q=q[:, 0], actions=actions, targets=targets)
-    index = actions.unsqueeze(1)
-    error = q.gather(1, index).squeeze(1) - targets
-    if huber_delta is None:
-        loss, slope = 0.5 * error.square().mean(), error
-    else:
-        slope = error.clamp(-huber_delta, huber_delta)
-        loss = (slope * (error - 0.5 * slope)).mean()
-    return loss, torch.zeros_like(q).scatter_(1, index, (slope / len(error)).unsqueeze(1))
+    error = choose(q, actions) - targets
+    slope = error if huber_delta is None else error.clip(-huber_delta, huber_delta)
+    return mean(slope * (error - 0.5 * slope)), spread(slope / len(error), actions, q)

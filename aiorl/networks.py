@@ -3,7 +3,8 @@
 Parameter names are those that `acting` looks up: `{name}.{i}.weight` [out, in], `{name}.{i}.bias` [out].
 
 The modules work with autograd as usual. The learners go another way: `trace` keeps what a forward pass saw, and `backward`
-sets the gradients from it (sets, not adds). For networks this small the graph costs more than the arithmetic.
+sets the gradients from it (sets, not adds). For networks this small the graph costs more than the arithmetic. What comes
+after the last layer is computed in NumPy unless it is on a GPU, for the same reason (`losses.near`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from aiorl.acting import LOG_2PI
 from aiorl.envs.spaces import Leaf
+from aiorl.losses import Values, library_of, near, tensor
 from aiorl.segments import Array
 from aiorl.trees import check_tree
 
@@ -36,13 +38,13 @@ class MLP(nn.ModuleList):
         self, sizes: Sequence[int], activation: str, rng: torch.Generator, *, last_gain: float, activate_last: bool = False
     ) -> None:
         super().__init__()
-        self._layers: list[nn.Linear] = []
+        self._layers: list[tuple[nn.Parameter, nn.Parameter]] = []  # reading a module's attribute takes a microsecond
         for i, (inputs, outputs) in enumerate(pairwise(sizes)):
             layer: Any = nn.utils.skip_init(nn.Linear, inputs, outputs)
             gain = last_gain if i == len(sizes) - 2 else math.sqrt(2)
             nn.init.orthogonal_(layer.weight, gain, generator=rng)
             nn.init.zeros_(layer.bias)
-            self._layers.append(layer)
+            self._layers.append((layer.weight, layer.bias))
             self.append(layer)
         self._activation = activation
         self._activated = len(self) - (0 if activate_last else 1)
@@ -50,8 +52,8 @@ class MLP(nn.ModuleList):
     def forward(self, x: Tensor) -> Tensor:
         """[N, in] to [N, out]."""
         activate = torch.tanh if self._activation == "tanh" else torch.relu
-        for i, layer in enumerate(self._layers):
-            x = F.linear(x, layer.weight, layer.bias)
+        for i, (weight, bias) in enumerate(self._layers):
+            x = F.linear(x, weight, bias)
             if i < self._activated:
                 x = activate(x)
         return x
@@ -59,8 +61,8 @@ class MLP(nn.ModuleList):
     def trace(self, x: Tensor) -> list[Tensor]:
         """What goes into each layer, and the output last. To be called without gradients."""
         seen = [x]
-        for i, layer in enumerate(self._layers):
-            x = torch.addmm(layer.bias, x, layer.weight.t())
+        for i, (weight, bias) in enumerate(self._layers):
+            x = F.linear(x, weight, bias)
             if i < self._activated:
                 _activate_(x, self._activation)
             seen.append(x)
@@ -69,17 +71,17 @@ class MLP(nn.ModuleList):
     def backward(self, seen: Sequence[Tensor], grad: Tensor, *, to_input: bool = False) -> Tensor | None:
         """Set the parameters' gradients from the output's [N, out]; returns the input's [N, in] if asked for."""
         for i in reversed(range(len(self._layers))):
-            layer, x = self._layers[i], seen[i]
+            (weight, bias), x = self._layers[i], seen[i]
             if i < self._activated:
                 grad = _activation_backward(grad, seen[i + 1], self._activation)
-            torch.sum(grad, 0, out=layer.bias.grad)
+            torch.sum(grad, 0, out=bias.grad)
             # The narrow matrix goes first, which MKL multiplies up to four times as fast.
             if grad.shape[1] <= x.shape[1]:
-                torch.mm(grad.t(), x, out=layer.weight.grad)
+                torch.mm(grad.t(), x, out=weight.grad)
             else:
-                _grad(layer.weight).copy_((x.t() @ grad).t())
+                _grad(weight).copy_((x.t() @ grad).t())
             if i > 0 or to_input:
-                grad = grad @ layer.weight
+                grad = grad @ weight
         return grad if to_input else None
 
 
@@ -109,50 +111,65 @@ def _activation_backward(grad: Tensor, y: Tensor, activation: str) -> Tensor:
 
 
 class Categorical:
-    """Log-probabilities and entropies [N] of logits [N, A] and int64 actions [N]."""
+    """Log-probabilities and entropies [N] of logits [N, A] and int64 actions [N], all tensors or all arrays."""
 
-    def __init__(self, logits: Tensor, actions: Tensor) -> None:
-        self._actions = actions.unsqueeze(1)
-        self._log_probs = F.log_softmax(logits, 1)
-        self._probs = self._log_probs.exp()
-        self.log_prob = self._log_probs.gather(1, self._actions).squeeze(1)
-        self.entropy = -(self._probs * self._log_probs).sum(1)
+    def __init__(self, logits: Values, actions: Values) -> None:
+        library = library_of(logits)
+        # Each action's numbers in a row: sums over rows are quick.
+        columns = logits.t().contiguous() if library is torch else logits.T.copy()
+        shifted = columns - library.amax(columns, 0)
+        exps = library.exp(shifted)
+        total = exps.sum(0)
+        self._log_probs, self._probs = shifted - library.log(total), exps / total
+        self._at = actions * len(logits) + library.arange(len(logits), **_place(logits))
+        self.log_prob = library.take(self._log_probs, self._at)
+        self.entropy = -(self._probs * self._log_probs).sum(0)
 
-    def backward(self, d_log_prob: Tensor, d_entropy: float) -> Tensor:
+    def backward(self, d_log_prob: Values, d_entropy: float) -> Values:
         """Gradient of the logits, given those of each log-probability [N] and of each entropy (the same for all)."""
-        inner = self._log_probs + self.entropy.unsqueeze(1)
-        inner.mul_(d_entropy).add_(d_log_prob.unsqueeze(1)).mul_(self._probs).neg_()
-        return inner.scatter_add_(1, self._actions, d_log_prob.unsqueeze(1))
+        inner = -d_log_prob
+        if d_entropy:
+            inner = inner - d_entropy * (self._log_probs + self.entropy)
+        columns = self._probs * inner
+        columns.reshape(-1)[self._at] += d_log_prob
+        return columns.T
+
+
+def _place(like: Values) -> dict[str, Any]:
+    return {"device": like.device} if isinstance(like, Tensor) else {}
 
 
 class MultiCategorical:
     """The same for several choices: logits [N, sum(nvec)], actions [N, k]; log-probabilities and entropies are sums."""
 
-    def __init__(self, logits: Tensor, actions: Tensor, nvec: Sequence[int]) -> None:
-        blocks = zip(logits.split(list(nvec), 1), actions.unbind(1), strict=True)
-        self._parts = [Categorical(block, action) for block, action in blocks]
-        self.log_prob = torch.stack([part.log_prob for part in self._parts]).sum(0)
-        self.entropy = torch.stack([part.entropy for part in self._parts]).sum(0)
+    def __init__(self, logits: Values, actions: Values, nvec: Sequence[int]) -> None:
+        ends = np.cumsum(nvec).tolist()
+        blocks = [slice(end - n, end) for n, end in zip(nvec, ends, strict=True)]
+        self._parts = [Categorical(logits[:, block], actions[:, i]) for i, block in enumerate(blocks)]
+        self.log_prob: Values = sum(part.log_prob for part in self._parts)
+        self.entropy: Values = sum(part.entropy for part in self._parts)
 
-    def backward(self, d_log_prob: Tensor, d_entropy: float) -> Tensor:
-        return torch.cat([part.backward(d_log_prob, d_entropy) for part in self._parts], 1)
+    def backward(self, d_log_prob: Values, d_entropy: float) -> Values:
+        parts = [part.backward(d_log_prob, d_entropy) for part in self._parts]
+        return library_of(d_log_prob).concatenate(parts, 1)
 
 
 class Gaussian:
     """Log-densities and entropies [N] of means [N, k], log standard deviations [k] and actions [N, k]."""
 
-    def __init__(self, mean: Tensor, log_std: Tensor, actions: Tensor) -> None:
-        self._log_std, self._inverse_std = log_std, (-log_std).exp()
+    def __init__(self, mean: Values, log_std: Values, actions: Values) -> None:
+        library = library_of(mean)
+        self._inverse_std = library.exp(-log_std)
         self._z = (actions - mean) * self._inverse_std
         constant = log_std.sum() + 0.5 * LOG_2PI * mean.shape[1]
         self.log_prob = -0.5 * (self._z * self._z).sum(1) - constant
-        self.entropy = (constant + 0.5 * mean.shape[1]).expand(len(mean))
+        self.entropy = library.broadcast_to(constant + 0.5 * mean.shape[1], self.log_prob.shape)
+        self.d_log_std: Values = None
 
-    def backward(self, d_log_prob: Tensor, d_entropy: float) -> Tensor:
-        """Gradient of the means; sets that of `log_std`."""
-        weighted = self._z * d_log_prob.unsqueeze(1)
-        constant = d_entropy * len(weighted) - d_log_prob.sum()
-        torch.add((weighted * self._z).sum(0), constant, out=_grad(self._log_std))
+    def backward(self, d_log_prob: Values, d_entropy: float) -> Values:
+        """Gradient of the means; leaves that of the log standard deviations in `d_log_std`."""
+        weighted = self._z * d_log_prob[:, None]
+        self.d_log_std = (weighted * self._z).sum(0) + (d_entropy * len(weighted) - d_log_prob.sum())
         return weighted * self._inverse_std
 
 
@@ -169,18 +186,23 @@ class ActorCritic(nn.Module):
         self.log_std = nn.Parameter(torch.full((action.size,), log_std)) if action.kind == "box" else None
         self._nvec = action.nvec
 
-    def distribution(self, outputs: Tensor, actions: Tensor) -> Categorical | MultiCategorical | Gaussian:
+    def distribution(self, outputs: Values, actions: Values) -> Categorical | MultiCategorical | Gaussian:
         """What the actor's outputs [N, out] say about `actions`, stored flat: [N, k]."""
         if self.log_std is not None:
-            return Gaussian(outputs, self.log_std, actions)
+            log_std = self.log_std if isinstance(outputs, Tensor) else self.log_std.detach().numpy()
+            return Gaussian(outputs, log_std, actions)
         if len(self._nvec) == 1:
-            return Categorical(outputs, actions.squeeze(1))
+            return Categorical(outputs, actions[:, 0])
         return MultiCategorical(outputs, actions, self._nvec)
 
-    def evaluate(self, obs: Tensor, actions: Tensor) -> Evaluation:
-        """Log-probabilities of stored actions [N, k], entropies and values for observations [N, features]."""
+    def evaluate(self, obs: Tensor, actions: Values) -> Evaluation:
+        """Log-probabilities of stored actions [N, k], entropies and values for observations [N, features].
+
+        They are tensors or arrays, as the actions are.
+        """
         actor, critic = self.actor.trace(obs), self.critic.trace(obs)
-        return Evaluation(self, actor, critic, self.distribution(actor[-1], actions))
+        outputs, values = (x[-1] if isinstance(actions, Tensor) else near(x[-1]) for x in (actor, critic))
+        return Evaluation(self, actor, critic, self.distribution(outputs, actions), values[:, 0])
 
 
 @dataclass
@@ -191,15 +213,15 @@ class Evaluation:
     actor: list[Tensor]
     critic: list[Tensor]
     distribution: Categorical | MultiCategorical | Gaussian
+    value: Values
 
-    @property
-    def value(self) -> Tensor:
-        return self.critic[-1].squeeze(1)
-
-    def backward(self, d_log_prob: Tensor, d_entropy: float, d_value: Tensor) -> None:
+    def backward(self, d_log_prob: Values, d_entropy: float, d_value: Values) -> None:
         """Set the gradients of all parameters, given those of each log-probability, entropy and value."""
-        self.net.actor.backward(self.actor, self.distribution.backward(d_log_prob, d_entropy))
-        self.net.critic.backward(self.critic, d_value.unsqueeze(1))
+        self.net.actor.backward(self.actor, tensor(self.distribution.backward(d_log_prob, d_entropy)))
+        if isinstance(self.distribution, Gaussian):
+            assert self.net.log_std is not None
+            _grad(self.net.log_std).copy_(tensor(self.distribution.d_log_std))
+        self.net.critic.backward(self.critic, tensor(d_value[:, None]))
 
 
 # -- action values -----------------------------------------------------------------------------------------------------
@@ -272,7 +294,10 @@ class FlatParameters:
     def clip_grad(self, max_norm: float) -> Tensor:
         """Scale the gradient down to `max_norm` if it is longer, and return the norm that it had."""
         norm = torch.linalg.vector_norm(self.grad)
-        self.grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+        if not self.grad.is_cpu:
+            self.grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+        elif not (length := float(norm) + 1e-6) <= max_norm:  # also NaN
+            self.grad.mul_(max_norm / length)
         return norm
 
     def arrays(self, vector: Tensor | None = None, *, copy: bool = True) -> dict[str, Array]:
@@ -296,15 +321,17 @@ class Adam:
         self.steps = 0
         self._mean = torch.zeros_like(parameters.vector)
         self._square = torch.zeros_like(parameters.vector)
+        self._step = torch.zeros((), device=parameters.vector.device)
 
     def step(self, learning_rate: float) -> None:
         """Move the parameters along their gradient."""
         self.steps += 1
-        (beta1, beta2), grad = self._betas, self._parameters.grad
-        self._mean.lerp_(grad, 1 - beta1)
-        self._square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        divisor = self._square.sqrt().div_(math.sqrt(1 - beta2**self.steps)).add_(self._eps)
-        self._parameters.vector.addcdiv_(self._mean, divisor, value=-learning_rate / (1 - beta1**self.steps))
+        parameters, (beta1, beta2) = self._parameters, self._betas
+        # What torch.optim.Adam(fused=True) calls, whose own Python would take longer: one pass over all numbers.
+        torch._fused_adam_(  # type: ignore[attr-defined]  # pyright: ignore[reportPrivateUsage]
+            [parameters.vector], [parameters.grad], [self._mean], [self._square], [], [self._step.fill_(self.steps)],
+            lr=learning_rate, beta1=beta1, beta2=beta2, eps=self._eps, weight_decay=0.0, amsgrad=False, maximize=False,
+        )  # fmt: skip
 
     def undo(self) -> Callable[[], None]:
         """What takes the parameters and this state back to where they are now."""

@@ -144,6 +144,6 @@ def _goes_on(terminated: Array, truncated: Array, valid: Array | None) -> Array:
 def _reverse_scan(first: Array, decay: Array) -> Array:
     """x[t] = first[t] + decay[t] * x[t + 1], with x[T] = 0."""
     result = np.array(first, np.result_type(first, decay))
-    for t in range(len(result) - 2, -1, -1):
-        result[t] += decay[t] * result[t + 1]
+    for row, factor, later in zip(result[-2::-1], decay[-2::-1], result[:0:-1], strict=True):
+        row += factor * later
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import tensor
@@ -70,6 +71,37 @@ def test_derivatives_are_those_of_autograd(loss: Any, shape: tuple[int, ...]):
     a, b = torch.randn(2, 50, generator=generator)
     scalar, derivative = loss(x, a, b)
     torch.testing.assert_close(derivative, torch.autograd.grad(scalar, x)[0])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a, b, c, q, i: losses.clipped_surrogate(a, b, 0.2),
+        lambda a, b, c, q, i: losses.clipped_surrogate(a, b, 0.2, abs(c)),
+        lambda a, b, c, q, i: losses.value_loss(a, b),
+        lambda a, b, c, q, i: losses.value_loss(a, b, c, 0.5),
+        lambda a, b, c, q, i: losses.q_loss(q, i, a),
+        lambda a, b, c, q, i: losses.q_loss(q, i, a, None),
+        lambda a, b, c, q, i: [losses.q_targets(a, b, q), losses.q_targets(a, b, q, -q)],
+        lambda a, b, c, q, i: [losses.standardise(a), losses.approximate_kl(a), losses.clipped_share(a, 0.2)],
+        lambda a, b, c, q, i: [losses.joined([a, b]), losses.choose(q, i), losses.spread(a, i, q)],
+    ],
+)
+def test_arrays_give_what_tensors_give(function: Any):
+    draw = np.random.default_rng(0)
+    arrays: list[Any] = [draw.normal(size=50).astype(np.float32) for _ in range(3)]
+    arrays += [draw.normal(size=(50, 3)).astype(np.float32), draw.integers(3, size=50)]
+    found, expected = function(*arrays), function(*(torch.from_numpy(x) for x in arrays))
+    for x, like in zip(found, expected, strict=True):
+        assert not isinstance(x, torch.Tensor)
+        assert np.ndim(x) == 0 or x.dtype == np.float32
+        np.testing.assert_allclose(x, like.numpy(), atol=1e-6, rtol=1e-5)
+
+
+def test_single_values_are_fetched_together():
+    rows = [[1.0, 2.0], [3.0, 4.0]]
+    assert losses.numbers([[np.float32(x) for x in row] for row in rows]).tolist() == rows
+    assert losses.numbers([[torch.tensor(x) for x in row] for row in rows]).tolist() == rows
 
 
 def test_approximate_kl_is_zero_for_the_same_policy_and_never_negative():

@@ -84,6 +84,27 @@ def test_gradients_of_actor_and_critic_are_those_of_autograd(action: Any):
     assert_gradients(flat, net, (expected.log_prob * a).sum() - 0.3 * expected.entropy.sum() + (values * c).sum())
 
 
+@pytest.mark.parametrize("action", [None, MultiDiscrete([3, 2]), Box(-1, 1, (2,), np.float32)])
+def test_arrays_give_what_tensors_give(action: Any):
+    """On a GPU the learners compute with tensors throughout, in main memory with arrays after the last layer."""
+    space = spaces(action)
+    net = ActorCritic(3, space.action, (8,), "tanh", rng(), log_std=-0.3)
+    flat, draw = FlatParameters(net), np.random.default_rng(0)
+    obs = torch.from_numpy(draw.normal(size=(50, 3)).astype(np.float32))
+    a, c = (draw.normal(size=50).astype(np.float32) for _ in range(2))
+    stored = space.sample_actions(50, draw).reshape(50, -1)
+    found: list[list[torch.Tensor]] = []
+    for like in (torch.from_numpy, np.array):
+        flat.grad.fill_(np.nan)
+        with torch.no_grad():
+            seen = net.evaluate(obs, like(stored))
+            seen.backward(like(a), -0.3, like(c))
+        values = (seen.distribution.log_prob, seen.distribution.entropy, seen.value)
+        found.append([*(torch.tensor(x.tolist()) for x in values), flat.grad.clone()])
+    for from_tensors, from_arrays in zip(*found, strict=True):
+        torch.testing.assert_close(from_arrays, from_tensors, atol=1e-5, rtol=1e-5)
+
+
 def test_multi_discrete_is_the_sum_of_its_parts():
     space = spaces(MultiDiscrete([3, 2]))
     net = ActorCritic(3, space.action, (8,), "tanh", rng())

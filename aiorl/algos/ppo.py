@@ -16,7 +16,7 @@ Otherwise `correction` says what happens, on one code path, so that at staleness
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -131,22 +131,27 @@ class PPOPolicy:
 
 @dataclass
 class _Experience:
-    """A rollout's valid transitions as tensors, [N, …] each: what the epochs go over."""
+    """A rollout's valid transitions, [N, …] each: what the epochs go over. All but `obs` are arrays, or tensors on a GPU."""
 
     obs: torch.Tensor
-    actions: torch.Tensor
-    old_log_prob: torch.Tensor
+    actions: losses.Values
+    old_log_prob: losses.Values
     """Of the policy that ratio and clip are taken against."""
-    weight: torch.Tensor
-    advantages: torch.Tensor
-    targets: torch.Tensor
-    old_values: torch.Tensor
+    weight: losses.Values
+    advantages: losses.Values
+    targets: losses.Values
+    old_values: losses.Values
 
-    def select(self, rows: torch.Tensor) -> _Experience:
-        return _Experience(*(column.index_select(0, rows) for column in vars(self).values()))
+    def select(self, rows: Array) -> _Experience:
+        obs, *rest = vars(self).values()
+        at = torch.from_numpy(rows).to(obs.device)
+        return _Experience(obs.index_select(0, at), *(column[rows if obs.is_cpu else at] for column in rest))
 
-    def split(self, sizes: list[int]) -> list[_Experience]:
-        return [_Experience(*parts) for parts in zip(*(c.split(sizes) for c in vars(self).values()), strict=True)]
+    def split(self, sizes: list[int]) -> Iterator[_Experience]:
+        begin = 0
+        for size in sizes:
+            yield _Experience(*(column[begin : begin + size] for column in vars(self).values()))
+            begin += size
 
 
 class PPOLearner:
@@ -172,7 +177,8 @@ class PPOLearner:
             return {"gradient_steps": 0.0}
         take_back = self._undo()
         try:
-            with torch.no_grad():  # gradients are written out
+            # Gradients are written out, and what is not finite is found by looking at the results.
+            with torch.no_grad(), np.errstate(all="ignore"):
                 return self._update(rollout)
         except BaseException:
             take_back()  # an update is done as a whole or not at all
@@ -224,22 +230,25 @@ class PPOLearner:
         rows, shape = next_at.size, next_at.shape
         valid = rollout.column("valid")
         x = torch.from_numpy(self._normalise(obs)).to(self._context.device)
-        actions = torch.from_numpy(np.array(rollout.column("action")).reshape(rows, -1)).to(x.device)
+        actions = self._near(np.array(rollout.column("action")).reshape(rows, -1))
         values = self._net.critic.trace(x)[-1].squeeze(1).cpu().numpy()
-        log_prob = self._net.distribution(self._net.actor.trace(x[:rows])[-1], actions).log_prob
+        outputs = losses.near(self._net.actor.trace(x[:rows])[-1])
+        log_prob = self._net.distribution(outputs, actions).log_prob
         behaviour = rollout.column("log_prob")
-        log_ratio = np.where(valid, log_prob.cpu().numpy().reshape(shape) - behaviour, 0)
+        log_ratio = np.where(valid, losses.tensor(log_prob).cpu().numpy().reshape(shape) - behaviour, 0)
         now = values[:rows].reshape(shape)
         advantages, targets = self._advantages(rollout, now, values[next_at], log_ratio)
         weight = np.exp(np.minimum(log_ratio, math.log(self._config.ratio_cap)))
         if self._config.correction == "none":
-            weight, log_prob = np.ones_like(weight), torch.from_numpy(np.array(behaviour).reshape(-1)).to(x.device)
-        arrays = (weight, advantages, targets, now)
-        rest = [torch.from_numpy(a.astype(np.float32).reshape(-1)).to(x.device) for a in arrays]
+            weight, log_prob = np.ones_like(weight), self._near(np.array(behaviour).reshape(-1))
+        rest = [self._near(a.astype(np.float32).reshape(-1)) for a in (weight, advantages, targets, now)]
         experience = _Experience(x[:rows], actions, log_prob, *rest)
         if not valid.all():
-            experience = experience.select(torch.from_numpy(np.flatnonzero(valid)).to(x.device))
+            experience = experience.select(np.flatnonzero(valid))
         return experience, _staleness_metrics(log_ratio[valid]) | _value_metrics(now[valid], targets[valid])
+
+    def _near(self, array: Array) -> losses.Values:
+        return losses.near(torch.from_numpy(array).to(self._context.device))
 
     def _normalise(self, obs: Array) -> Array:
         return normalise(obs, *self._statistics().values()) if self._config.normalise_obs else obs
@@ -278,25 +287,35 @@ class PPOLearner:
         config, count = self._config, len(experience.obs)
         parts = min(config.minibatches, count)
         sizes = [len(part) for part in np.array_split(np.empty(count), parts)]
-        seen: list[list[float]] = []
-        log_ratios: list[torch.Tensor] = []
+        seen: list[list[losses.Values]] = []
+        log_ratios: list[losses.Values] = []
         for epoch in range(config.epochs):
             order = self._context.rng(PERMUTE, rollout, epoch).permutation(count)
-            shuffled = experience.select(torch.from_numpy(order).to(experience.obs.device))
-            for minibatch in shuffled.split(sizes):
+            for minibatch in experience.select(order).split(sizes):
                 row, log_ratio = self._step(minibatch, rate)
                 seen.append(row)
                 log_ratios.append(log_ratio)
-            epoch_kl = 0.0 if config.target_kl is None else losses.approximate_kl(torch.cat(log_ratios[-parts:])).item()
+            epoch_kl = 0.0 if config.target_kl is None else losses.approximate_kl(losses.joined(log_ratios[-parts:]))
             if epoch_kl > (config.target_kl or math.inf):
                 break
-        metrics: dict[str, float] = dict(zip(_PARTS, np.mean(seen, axis=0).tolist(), strict=True))
-        log_ratio = torch.cat(log_ratios)
-        metrics["approx_kl"] = losses.approximate_kl(log_ratio).item()
-        metrics["clip_fraction"] = (log_ratio.expm1().abs() > self._settings["clip_range"]).float().mean().item()
-        return metrics | {"gradient_steps": float(len(seen))}
+        rows = losses.numbers(seen)
+        self._check_losses(rows)
+        metrics: dict[str, float] = dict(zip(_PARTS, rows.mean(0).tolist(), strict=True))
+        log_ratio = losses.joined(log_ratios)
+        metrics["approx_kl"] = float(losses.approximate_kl(log_ratio))
+        metrics["clip_fraction"] = float(losses.clipped_share(log_ratio, self._settings["clip_range"]))
+        return metrics | {"gradient_steps": float(len(rows))}
 
-    def _step(self, batch: _Experience, rate: float) -> tuple[list[float], torch.Tensor]:
+    def _check_losses(self, rows: Array) -> None:
+        """Raise NonFiniteError for the first gradient step whose `_PARTS` are not finite: rows [gradient steps, 4]."""
+        finite = np.isfinite(rows).all(1)
+        if not finite.all():
+            first = int(finite.argmin())
+            parts = ", ".join(f"{name} {value:.4g}" for name, value in zip(_PARTS, rows[first], strict=True))
+            step = self._adam.steps - len(rows) + first
+            raise NonFiniteError(f"ppo: a loss is not finite at gradient step {step}: {parts}\n  {_ADVICE}")
+
+    def _step(self, batch: _Experience, rate: float) -> tuple[list[losses.Values], losses.Values]:
         """One gradient step: (what `_PARTS` names, log ratios [N])."""
         config, settings = self._config, self._settings
         found = self._net.evaluate(batch.obs, batch.actions)
@@ -306,12 +325,8 @@ class PPOLearner:
         value_loss, d_value = losses.value_loss(found.value, batch.targets, batch.old_values, config.value_clip)
         found.backward(d_log_prob, -settings["entropy_coef"] / len(log_ratio), config.value_coef * d_value)
         norm = self._parameters.clip_grad(config.max_grad_norm)
-        row = torch.stack([policy_loss, value_loss, found.distribution.entropy.mean(), norm]).tolist()
-        if not all(map(math.isfinite, row)):
-            parts = ", ".join(f"{name} {value:.4g}" for name, value in zip(_PARTS, row, strict=True))
-            raise NonFiniteError(f"ppo: a loss is not finite at gradient step {self._adam.steps}: {parts}\n  {_ADVICE}")
         self._adam.step(rate)
-        return row, log_ratio
+        return [policy_loss, value_loss, losses.mean(found.distribution.entropy), losses.near(norm)], log_ratio
 
     # -- state -----------------------------------------------------------------------------------------------------
 

@@ -107,22 +107,29 @@ class Replay:
 
     def gather(self, index: Array, n: int, gamma: float) -> Batch:
         """The n-step transitions that begin at `index` [N] (row * B + column)."""
-        row, env = np.divmod(index, self.envs)
-        window = (row + np.arange(n)[:, None]) % self.rows
-        columns = self._columns
-        last = columns["cut"][window, env] | (window == (self._head - 1) % self.rows)
-        if n > 1:
-            last[:-1] |= ~columns["valid"][window[1:], env]
-        terminated = columns["terminated"][window, env]
-        returns, discounts, steps = n_step(columns["reward"][window, env], terminated, last, gamma=gamma)
-        end = window[steps - 1, np.arange(len(index))]
+        columns = {name: ring.reshape(-1, *ring.shape[2:]) for name, ring in self._columns.items()}
+        if n == 1:  # each row knows what it led to
+            end, returns = index, columns["reward"].take(index)
+            discounts = gamma * ~columns["terminated"].take(index)
+        else:
+            end, returns, discounts = self._windows(index, n, gamma, columns)
         return Batch(
-            obs={name: ring[row, env] for name, ring in self._obs.items()},
-            action=columns["action"][row, env],
+            obs={name: _rows(ring, index) for name, ring in self._obs.items()},
+            action=columns["action"].take(index, 0),
             returns=returns,
             discounts=discounts,
-            next_obs={name: ring[end, env] for name, ring in self._next_obs.items()},
+            next_obs={name: _rows(ring, end) for name, ring in self._next_obs.items()},
         )
+
+    def _windows(self, index: Array, n: int, gamma: float, columns: Mapping[str, Array]) -> tuple[Array, Array, Array]:
+        """Where the windows of at most `n` steps that begin at `index` [N] end, their returns and discounts, [N] each."""
+        row, env = np.divmod(index, self.envs)
+        window = (row + np.arange(n)[:, None]) % self.rows
+        at = window * self.envs + env
+        last = columns["cut"].take(at) | (window == (self._head - 1) % self.rows)
+        last[:-1] |= ~columns["valid"].take(at[1:])
+        returns, discounts, steps = n_step(columns["reward"].take(at), columns["terminated"].take(at), last, gamma=gamma)
+        return at[steps - 1, np.arange(len(index))], returns, discounts
 
     def state_dict(self) -> dict[str, Any]:
         """All rows in use, as copies."""
@@ -152,3 +159,8 @@ class Replay:
         self._size, self._head, self.env_steps = size, head, state["env_steps"]
         self._follows = np.array(state["follows"])
         self._index()
+
+
+def _rows(ring: Array, at: Array) -> Array:
+    """Rows [N, …] of a ring [rows, B, …], by row * B + column."""
+    return ring.reshape(-1, *ring.shape[2:]).take(at, 0)
