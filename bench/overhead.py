@@ -110,9 +110,9 @@ async def start(counts: list[int]) -> dict[str, Any]:
                 prepared = time.perf_counter()
                 await workers.start()
                 ready_s, all_s = time.perf_counter() - prepared, time.perf_counter() - begun
-                used_s, memory = _cpu_s(workers.pids), [_private_mib(pid) for pid in workers.pids]
+                used_s, memory = cpu_s(workers.pids), [private_mib(pid) for pid in workers.pids]
                 await asyncio.sleep(2)
-                idle = (_cpu_s(workers.pids) - used_s) / 2
+                idle = (cpu_s(workers.pids) - used_s) / 2
             figures[f"{method} {count}"] = {"ready_s": ready_s, "with_preparation_s": all_s, "idle_cpu_share": idle}
             figures[f"{method} {count}"]["private_mib"] = max(memory)
             print(f"{count:3} workers + 1 for evaluation, {method:10}: ready in {ready_s:.2f} s, with preparation "
@@ -151,13 +151,13 @@ def _process_ms(*arguments: str) -> float:
     return min(times)
 
 
-def _cpu_s(pids: list[int]) -> float:
+def cpu_s(pids: list[int]) -> float:
     """CPU seconds of processes so far, where /proc tells."""
     ticks = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13] for pid in pids]
     return sum(int(user) + int(system) for user, system in ticks) / 100
 
 
-def _private_mib(pid: int) -> float:
+def private_mib(pid: int) -> float:
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
 

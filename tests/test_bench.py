@@ -9,7 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+import aiorl
 from bench import common, degree_speed, eval_cost, overhead, results, twin, work
+from bench import steps as step_costs
+from bench.peers import __main__ as peers
+from bench.peers import lineup, report, works
 
 
 def test_percentiles_are_nearest_rank():
@@ -110,6 +114,76 @@ async def test_cost_of_evaluation_measures_all_ways(no_leaks: None):
     assert all(found.wall > 0 for (found,) in times.values())
 
 
+OURS, SYNC, EACH = (
+    lineup.Entry("w1", "aiorl", "2 workers / mlp", lineup.WORKERS),
+    lineup.Entry("w1", "gymnasium", "SyncVectorEnv / mlp", lineup.ONE),
+    lineup.Entry("w1", "sb3", "SubprocVecEnv 16 processes / mlp", lineup.EACH),
+)
+
+
+def measured(round_: int, entry: lineup.Entry, rate: float, speed: float = 30.0) -> report.Row:
+    return report.Row(round_, entry, {report.RATE: rate}, 2.0, 6.0, (30.0, speed))
+
+
+def test_peers_are_compared_round_by_round():
+    slow = [measured(0, OURS, 50.0), measured(0, SYNC, 25.0), measured(0, EACH, 4.0)]
+    fast = [measured(1, OURS, 400.0), measured(1, SYNC, 100.0), measured(1, EACH, 50.0)]
+    rows = [*slow, *fast, measured(2, SYNC, 1.0)]  # aiorl failed in the last round
+    assert report.ratios(rows, OURS, SYNC, report.RATE) == [2.0, 4.0]
+    assert [(v.found, v.reached) for v in report.verdicts("w1", rows)] == [(3.0, True), (10.25, True)]
+    assert [(v.found, v.reached) for v in report.verdicts("w1", slow)] == [(2.0, False), (12.5, True)]
+    assert "| sb3: SubprocVecEnv 16 processes / mlp | process per env | 27 [4 … 50] | 10.25 [8.00 … 12.50] | 2.0 |" in (
+        report.table("w1", rows)
+    )
+    assert [row.round for row in report.disturbed([*fast, measured(3, OURS, 9.0, speed=20.0)])] == [3]
+
+
+def test_a_target_that_was_not_reached_is_said_and_not_counted():
+    ours, other = (lineup.Entry("w2", peer, "PPO 2 workers", lineup.WORKERS) for peer in ("aiorl", "sb3"))
+    rows = [
+        report.Row(i, entry, {report.SECONDS: seconds}, 1.0, 9.0, (1.0, 1.0))
+        for i, pair in enumerate([(1.0, 4.0), (1.0, None)])
+        for entry, seconds in zip((ours, other), pair, strict=True)
+    ]
+    assert report.ratios(rows, ours, other, report.SECONDS) == [0.25]
+    assert "4.00 [4.00 … 4.00], 1 of 2 not reached" in report.table("w2", rows)
+
+
+def test_the_clock_of_training_waits_for_a_full_window():
+    task = works.Task("w2", "", 0, 1.0, ppo=works.PPO(window=2, rate_over=50, cap=90))
+    clock = works.Training(task)
+    for steps, total in ((10, 500.0), (20, 400.0), (30, 500.0), (40, 440.0)):
+        clock.episode(total, steps, seconds=steps / 10)
+    assert not clock.is_over(89)
+    clock.episode(510.0, 45, seconds=4.5)  # the mean of the last two is 475
+    assert (clock.is_over(49), clock.is_over(50)) == (False, True)
+    assert clock.figures(60, 6.0) == {"env_steps_per_s": 10.0, "seconds_to_475": 4.5, "env_steps_to_475": 45}
+
+
+def test_a_peer_that_is_not_installed_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = peers.parse(["--work", "w1", "--peers", "sb3", "--peers-dir", str(tmp_path), "--smoke"])
+    asked = [entry for entry in lineup.chosen(options.work, options.peers, options.all)["w1"] if entry.is_peer]
+    assert {entry.peer for entry in asked} == {"sb3"}
+    assert peers.compare(asked, options, {}) == []
+    assert [f"{entry.name}: skipped" in capsys.readouterr().out for entry in asked[:1]] == [True]
+
+
+def test_the_line_up_names_programs_that_exist():
+    assert len(set(lineup.LINEUP)) == len(lineup.LINEUP)
+    home = Path(peers.__file__).parent
+    assert all((home / f"{entry.module.rpartition('.')[2]}.py").exists() for entry in lineup.LINEUP)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("entry", [e for e in lineup.LINEUP if e.peer == "aiorl"], ids=lambda e: f"{e.work} {e.variant}")
+def test_aiorl_does_its_part_of_the_comparison(entry: lineup.Entry, tmp_path: Path):
+    row, versions = peers.measure(entry, entry.python(tmp_path), 0, seconds=0.5, smoke=True)
+    assert versions["aiorl"]
+    rates = {metric: row.figures[metric] for metric in (report.RATE, report.UPDATES) if metric in row.figures}
+    assert rates
+    assert all(rate and rate > 0 for rate in rates.values())
+
+
 @pytest.mark.long
 async def test_twin_measures_both_ways(no_leaks: None):
     figures = await twin.compare("CartPole-v1", rounds=1, steps=20_000)
@@ -122,3 +196,25 @@ async def test_overhead_measures(no_leaks: None):
     assert (await overhead.handoff())["latency_us"]["p50"] > 0
     assert (await overhead.publish(megabytes=1))["on_loop_ms"] >= 0
     assert set(await overhead.start([2])) == {"forkserver 2", "spawn 2"}
+
+
+def test_functions_are_timed_in_turns() -> None:
+    calls: list[str] = []
+    took = step_costs.cpu_us({name: lambda name=name: calls.append(name) for name in "ab"}, 0.0)
+    assert calls == ["a", "b"] * 2  # the first time does not count
+    assert took.keys() == {"a", "b"}
+    assert min(took.values()) > 0
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_collecting_and_its_parts_can_be_timed(native: bool) -> None:
+    for function in step_costs.collecting(native, 2).values():
+        function()
+
+
+def test_an_update_makes_the_gradient_steps_it_is_divided_by(capsys: pytest.CaptureFixture[str]) -> None:
+    assert step_costs.updating(aiorl.PPO(), 4, 2, 128, 16)()["gradient_steps"] == 4 * 8
+    assert step_costs.updating(aiorl.DQN(hidden=(8,)), 8, 4, 32, 1, before=2_000 // 32)()["gradient_steps"] == 32 // 4
+    took = step_costs.gradient_steps("it", {"update": lambda: None, "bare": lambda: None}, 1, 0.0)
+    assert took.keys() == {"update", "bare"}
+    assert "x the bare loop's speed" in capsys.readouterr().out
