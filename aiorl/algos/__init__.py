@@ -11,6 +11,8 @@ from aiorl.errors import ConfigError
 ALGORITHMS: dict[str, str] = {
     "ppo": "aiorl.algos.ppo:PPO",
     "dqn": "aiorl.algos.dqn:DQN",
+    "sac": "aiorl.algos.sac:SAC",
+    "td3": "aiorl.algos.td3:TD3",
 }
 """Short name -> where its configuration class is (imported when asked for)."""
 

@@ -1,0 +1,223 @@
+"""Soft actor-critic with automatic temperature (Haarnoja et al. 2018, arXiv 1812.05905).
+
+Departures: the temperature's step follows the gradient by its logarithm without the factor alpha, as in the authors' later
+code; `update_ratio` gradient steps for each env step stored after warm-up, exactly, done rollout by rollout; uniform random
+actions at first; n-step returns leave out the entropy of the steps between. Nothing else differs with the default settings.
+
+Which version acted does not matter to one-step targets, so any staleness is sound; n-step returns leave it uncorrected, as
+they do for everything else in the buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from aiorl.acting import LOG_STD_MAX, LOG_STD_MIN, MLP, NoiseTape
+from aiorl.algos.base import LearnerContext, StateTree, Weights
+from aiorl.algos.bounded import ActionRange, RandomStart, action_shift, check_bounded
+from aiorl.algos.practice import Practice, Results
+from aiorl.buffers.replay import Batch
+from aiorl.envs.spaces import Spaces
+from aiorl.lazy import LazyModule
+from aiorl.segments import Array, Column, Rollout
+from aiorl.trees import check_tree
+
+if TYPE_CHECKING:
+    import torch
+
+    from aiorl import continuous, networks
+else:
+    torch, continuous, networks = LazyModule("torch"), LazyModule("aiorl.continuous"), LazyModule("aiorl.networks")
+
+INIT = 0  # what a learner's random numbers are for
+Positive = Annotated[float, Meta(gt=0)]
+
+
+class SAC(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of SAC. After every gradient step, target += tau * (online - target)."""
+
+    name: ClassVar[str] = "sac"
+    default_segment_length: ClassVar[int] = 8
+    default_error_target: ClassVar[float] = 0.2  # mean actions, in units of the bounds: see `action_shift`
+
+    learning_rate: Annotated[float, Meta(description="Adam's step size, for critics, actor and temperature", gt=0)] = 3e-4
+    anneal: Annotated[bool, Meta(description="let the learning rate fall linearly to 0 over the run")] = False
+    batch_size: Annotated[int, Meta(description="transitions per gradient step", ge=1)] = 256
+    capacity: Annotated[int, Meta(description="transitions in the replay buffer", ge=1)] = 1_000_000
+    warmup: Annotated[int, Meta(description="env steps stored before the first gradient step", ge=0)] = 1_000
+    random_steps: Annotated[
+        int, Meta(description="env steps with uniform random actions at first (whole rollouts)", ge=0)
+    ] = 1_000
+    update_ratio: Annotated[float, Meta(description="gradient steps per env step after warm-up", ge=0)] = 1.0
+    gamma: Annotated[float, Meta(description="discount per step", ge=0, le=1)] = 0.99
+    n_step: Annotated[int, Meta(description="rewards summed before bootstrapping", ge=1)] = 1
+    tau: Annotated[float, Meta(description="share taken over by each target update", gt=0, le=1)] = 0.005
+    alpha: Annotated[float, Meta(description="temperature: weight of the entropy (at first, if tuned)", gt=0)] = 1.0
+    tune_alpha: Annotated[bool, Meta(description="adjust the temperature to the target entropy")] = True
+    target_entropy: Annotated[
+        float | None, Meta(description="entropy of the actions, in units of their bounds (default: minus their number)")
+    ] = None
+    reward_scale: Annotated[float, Meta(description="factor on rewards", gt=0)] = 1.0
+    max_grad_norm: Annotated[
+        Positive | None, Meta(description="longest gradient, of the critics and of the actor (default: no limit)")
+    ] = None
+    hidden: Annotated[tuple[int, ...], Meta(description="sizes of the hidden layers", min_length=1)] = (256, 256)
+    activation: Annotated[Literal["tanh", "relu"], Meta(description="after each hidden layer")] = "relu"
+    adam_eps: Annotated[float, Meta(description="Adam's epsilon", gt=0)] = 1e-8
+
+    @property
+    def corrects_staleness(self) -> bool:
+        return True
+
+    def check(self, spaces: Spaces) -> None:
+        """Raise ConfigError unless the action space is a Box with finite bounds."""
+        check_bounded(self.name, spaces)
+
+    def columns(self, spaces: Spaces) -> dict[str, Column]:
+        return {"mean": Column((spaces.action.size,), "float32")}
+
+    def policy(self, spaces: Spaces) -> SACPolicy:
+        return SACPolicy(self, spaces)
+
+    def learner(self, spaces: Spaces, context: LearnerContext) -> SACLearner:
+        return SACLearner(self, spaces, context)
+
+
+class SACPolicy:
+    """The acting half: tanh of a Gaussian, at first uniform. Its weights are the actor's and when the random start ends.
+
+    The column `mean` is the deterministic action, in units of the bounds.
+    """
+
+    def __init__(self, config: SAC, spaces: Spaces) -> None:
+        self._config, self._spaces = config, spaces
+        self._range = ActionRange(spaces.action)
+        self._noise = NoiseTape(self._draw)
+
+    def begin(self, weights: Weights, rollout: int, rng: np.random.Generator | None, steps: int) -> None:
+        self._actor = MLP(weights, "actor", self._config.activation)
+        self._random = RandomStart.of_weights(weights).covers(rollout)
+        self._explore = rng is not None
+        self._noise.rewind(rng, steps)
+
+    def _draw(self, rng: np.random.Generator, steps: int, n: int) -> Array:
+        """Standard normal noise, or uniform actions in units of the bounds, float32 [steps, n, k]."""
+        shape = (steps, n, self._spaces.action.size)
+        return rng.random(shape, np.float32) * 2 - 1 if self._random else rng.standard_normal(shape, np.float32)
+
+    def act(self, obs: Mapping[str, Array], first: Array) -> tuple[Array, Mapping[str, Array]]:
+        outputs, k = self._actor(self._spaces.encode(obs)), self._spaces.action.size
+        mean, log_std = outputs[:, :k], outputs[:, k:]
+        greedy = np.tanh(mean)
+        if not self._explore:
+            return self._range.stored(greedy), {}
+        noise = self._noise.next(len(mean))
+        unit = noise if self._random else np.tanh(mean + np.exp(log_std.clip(LOG_STD_MIN, LOG_STD_MAX)) * noise)
+        return self._range.stored(unit), {"mean": greedy}
+
+
+class SACLearner:
+    """The learning half."""
+
+    def __init__(self, config: SAC, spaces: Spaces, context: LearnerContext) -> None:
+        self._config, self._spaces, self._context = config, spaces, context
+        k = spaces.action.size
+        self._target_entropy = float(-k) if config.target_entropy is None else config.target_entropy
+        rng = networks.torch_rng(context.rng(INIT))
+        self._policy = continuous.SoftActor(spaces.features, 2 * k, config.hidden, config.activation, rng, config.alpha)
+        self._parameters = networks.FlatParameters(self._policy, context.device)
+        self._log_alpha_grad = self._parameters.split(self._parameters.grad)["log_alpha"]
+        self._adam = networks.Adam(self._parameters, eps=config.adam_eps)
+        self._critics = continuous.TwinCritics(
+            spaces.features, k, config.hidden, config.activation, rng, context.device,
+            adam_eps=config.adam_eps, max_grad_norm=config.max_grad_norm,
+        )  # fmt: skip
+        self._range = ActionRange(spaces.action)
+        self._practice = Practice(config, spaces, context)
+        self._start = RandomStart.of_steps(config.random_steps, context)
+
+    # -- update ----------------------------------------------------------------------------------------------------
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        with torch.no_grad():  # gradients are written out
+            shift = 0.0 if self._start.covers(rollout.index) else action_shift(rollout, self._spaces, self._mean)
+            metrics = self._practice.update(rollout, self._step, self._undo, self._is_finite)
+        return metrics | {"off_policy_error": shift, "target_drift": self._critics.drift()}
+
+    def _undo(self) -> Callable[[], None]:
+        undo_policy, undo_critics = self._adam.undo(), self._critics.undo()
+
+        def take_back() -> None:
+            undo_policy()
+            undo_critics()
+
+        return take_back
+
+    def _is_finite(self) -> bool:
+        return self._parameters.is_finite() and self._critics.parameters.is_finite()
+
+    def _mean(self, obs: Array) -> Array:
+        """The deterministic action for encoded observations, [N, k] in units of the bounds."""
+        outputs = self._policy.actor.trace(self._tensor(obs))[-1].cpu().numpy()
+        return np.tanh(outputs[:, : self._spaces.action.size])
+
+    def _tensor(self, array: Array) -> torch.Tensor:
+        return torch.from_numpy(array.astype(np.float32, copy=False)).to(self._context.device)
+
+    def _step(self, batch: Batch, rate: float, rng: np.random.Generator) -> Results:
+        """One step of the critics, the actor, the temperature and the targets, in this order."""
+        n = len(batch.returns)
+        # One pass for both, as the actor changes after the critics.
+        both = self._tensor(np.concatenate([self._spaces.encode(leaves) for leaves in (batch.obs, batch.next_obs)]))
+        obs, next_obs = both.split(n)
+        seen = self._policy.actor.trace(both)
+        noise = self._tensor(rng.standard_normal((2 * n, self._spaces.action.size), np.float32))
+        chosen = continuous.SquashedGaussian(seen[-1][:n], noise[:n])
+        following = continuous.SquashedGaussian(seen[-1][n:], noise[n:])
+        alpha = self._policy.log_alpha.exp()
+        soft_value = self._critics.target_value(next_obs, following.action) - alpha * following.log_prob
+        targets = self._tensor(batch.returns * self._config.reward_scale) + self._tensor(batch.discounts) * soft_value
+        found = self._critics.fit(obs, self._tensor(self._range.unit(batch.action)), targets, rate)
+
+        value, d_action = self._critics.smaller(obs, chosen.action)
+        entropy = -chosen.log_prob.mean()
+        self._policy.actor.backward([x[:n] for x in seen], chosen.backward(d_action / -n, alpha / n))
+        self._log_alpha_grad.zero_()  # it has no part in the norm
+        found["actor_grad_norm"] = self._parameters.clip_grad(self._config.max_grad_norm or np.inf)
+        if self._config.tune_alpha:
+            self._log_alpha_grad.copy_(entropy - self._target_entropy)
+        self._adam.step(rate)
+        self._critics.follow(self._config.tau)
+        return found | {"actor_loss": -(alpha * entropy + value.mean()), "entropy": entropy, "alpha": alpha}
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def weights(self) -> Weights:
+        arrays = self._parameters.arrays(copy=False)
+        return {name: array for name, array in arrays.items() if name != "log_alpha"} | self._start.weights()
+
+    def _own_state(self) -> StateTree:
+        return {
+            "parameters": self._parameters.arrays(),
+            "optimizer": self._adam.state_dict(),
+            "critics": self._critics.state_dict(),
+        }
+
+    def state_dict(self) -> StateTree:
+        return self._own_state() | {"practice": self._practice.state_dict()}
+
+    def load_state_dict(self, state: StateTree) -> None:
+        check_tree({key: value for key, value in state.items() if key != "practice"}, self._own_state())
+        self._practice.load_state_dict(state.get("practice", {}))
+        self._parameters.load(state["parameters"])
+        self._adam.load_state_dict(state["optimizer"])
+        self._critics.load_state_dict(state["critics"])
+
+    def set(self, **changes: float) -> None:
+        """Change learning_rate (before annealing) from the next update on."""
+        self._practice.set(**changes)
