@@ -1,0 +1,89 @@
+"""Hockey for two players who act at the same time, as a PettingZoo environment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from gymnasium.utils import seeding
+from pettingzoo import ParallelEnv
+
+from aiorl.envs.hockey import rules
+from aiorl.envs.hockey.env import action_space, begin, chosen, observation_space, observed
+from aiorl.envs.hockey.game import Game, reward
+from aiorl.envs.hockey.render import Painter, checked_mode
+
+PLAYERS = ("player_1", "player_2")
+
+Array = np.ndarray[Any, Any]
+
+
+class HockeyParallelEnv(ParallelEnv[str, Array, Any]):
+    """Both players see and act in their own frame, so one policy plays either side; arguments and options as HockeyEnv's."""
+
+    metadata = {"render_modes": ["rgb_array", "human"], "render_fps": rules.FPS, "name": "aiorl_hockey_v0"}
+
+    def __init__(
+        self, mode: str = "NORMAL", keep_mode: bool = True, discrete: bool = False, render_mode: str | None = None
+    ) -> None:
+        self.render_mode = checked_mode(render_mode)
+        self.game = Game(mode, keep_mode)
+        self.possible_agents = list(PLAYERS)
+        self.agents: list[str] = []
+        self.observation_spaces = {player: observation_space(self.game) for player in PLAYERS}
+        self.action_spaces = {player: action_space(self.game, discrete) for player in PLAYERS}
+        self._discrete = discrete
+        self._rng: np.random.Generator | None = None
+        self._painter = Painter()
+
+    def observation_space(self, agent: str) -> spaces.Space[Any]:
+        return self.observation_spaces[agent]
+
+    def action_space(self, agent: str) -> spaces.Space[Any]:
+        return self.action_spaces[agent]
+
+    def reset(
+        self, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Array], dict[str, dict[str, Any]]]:
+        if seed is not None or self._rng is None:
+            self._rng, _ = seeding.np_random(seed)
+        begin(self.game, self._rng, seed, options)
+        self.agents = list(PLAYERS)
+        self._show()
+        return self._observed(), self._infos()
+
+    def step(
+        self, actions: dict[str, Any]
+    ) -> tuple[dict[str, Array], dict[str, float], dict[str, bool], dict[str, bool], dict[str, dict[str, Any]]]:
+        game = self.game
+        game.step(*(chosen(game, actions[player], self._discrete) for player in PLAYERS))
+        infos = self._infos()
+        terminated, truncated = game.winner is not None, game.out_of_time
+        if terminated or truncated:
+            self.agents = []
+        self._show()
+        return (
+            self._observed(),
+            {player: reward(infos[player]) for player in PLAYERS},
+            dict.fromkeys(PLAYERS, terminated),
+            dict.fromkeys(PLAYERS, truncated),
+            infos,
+        )
+
+    def render(self) -> Array | None:
+        """uint8 [480, 600, 3] in render mode "rgb_array"; the window of "human" draws itself."""
+        return self._painter.frame(self.game.world) if self.render_mode == "rgb_array" else None
+
+    def close(self) -> None:
+        self._painter.close()
+
+    def _observed(self) -> dict[str, Array]:
+        return {player: observed(self.game, i) for i, player in enumerate(PLAYERS)}
+
+    def _infos(self) -> dict[str, dict[str, Any]]:
+        return {player: self.game.info(i) for i, player in enumerate(PLAYERS)}
+
+    def _show(self) -> None:
+        if self.render_mode == "human":
+            self._painter.show(self.game.world)
