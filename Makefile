@@ -7,12 +7,14 @@ PYTHON ?=
 PYTHONS := python3.13 python3.12 python3.11 python3
 PIP_FLAGS ?=
 ARGS ?=
+MINUTES ?= 20
+ALGO ?= ppo
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help train test long lint types bench clean
+.PHONY: help train test long soak lint types bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +40,9 @@ test: $(READY)  ## install, then run the quick tests
 
 long: $(READY)  ## run the long tests (learning results, many processes)
 	$(BIN)/python -m pytest -m long $(ARGS)
+
+soak: $(READY)  ## train while workers die and the disk is full (MINUTES=20 ALGO=ppo), then check the laws
+	$(BIN)/python -m bench.soak --minutes $(MINUTES) --algo $(ALGO) $(ARGS)
 
 lint: $(READY)  ## check style
 	$(BIN)/ruff check aiorl tests examples bench

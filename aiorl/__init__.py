@@ -5,7 +5,7 @@ Layers. A module imports only lower ones, or its own without a cycle (tests/test
     errors  events  faultpoints  lazy  seeding  structs
         segments  seals  trees                              records, errors, sources of chance  0
     envs/  buffers/  returns  losses  networks  acting
-        normalise  pacing  tuning  ledger                   synchronous: no clock, no loop      1
+        continuous  normalise  pacing  tuning  ledger       synchronous: no clock, no loop      1
     algos/                                                  one file per algorithm              2
     config  presets  policy  checkpoint  channel  offload
         filelock  alarms  learning  report  record
@@ -30,6 +30,9 @@ _EXPORTS = {
     "aiorl.policy": ["LoadedPolicy", "load"],
     "aiorl.algos.ppo": ["PPO"],
     "aiorl.algos.dqn": ["DQN"],
+    "aiorl.algos.sac": ["SAC"],
+    "aiorl.algos.td3": ["TD3"],
+    "aiorl.envs.coroutines": ["AsyncEnv"],
     "aiorl.algos.base": ["Algorithm", "Learner", "LearnerContext", "Policy"],
     "aiorl.errors": [
         "AiorlError", "CheckpointError", "ConfigError", "EnvError", "InvariantError", "NonFiniteError", "ReproductionError",
@@ -38,25 +41,29 @@ _EXPORTS = {
     "aiorl.events": [
         "AnyEvent", "CheckpointFailed", "Checkpointed", "DegreeChanged", "EpisodeAborted", "Evaluated",
         "EvaluationSkipped", "Event", "Finished", "Lagged", "Paused", "Progress", "Reevaluated", "Resumed",
-        "SettingsChanged", "Stalled", "Started", "Status", "Updated", "Warned", "WorkerRestarted",
+        "SettingsChanged", "Stalled", "Started", "Status", "Updated", "Warned", "WorkerGivenUp",
+        "WorkerRestarted",
     ],
 }  # fmt: skip
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 
 __all__ = [
-    "DQN", "PPO", "AiorlError", "Algorithm", "AnyEvent", "CheckpointError", "CheckpointFailed", "Checkpointed",
-    "Config", "ConfigError", "DegreeChanged", "EnvError", "EpisodeAborted", "EvalSuite", "Evaluated", "EvaluationSkipped",
-    "Event", "Finished", "InvariantError", "Lagged", "Learner", "LearnerContext", "LoadedPolicy", "NonFiniteError",
-    "Paused", "Policy", "Progress",
+    "DQN", "PPO", "SAC", "TD3", "AiorlError", "Algorithm", "AnyEvent", "AsyncEnv", "CheckpointError", "CheckpointFailed",
+    "Checkpointed", "Config", "ConfigError", "DegreeChanged", "EnvError", "EpisodeAborted", "EvalSuite", "Evaluated",
+    "EvaluationSkipped", "Event", "Finished", "InvariantError", "Lagged", "Learner", "LearnerContext",
+    "LoadedPolicy", "NonFiniteError", "Paused", "Policy", "Progress",
     "Reevaluated", "ReproductionError", "Result", "Resumed", "Run", "SettingsChanged", "Stalled", "StalledError", "Started",
-    "Status", "TrainingError", "Updated", "Warned", "WorkerError", "WorkerRestarted", "load", "train",
+    "Status", "TrainingError", "Updated", "Warned", "WorkerError", "WorkerGivenUp", "WorkerRestarted", "load", "train",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from aiorl.algos.base import Algorithm, Learner, LearnerContext, Policy
     from aiorl.algos.dqn import DQN
     from aiorl.algos.ppo import PPO
+    from aiorl.algos.sac import SAC
+    from aiorl.algos.td3 import TD3
     from aiorl.config import Config, EvalSuite
+    from aiorl.envs.coroutines import AsyncEnv
     from aiorl.errors import (
         AiorlError,
         CheckpointError,
@@ -90,6 +97,7 @@ if TYPE_CHECKING:
         Status,
         Updated,
         Warned,
+        WorkerGivenUp,
         WorkerRestarted,
     )
     from aiorl.policy import LoadedPolicy, load

@@ -5,16 +5,40 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from aiorl.envs.spaces import Leaf, Spaces
-from aiorl.segments import Segment
+import numpy as np
+
+from aiorl.envs.spaces import Bounds, Leaf, Spaces
+from aiorl.ledger import NOT_FINITE, Aborted
+from aiorl.segments import Rollout, Segment
 
 
 class Alarms:
     """The messages of one run. `update` is called after each update, with everything in order or not."""
 
-    def __init__(self, spaces: Spaces) -> None:
+    def __init__(self, spaces: Spaces, bounds: Mapping[str, Bounds] | None = None) -> None:
+        """`bounds` are those that the environment declares (see `aiorl.envs.spaces.bounds_of`)."""
         self._boxes = [leaf for leaf in spaces.observation if leaf.kind == "box" and leaf.size]
         self._on: set[str] = set()
+        self._bounds = dict(bounds or {})
+        self._outside: set[tuple[str, int]] = set()  # leaf and environment that have been told of
+
+    def outside(self, rollout: Rollout) -> list[str]:
+        """New messages on what was observed outside of its declared bounds, once for each leaf and environment."""
+        found: list[str] = []
+        for name, bounds in self._bounds.items():
+            strays = dict[int, str]()  # what is wrong with each environment
+            first = 0
+            for segment in rollout.segments:
+                envs = rollout.envs[first : first + segment.envs].tolist()
+                first += segment.envs
+                if any((name, env) not in self._outside for env in envs):
+                    strays |= {envs[i]: what for i, what in outside_of(bounds, segment, name).items()}
+            new = [env for env in strays if (name, env) not in self._outside]
+            self._outside.update((name, env) for env in new)
+            if new:
+                others = f", as are others of environments {', '.join(map(str, new[1:]))}" if new[1:] else ""
+                found.append(f"{name} of environment {new[0]} is {strays[new[0]]}; it is stored as it is{others}")
+        return found
 
     def update(
         self,
@@ -50,6 +74,37 @@ class Alarms:
         unknown = set[str]() if learned or skipped else {"no gradient", "no change"}
         self._on = {kind for kind, message in wrong.items() if message} | (self._on & unknown)
         return found
+
+
+def blame(aborted: Aborted, log: str) -> str:
+    """What is wrong with an environment whose episode had to be given up; `log` is where to find more."""
+    gone = f"its episode {aborted.episode} is aborted after {aborted.length} steps"
+    if aborted.reason == NOT_FINITE:
+        return f"environment {aborted.env} returned NaN or infinity: {gone} and that step is dropped{log}"
+    return (
+        f"environment {aborted.env} does not reproduce: {gone}, exactness is waived{log}; "
+        "draw all chance from the generator that reset(seed=…) seeds"
+    )
+
+
+def outside_of(bounds: Bounds, segment: Segment, name: str) -> dict[int, str]:
+    """The first value outside of the bounds, and these, by column of the segment. Usually the extremes tell that there is
+    none."""
+    found: dict[int, str] = {}
+    finals = segment.final_obs[name][: segment.finals]
+    for rows, column in ((segment.obs[name], None), (finals, segment.final_at[: segment.finals] % segment.envs)):
+        axes = (0, 1) if column is None else (0,)
+        if not len(rows) or bounds.hold(rows.min(axes), rows.max(axes)):
+            continue
+        wrong = (rows < bounds.low) | (rows > bounds.high)
+        for env in range(segment.envs):
+            mine = np.nonzero(wrong[:, env] if column is None else wrong[column == env])
+            if len(mine[0]) and env not in found:
+                _, *place = (int(index[0]) for index in mine)
+                value = (rows[:, env] if column is None else rows[column == env])[mine][0]
+                within = f"[{bounds.low[tuple(place)]:g}, {bounds.high[tuple(place)]:g}]"
+                found[env] = f"{value:g}, outside of its declared bounds {within}"
+    return found
 
 
 def all_zero(boxes: Sequence[Leaf], segments: Sequence[Segment]) -> bool:

@@ -31,7 +31,7 @@ from aiorl.record import Record
 from aiorl.report import Report, Result
 from aiorl.workers.launch import Launcher
 from aiorl.workers.pool import InlineWorkers, ProcessWorkers, Workers, plan_stations
-from aiorl.workers.program import StationSetup
+from aiorl.workers.station import StationSetup
 from aiorl.workers.weights import WeightLayout, WeightStore
 
 LEARNER_GRACE_S = 0.5
@@ -131,7 +131,7 @@ async def assemble(
         weights = await learner_thread.run(_make_weights, checked, trainer)
         parts = _wire(checked, launcher, learner_thread, trainer, weights, record, backends)
         files = await files_thread.run(_begin_directory, checked)
-        dial = Dial(checked.config, parts.pacer) if record is None else None
+        dial = Dial(checked.config, parts.pacer, lanes=checked.lanes) if record is None else None
         if checked.saved is not None:
             _restore_counters(checked, parts, report, dial)
         elif report.stop_return is None:
@@ -161,7 +161,9 @@ def _make_trainer(checked: Preflight, record: Record | None) -> Trainer:
     ledger = Ledger(config.groups, cast(int, config.group_size))
     settings = record.settings if record is not None else None
     skips_max = config.nonfinite_max if config.on_nonfinite == "skip" else 0
-    trainer = Trainer(checked.algorithm, checked.spaces, context, ledger, config.torch_threads, settings, skips_max)
+    trainer = Trainer(
+        checked.algorithm, checked.spaces, context, ledger, config.torch_threads, settings, skips_max, checked.probe.bounds
+    )
     if checked.saved is not None:
         try:
             trainer.restore(checked.saved.parts)
@@ -245,7 +247,10 @@ def _wire(
         weight_block=weights.block,
         block=weights.block,
         eval_width=EVAL_WIDTH,
+        stepping=config.stepping,
+        steps_at_once=config.steps_at_once,
         eval_envs=tuple(suite.env for suite in checked.suites),
+        aborts_max=config.nonfinite_env_max if config.on_nonfinite_env == "abort_episode" else 0,
     )
     plan = plan_stations(common, groups, group_size, cast(int, config.workers), cursors)
     workers: Workers
@@ -254,8 +259,9 @@ def _wire(
     else:
         directory = str(checked.directory.resolve())
         workers = ProcessWorkers(
-            plan, launcher, directory, config.start_timeout_s, config.step_timeout_s, trainer.where, backends.thread
-        )
+            plan, launcher, directory, config.start_timeout_s, config.step_timeout_s, trainer.where, backends.thread,
+            config.min_workers,
+        )  # fmt: skip
     gate = Gate()
     return loops.Parts(
         pacer=pacer,

@@ -15,7 +15,16 @@ from msgspec import Meta
 from aiorl.algos import algorithm_class, algorithm_name
 from aiorl.algos.base import Algorithm
 from aiorl.errors import ConfigError
-from aiorl.structs import check_bounds, check_plain, convert, fields_of, not_for_toml, read_toml, refuse_unknown
+from aiorl.structs import (
+    check_bounds,
+    check_plain,
+    convert,
+    fields_of,
+    not_for_toml,
+    read_toml,
+    refuse_unknown,
+    without_none,
+)
 
 Auto = Literal["auto"]
 
@@ -60,6 +69,21 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     workers: Annotated[
         int | Auto, Meta(description="worker processes; 0 runs the environments in this process, one after the other")
     ] = "auto"
+    min_workers: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="with so many left the run goes on when a worker fails too often (default: all are needed)"),
+    ] = None
+    stepping: Annotated[
+        Literal["auto", "serial", "threads"],
+        Meta(
+            description="how a worker's groups step: threads, each in its own, for environments that wait; serial, one "
+            "after the other; auto, serial or, where step is async def, as coroutines"
+        ),
+    ] = "auto"
+    steps_at_once: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="environment steps that may run at the same time in a worker, in threads or as coroutines"),
+    ] = None
     segment_length: Annotated[
         int | None, Meta(description="steps each environment contributes to a rollout (default: the algorithm's)")
     ] = None
@@ -132,6 +156,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(description="when an update comes to NaN or infinity: end the run, or go on without that update"),
     ] = "stop"
     nonfinite_max: Annotated[int, Meta(description="how many updates in a row may be skipped", ge=1)] = 3
+    on_nonfinite_env: Annotated[
+        Literal["stop", "abort_episode"],
+        Meta(description="when an environment returns NaN or infinity: end the run, or abort its episode and go on"),
+    ] = "stop"
+    nonfinite_env_max: Annotated[
+        int, Meta(description="how many episodes of one environment in a row may be aborted for that", ge=1)
+    ] = 10
     debug: Annotated[
         bool, Meta(description="check memory shared with workers by checksums; the command line shows tracebacks, too")
     ] = False
@@ -166,8 +197,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def groups(self) -> int:
-        size = auto_group_size(self.envs) if self.group_size == "auto" else self.group_size
-        return self.envs // size
+        return self.envs // self._size_of_groups
+
+    @property
+    def _size_of_groups(self) -> int:
+        if self.group_size != "auto":
+            return self.group_size
+        return 1 if self.stepping == "threads" else auto_group_size(self.envs)
 
     @property
     def stall_limit_s(self) -> float:
@@ -191,8 +227,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def resolve(self) -> Config:
         """A copy without "auto" or None where a value can be worked out: what the run directory records."""
-        size = auto_group_size(self.envs) if self.group_size == "auto" else self.group_size
-        groups = self.envs // size
+        groups = self.groups
         # A group is never split, so more workers than groups would have nothing to do.
         workers = min(groups, usable_cores() if self.workers == "auto" else self.workers)
         env, env_kwargs = self.env, self.env_kwargs
@@ -203,7 +238,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             env=env,
             env_kwargs=msgspec.json.decode(msgspec.json.encode(env_kwargs)),  # as a file gives them: lists, no tuples
             algo=self.algorithm,
-            group_size=size,
+            group_size=self._size_of_groups,
             workers=workers,
             segment_length=self.steps_per_segment,
             eval_every=max(1, self.total_steps // 10) if self.eval_every is None else self.eval_every,
@@ -215,11 +250,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         data = {k: v for k, v in msgspec.structs.asdict(self).items() if v is not None}
         algorithm: Any = self.algo
         data["env"] = env_name(self.env)
-        data["eval_suites"] = msgspec.to_builtins(self.eval_suites)
+        data["eval_suites"] = without_none(msgspec.to_builtins(self.eval_suites))
         if not isinstance(algorithm, str):
             data["algo"] = algorithm_name(algorithm)
-            fields = msgspec.to_builtins(algorithm)
-            data[algorithm.name] = {k: v for k, v in fields.items() if v is not None}
+            data[algorithm.name] = without_none(msgspec.to_builtins(algorithm))
         return data
 
     def to_toml(self) -> str:
@@ -297,6 +331,7 @@ def _check_choices(config: Config) -> None:
     if config.memory_gb is not None and config.memory_gb <= 0:
         raise ConfigError(f"memory_gb = {config.memory_gb}: expected more than 0")
     _check_groups(config)
+    _check_workers(config)
     algorithm = config.algorithm
     if config.degree_limit < config.off_policy_degree:
         raise ConfigError(
@@ -308,6 +343,13 @@ def _check_choices(config: Config) -> None:
             f"{algorithm.name} does not correct for stale data, so off_policy_degree = {config.off_policy_degree} "
             "would bias it\n  set off_policy_degree = 0, or allow_uncorrected = true to accept that"
         )
+
+
+def _check_workers(config: Config) -> None:
+    least, workers = config.min_workers, config.workers
+    if least is not None and isinstance(workers, int) and least > workers:
+        there = "no workers that could fail" if workers == 0 else f"only {workers} workers"
+        raise ConfigError(f"min_workers = {least}: there are {there}\n  expected at most workers, or leave it out")
 
 
 def _check_algorithm(algorithm: Any) -> None:

@@ -18,9 +18,12 @@ ERROR_TARGET = 0.3  # for algorithms that name none
 class Dial:
     """Turns the pacer's degree: by itself if the configuration says -1, by hand with `turn`. On the event loop's thread."""
 
-    def __init__(self, config: Config, pacer: Pacer, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, config: Config, pacer: Pacer, clock: Callable[[], float] = time.perf_counter, lanes: int | None = None
+    ) -> None:
+        """`lanes`: how many groups are collected at the same time (default: one in each worker)."""
         self._pacer, self._clock = pacer, clock
-        self._groups_per = config.groups, max(1, int(config.workers) if config.workers != "auto" else 1)
+        self._groups_per = config.groups, lanes or max(1, int(config.workers) if config.workers != "auto" else 1)
         default = getattr(config.algorithm, "default_error_target", ERROR_TARGET)
         self._error_target = default if config.error_target is None else config.error_target
         self._tuner: Tuner | None = None
@@ -63,7 +66,7 @@ class Dial:
         return decision
 
     def _collect_s(self, plan: RolloutPlan, outcome: Outcome) -> float:
-        """How long the busiest worker collected for this rollout."""
+        """How long the busiest worker collected for this rollout, or the slowest group if they do so side by side."""
         groups, workers = self._groups_per
         busy_s = [0.0] * workers
         for part, seconds in zip(plan.parts, outcome.segment_seconds, strict=True):

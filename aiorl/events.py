@@ -140,17 +140,32 @@ class WorkerRestarted(Event, frozen=True, kw_only=True, tag="worker_restarted"):
     seconds_down: float
 
 
-class EpisodeAborted(Event, frozen=True, kw_only=True, tag="episode_aborted"):
-    """Environment `env` of worker `worker` could not be brought back to where it was, and has begun another episode.
+class WorkerGivenUp(Event, frozen=True, kw_only=True, tag="worker_given_up"):
+    """A worker has failed too often and is not started again: the run goes on with `workers` of them (see `min_workers`).
 
-    Of the aborted one, its `episode`-th, `length` env steps are stored: it has no return, and learning does not look past
-    its last row. From here on the run is not exact: it would not come out the same again.
+    `reason` is what ended it last. Its groups of environments go on where they were, in the worker `heir`, which is started
+    again for that: nothing is lost but time.
+    """
+
+    worker: str
+    reason: str
+    heir: str
+    workers: int
+
+
+class EpisodeAborted(Event, frozen=True, kw_only=True, tag="episode_aborted"):
+    """Environment `env` of worker `worker` has begun another episode before this one, its `episode`-th, was over.
+
+    Of the aborted one `length` env steps are stored: it has no return, and learning does not look past its last row.
+    `reason` is "not reproduced": the environment could not be brought back to where it was, and from here on the run is not
+    exact (it would not come out the same again); or "not finite": it returned NaN or infinity, and that step is dropped.
     """
 
     worker: str
     env: int
     episode: int
     length: int
+    reason: str = "not reproduced"
 
 
 class Paused(Event, frozen=True, kw_only=True, tag="paused"):
@@ -242,10 +257,11 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int
     metrics: dict[str, float]
     aborted: int = 0
+    workers_given_up: int = 0
 
 
 AnyEvent = (
     Started | Updated | Progress | Evaluated | EvaluationSkipped | Reevaluated | Checkpointed | CheckpointFailed
-    | Paused | Resumed | SettingsChanged | DegreeChanged | Warned | WorkerRestarted | EpisodeAborted | Stalled | Lagged
-    | Finished
+    | Paused | Resumed | SettingsChanged | DegreeChanged | Warned | WorkerRestarted | WorkerGivenUp | EpisodeAborted
+    | Stalled | Lagged | Finished
 )  # fmt: skip

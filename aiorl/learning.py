@@ -15,7 +15,7 @@ import numpy as np
 from aiorl.alarms import Alarms
 from aiorl.algos.base import Algorithm, Learner, LearnerContext, Weights
 from aiorl.envs.cursor import GroupCursor, advance
-from aiorl.envs.spaces import Spaces
+from aiorl.envs.spaces import Bounds, Spaces
 from aiorl.errors import InvariantError, NonFiniteError, TrainingError
 from aiorl.ledger import Aborted, Episode, Ledger
 from aiorl.pacing import RolloutPlan
@@ -67,11 +67,12 @@ class Trainer:
         threads: int,
         settings: Mapping[int, Mapping[str, float]] | None = None,
         skips_max: int = 0,
+        bounds: Mapping[str, Bounds] | None = None,
     ) -> None:
         """`settings`: changes to make after so many updates (when a run is repeated). `skips_max`: how many updates in a row
-        may be skipped because they come to NaN or infinity."""
+        may be skipped because they come to NaN or infinity. `bounds`: of the observations, as declared."""
         self.ledger = ledger
-        self._alarms, self._skips_max, self._skips = Alarms(spaces), skips_max, 0
+        self._alarms, self._skips_max, self._skips = Alarms(spaces, bounds), skips_max, 0
         self._storing = threading.Lock()
         self._settings = settings or {}
         self._threads = threads
@@ -119,7 +120,7 @@ class Trainer:
             update_seconds=took_s,
             segment_seconds=tuple(times),
             skipped=skipped,
-            alarms=tuple(alarms),
+            alarms=(*alarms, *self._alarms.outside(rollout)),
         )
 
     def _learn(self, rollout: Rollout) -> tuple[dict[str, float], str | None]:

@@ -75,7 +75,9 @@ class OffloadThread:
 
     def _serve(self) -> None:
         if sys.platform == "linux":  # where niceness is a thread's own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BACKGROUND_NICENESS)
+            me = threading.get_native_id()
+            niceness = max(BACKGROUND_NICENESS, os.getpriority(os.PRIO_PROCESS, me))  # less than it has is not allowed
+            os.setpriority(os.PRIO_PROCESS, me, niceness)
         while (call := self._calls.get()) is not None:
             call()
             del call  # else the last call's arguments live until the next one

@@ -67,6 +67,13 @@ class Preflight:
         return found
 
     @property
+    def lanes(self) -> int:
+        """How many groups are collected at the same time."""
+        config, workers = self.config, cast(int, self.config.workers)
+        side_by_side = config.stepping == "threads" or (config.stepping == "auto" and self.env.coroutines)
+        return config.groups if workers and side_by_side else max(1, workers)
+
+    @property
     def needs_main(self) -> bool:
         """Whether workers must import the program that is running: its environment or algorithm is defined there."""
         envs = [self.env, *(suite.env for suite in self.suites)]
@@ -95,13 +102,17 @@ def check(config: Config, resume: str | Path | None = None, *, write: bool = Tru
     saved = None
     if resume is not None:
         saved = read_saved(Path(resume))
-    asked, config = config.workers, config.resolve()
+    asked, config = config, config.resolve()
     algorithm = cast(Algorithm, config.algorithm)
     spec = resolve_env(
         config.env, config.env_kwargs, in_process=config.workers == 0, native=config.native_vector
     )
     found = probe(spec, cast(int, config.group_size))
+    if found.spec.coroutines and asked.group_size == "auto":
+        config = asked.replace(group_size=1).resolve()  # a worker serves them all at once: none needs to wait for others
     algorithm.check(found.spaces)
+    _check_can_abort(config, found)
+    _check_stepping(config, found)
     suites = find_suites(config, found)
     _check_importable(algorithm, cast(int, config.workers))
     segment = segment_layout(config, algorithm, found)
@@ -116,8 +127,25 @@ def check(config: Config, resume: str | Path | None = None, *, write: bool = Tru
         directory = choose_directory(config, env_name(config.env), algorithm.name, create=write)
     if write:
         make_writable(directory)
-    idle = asked - cast(int, config.workers) if isinstance(asked, int) else 0
+    idle = asked.workers - cast(int, config.workers) if isinstance(asked.workers, int) else 0
     return Preflight(config, algorithm, found.spec, found, segment, directory, suites, saved, idle)
+
+
+def _check_can_abort(config: Config, found: Probe) -> None:
+    """An episode of its own is what a part of a vector environment does not have."""
+    if config.on_nonfinite_env == "abort_episode" and found.native:
+        raise ConfigError(
+            f"on_nonfinite_env = \"abort_episode\": {found.spec.name} is a vector: no episode can be given up alone\n"
+            "  set native_vector = false, or on_nonfinite_env = \"stop\""
+        )
+
+
+def _check_stepping(config: Config, found: Probe) -> None:
+    if config.stepping == "threads" and found.spec.coroutines:
+        raise ConfigError(
+            f"stepping = \"threads\": the steps of {found.spec.name} are `async def` and wait on one event loop\n"
+            "  leave stepping at \"auto\""
+        )
 
 
 def _check_importable(algorithm: Algorithm, workers: int) -> None:

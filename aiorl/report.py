@@ -63,9 +63,9 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     With several evaluation suites all figures but `evaluations` are of the primary one. `reevaluations` are those of the
     best at the end, with fresh episodes; where there are any, `best` is the best of them. `evaluation_points` says what
     became of the evaluations due in this session: due = evaluated + skipped. `stop_overshoot` is how far training went on
-    after the snapshot that reached `stop_at`. `aborted` episodes were given up, for their environment could not be brought
-    back after a restart or a resume: where there are any the run is not exact. `skipped_updates` changed nothing; the reason
-    is nonfinite.
+    after the snapshot that reached `stop_at`. `aborted` episodes were given up (see `EpisodeAborted`): their environment
+    could not be brought back after a restart or a resume, and the run is not exact, or it returned NaN or infinity, which
+    cost one dropped step each. `skipped_updates` changed nothing; the reason is nonfinite.
     """
 
     status: str
@@ -104,6 +104,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     params_sha256: str
     directory: str
     aborted: int = 0
+    workers_given_up: int = 0
     skipped_updates: dict[str, int] = {}
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,7 +135,8 @@ class Report:
         self.metrics: dict[str, float] = {}
         self.dropped: dict[str, int] = {}
         self.restarts = 0  # workers that have come back
-        self.aborted = 0  # episodes of environments that could not be brought back, also in earlier sessions
+        self.given_up = 0  # workers that have not
+        self.aborted = 0  # episodes that were given up, also in earlier sessions
         self.skipped_updates: dict[str, int] = {}  # by reason
         self.busy_s = {"collect": 0.0, "train": 0.0, "evaluate": 0.0}
         self.paused_s = 0.0
@@ -213,10 +215,11 @@ class Report:
         seconds = max(self.train_seconds(), 1e-9)
         return self.session_steps / seconds, self.session_gradient_steps / seconds
 
-    def busy(self, workers: int) -> dict[str, float]:
-        """Share of the training time each part was at work; `collect` is the mean over the workers."""
+    def busy(self, lanes: int) -> dict[str, float]:
+        """Share of the training time each part was at work; `collect` is the mean over the `lanes` that collect
+        side by side."""
         seconds = max(self.train_seconds(), 1e-9)
-        shares = {"collect": self.busy_s["collect"] / max(1, workers)}
+        shares = {"collect": self.busy_s["collect"] / max(1, lanes)}
         shares |= {"train": self.busy_s["train"], "evaluate": self.busy_s["evaluate"]}
         return {name: round(min(1.0, s / seconds), 4) for name, s in shares.items()}
 
@@ -240,6 +243,7 @@ class Report:
             staleness_max=staleness["max"],
             dropped=dict(self.dropped),
             restarts=self.restarts,
+            workers_given_up=self.given_up,
             aborted=self.aborted,
             metrics=self.metrics,
             **given,
@@ -271,6 +275,7 @@ class Report:
             staleness=self.staleness.summary(),
             dropped=self.dropped,
             restarts=self.restarts,
+            workers_given_up=self.given_up,
             aborted=self.aborted,
             skipped_updates=self.skipped_updates,
             **given,

@@ -13,9 +13,12 @@ def env_seed(root: int, *key: int) -> int:
     return int(np.random.SeedSequence(root, spawn_key=key).generate_state(1)[0]) >> 1
 
 
-def episode_seed(root: int, env: int, episode: int) -> int:
-    """The seed that training episode number `episode` of environment number `env` is reset with."""
-    return env_seed(root, ENV, env, episode)
+def episode_seed(root: int, env: int, episode: int, again: int = 0) -> int:
+    """The seed that training episode number `episode` of environment number `env` is reset with.
+
+    `again` counts the resets before it that could not be used.
+    """
+    return env_seed(root, ENV, env, episode, *((again,) if again else ()))
 
 
 def evaluation_seed(root: int, episode: int, *, fresh: bool = False) -> int:

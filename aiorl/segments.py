@@ -8,7 +8,8 @@ memory. Its columns, each a NumPy view:
     reward           [T, n]         float64, as returned by `env.step`
     terminated       [T, n]         bool
     truncated        [T, n]         bool
-    valid            [T, n]         bool; False where a NEXT_STEP vector environment spent the row on its reset
+    valid            [T, n]         bool; False where the row is no transition: a NEXT_STEP vector environment spent it
+                                    on its reset, or what the step returned was not finite
     …                [T, n, …]      the policy's own columns, e.g. `log_prob`
 
 Where an environment resets within the step that ended its episode, `obs[t + 1]` already belongs to the next episode.
@@ -17,7 +18,8 @@ row the next observation is `final_obs` where there is one and `obs[t + 1]` othe
 
 Where an environment could not be brought back to where it was (after a worker's death, or at a resume), its open episode
 is *aborted*: the segment begins with a fresh episode although the row before did not end one, and `aborted` [n] says so.
-Nothing may flow from such a segment into the rows before it.
+Nothing may flow from such a segment into the rows before it. An episode can also be aborted within a segment (see
+`aiorl.envs.aborts`): by a row that is not valid and yet `truncated`. The row after it begins another episode.
 """
 
 from __future__ import annotations
@@ -106,6 +108,11 @@ class Segment:
             self.final_obs[name][row] = value
         self.final_at[row] = t * self.envs + env
         self.header[SegmentHeader.FINALS] = row + 1
+
+    def finals_of(self, t: int) -> list[tuple[int, int]]:
+        """The finals of row `t`: (place in `final_obs`, environment) each."""
+        at = self.final_at[: self.finals]
+        return [(row, int(at[row]) % self.envs) for row in np.flatnonzero(at // self.envs == t).tolist()]
 
     @property
     def env_steps(self) -> int:

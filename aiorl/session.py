@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from aiorl import loops
+from aiorl.alarms import blame
 from aiorl.assembly import REAL, Assembly, Backends, assemble
 from aiorl.checkpointing import Checkpointer
 from aiorl.config import Config
@@ -27,10 +28,12 @@ from aiorl.events import (
     Started,
     Updated,
     Warned,
+    WorkerGivenUp,
     WorkerRestarted,
 )
 from aiorl.faultpoints import fault_point
 from aiorl.learning import Outcome, params_sha256
+from aiorl.ledger import NOT_FINITE, Aborted
 from aiorl.metrics.broadcast import Broadcast
 from aiorl.metrics.directory import write_atomically
 from aiorl.metrics.lag import LagMeter
@@ -39,8 +42,7 @@ from aiorl.record import Record, record_line
 from aiorl.report import Report, Result
 from aiorl.segments import Array
 from aiorl.watchdog import LoopWatch, Row, View, cry, view_of, watch
-from aiorl.workers.pool import worker_of
-from aiorl.workers.supervision import Restart
+from aiorl.workers.supervision import GivenUp, Restart
 
 PROGRESS_INTERVAL_S = 0.25
 
@@ -70,7 +72,7 @@ class Session:
         self.final_evaluation = True
         self.state = "starting"
         self.when_stuck: Callable[[], object] | None = None
-        self._blamed: set[int] = set()  # environments that have been found not to reproduce
+        self._blamed: set[tuple[int, str]] = set()  # environments, and what they have been told off for
         self._resume_from, self._record, self._backends = resume, record, backends
 
     # -- life ------------------------------------------------------------------------------------------------------
@@ -131,7 +133,7 @@ class Session:
         parts, evaluator = made.parts, self.evaluator
         assert evaluator is not None
         background: list[Coroutine[Any, Any, None]] = [
-            parts.workers.watch(self._restarted),
+            parts.workers.watch(self._mended),
             loops.collect(parts),
             loops.drain(parts),
             self._tick(made),
@@ -243,18 +245,20 @@ class Session:
 
     def _tell_aborted(self, outcome: Outcome) -> None:
         """Every episode that was given up is an event; the environment is blamed once."""
-        for env, episode, length in outcome.aborted:
-            station = worker_of(env // cast(int, self.config.group_size), self.config.groups, _stations(self.config))
+        parts = self.parts
+        assert parts is not None
+        for env, episode, length, reason in outcome.aborted:
+            station = parts.workers.worker_of(env // cast(int, self.config.group_size))
             worker = f"worker {station}" if self.config.workers else "this process"
-            self.emit(EpisodeAborted(**self.now(), worker=worker, env=env, episode=episode, length=length))
-            if env not in self._blamed:
-                self._blamed.add(env)
-                log = f" (how it differed: worker-{station}.log)" if self.config.workers else ""
-                message = (
-                    f"environment {env} does not reproduce: its episode {episode} is aborted after {length} steps, "
-                    f"exactness is waived{log}; draw all chance from the generator that reset(seed=…) seeds"
-                )
-                self._warn(message)
+            self.emit(
+                EpisodeAborted(**self.now(), worker=worker, env=env, episode=episode, length=length, reason=reason)
+            )
+            if reason == NOT_FINITE:
+                self.report.drop(reason, 1)
+            if (env, reason) not in self._blamed:
+                self._blamed.add((env, reason))
+                log = f" (how: worker-{station}.log)" if self.config.workers else ""
+                self._warn(blame(Aborted(env, episode, length, reason), log))
         self.report.aborted += len(outcome.aborted)
 
     def _warn(self, message: str) -> None:
@@ -272,9 +276,13 @@ class Session:
         if self.when_stuck is not None:
             self.when_stuck()
 
-    def _restarted(self, restart: Restart) -> None:
-        self.report.restarts += 1
-        self.emit(WorkerRestarted(**self.now(), **restart._asdict()))
+    def _mended(self, done: Restart | GivenUp) -> None:
+        if isinstance(done, GivenUp):
+            self.report.given_up += 1
+            self.emit(WorkerGivenUp(**self.now(), **done._asdict()))
+        else:
+            self.report.restarts += 1
+            self.emit(WorkerRestarted(**self.now(), **done._asdict()))
 
     async def _tick(self, made: Assembly) -> None:
         """Progress for displays and files, until cancelled."""
@@ -346,7 +354,7 @@ class Session:
             self_tuned=self.made is not None and self.made.dial is not None and self.made.dial.tunes_itself,
             queue=len(parts.rollouts) if parts else 0,
             queue_bound=parts.rollouts.bound if parts else 0,
-            busy=self.report.busy(_stations(config)),
+            busy=self.report.busy(self.made.checked.lanes if self.made is not None else 1),
             event_loop_lag_ms=self.lag.percentiles(),
             ledger=self.report.ledger(in_flight),
         )
@@ -388,18 +396,13 @@ class Session:
             updates=parts.pacer.commits,
             off_policy_degree=parts.pacer.degree,
             ledger=self.report.ledger(0),
-            busy=self.report.busy(_stations(self.config)),
+            busy=self.report.busy(made.checked.lanes),
             waiting={name: round(s, 4) for name, s in parts.waiting_s.items()},
             event_loop_lag_ms=self.lag.percentiles(),
             queue={"high_water": parts.rollouts.high_water, "bound": parts.rollouts.bound},
             params_sha256=params_sha256(self.snapshot[1]) if self.snapshot else "",
             directory=str(made.checked.directory),
         )
-
-
-def _stations(config: Config) -> int:
-    """How many stations collect."""
-    return max(1, config.workers) if isinstance(config.workers, int) else 1
 
 
 def _of_a_killed_session(made: Assembly) -> list[str]:

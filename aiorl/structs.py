@@ -120,3 +120,9 @@ def not_for_toml(name: str, value: Any) -> ConfigError:
         f"{name} = {value!r}: values of type {type(value).__name__} cannot be written to TOML\n"
         "  use numbers, texts, true or false, lists and tables"
     )
+
+
+def without_none(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table without what is None, also within the tables in it: TOML leaves out what is not set."""
+    kept = {key: value for key, value in table.items() if value is not None}
+    return {k: without_none(cast("Mapping[str, Any]", v)) if isinstance(v, Mapping) else v for k, v in kept.items()}

@@ -49,6 +49,8 @@ CASES = (
     Case("ppo", "MountainCar-v0", -130, 3),
     Case("dqn", "CartPole-v1", 475, 3),
     Case("dqn", "Acrobot-v1", -100, 3),
+    Case("sac", "Pendulum-v1", -200, 5),
+    Case("td3", "Pendulum-v1", -200, 5),
 )
 
 

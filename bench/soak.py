@@ -51,8 +51,7 @@ DISK_EVERY_S, PAUSE_EVERY_S = (25.0, 45.0), (20.0, 40.0)
 
 ALGORITHMS: dict[str, Any] = {
     "ppo": aiorl.PPO(epochs=2, minibatches=4, anneal=False),
-    # warmup=0: versions without a gradient step between them have the same weights, and nobody can tell which of them acted
-    "dqn": aiorl.DQN(warmup=0, capacity=20_000, update_ratio=0.03, hidden=(64, 64), epsilon_start=0.2, target_every=50),
+    "dqn": aiorl.DQN(warmup=2000, capacity=20_000, update_ratio=0.03, hidden=(64, 64), epsilon_start=0.2, target_every=50),
 }
 
 

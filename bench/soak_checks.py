@@ -83,6 +83,7 @@ class SoakedLearner(RecordedLearner):
         del tape.rollouts[:gone]
         tape.first += gone
         tape.versions = {v: crc for v, crc in tape.versions.items() if v >= tape.first - degree}
+        tape.weights.clear()
 
     def violations(self, session: Session) -> Iterator[Violation]:
         """Once the run has ended: what was found in it, and what its counts say."""
@@ -91,8 +92,9 @@ class SoakedLearner(RecordedLearner):
         if isinstance(session.error, InvariantError):
             yield Violation("promises", str(session.error))
         yield from laws._lag(session, self._window())
-        # One rollout stands for all of them: this law counts valid rows and nothing else.
-        counted = {"valid": np.broadcast_to(np.True_, (self.given,))}
+        yield from laws._time(session, self._window())
+        # One rollout stands for all of them: this law counts rows and nothing else.
+        counted = {"valid": np.broadcast_to(np.True_, (self.given,)), "truncated": np.broadcast_to(np.False_, (self.given,))}
         yield from laws._kept(session, Tape(rollouts=[Taken(0, 0, np.zeros(0), {}, {}, counted, np.zeros(0))]))
         yield from laws._order(session, self.tape)
         yield from laws._rest(session)

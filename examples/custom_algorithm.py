@@ -87,9 +87,11 @@ class ReinforceLearner:
         return {"gradient_steps": 1.0, "gradient_norm": float(np.linalg.norm(gradient))}
 
     def _returns(self, rollout: Rollout) -> Array:
-        """Discounted return of each row; the baseline says what follows a cut by truncation or the segment's end."""
+        """Discounted return of each row; the baseline says what follows a cut: by truncation, by the segment's end, or by a
+        row that is no transition."""
         after = features(self._spaces, rollout.next_obs()) @ self._baseline
-        terminated, truncated = rollout.column("terminated"), rollout.column("truncated")
+        terminated, truncated = rollout.column("terminated"), rollout.column("truncated").copy()
+        truncated[:-1] |= ~rollout.column("valid")[1:]
         returns, following = rollout.column("reward").copy(), after[-1]
         for t in reversed(range(rollout.steps)):
             following = np.where(terminated[t], 0.0, np.where(truncated[t], after[t], following))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -108,6 +109,39 @@ class Breaks(gymnasium.Env[Any, Any]):
 def _to_float32(array: Any) -> Any:
     with np.errstate(over="ignore"):
         return array.astype(np.float32)
+
+
+class Hiccups(Counting):
+    """Returns NaN or infinity as `where` says in one episode of three, at its 4th step; at the reset, in one seed of three.
+
+    `where`: reward, obs, end (in the step that ends the episode), reset; or always: every reward is NaN.
+    """
+
+    def __init__(self, where: str, length: int = 7) -> None:
+        super().__init__(length)
+        self._where = where
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        obs, info = super().reset(seed=seed)
+        self._sick = int(self._mark * 1e6) % 3 == 0
+        return (obs * np.float32(np.nan) if self._sick and self._where == "reset" else obs), info
+
+    def step(self, action: Any) -> Any:
+        obs, reward, terminated, truncated, info = super().step(action)
+        now = self._sick and self._t == (self._length if self._where == "end" else 4)
+        if self._where == "always" or (now and self._where == "reward"):
+            reward = float("nan")
+        elif now and self._where in ("obs", "end"):
+            obs = np.array([obs[0], -np.inf], np.float32)
+        return obs, reward, terminated, truncated, info
+
+
+class Tardy(Counting):
+    """Waits 20 ms for each step, as for a simulator elsewhere."""
+
+    def step(self, action: Any) -> Any:
+        time.sleep(0.02)  # the fault itself
+        return super().step(action)
 
 
 class FiveSteps(gymnasium.Env[Any, Any]):

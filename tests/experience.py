@@ -51,15 +51,19 @@ class Stream:
     """Makes rollouts that follow each other. Every observation holds numbers that occur once: (time, env, kind).
 
     With `resets_take_a_row` the true next observation is always the next row, else ends have a final observation.
+    `columns` are there besides the usual ones, all zeros.
     """
 
-    def __init__(self, space: Spaces, envs: int, steps: int, *, resets_take_a_row: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self, space: Spaces, envs: int, steps: int, *, resets_take_a_row: bool = False, seed: int = 0,
+        columns: Mapping[str, Column] | None = None,
+    ) -> None:  # fmt: skip
         self.space, self.envs, self.steps, self.takes_a_row = space, envs, steps, resets_take_a_row
         self.rng = np.random.default_rng(seed)
         self.index = 0
-        columns = {"action": space.action_column, "reward": Column((), "float64"), "log_prob": Column()}
-        columns |= {name: Column((), "bool") for name in CORE_COLUMNS[2:]}
-        self._layout = SegmentLayout(steps, envs, space.obs_columns, columns)
+        every = {"action": space.action_column, "reward": Column((), "float64"), "log_prob": Column()}
+        every |= {name: Column((), "bool") for name in CORE_COLUMNS[2:]} | dict(columns or {})
+        self._layout = SegmentLayout(steps, envs, space.obs_columns, every)
         self._ended = np.zeros(envs, bool)
 
     def next(self) -> Rollout:

@@ -6,12 +6,17 @@ import asyncio
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 import aiorl
+from aiorl.algos.base import LearnerContext
+from aiorl.envs.spaces import Spaces
+from aiorl.errors import NonFiniteError
+from aiorl.segments import Rollout
 from aiorl.testing import LEDGER_ENV, FaultPlan, InjectedFault, Mark, Pace, Recording, Sim, Simulated, simulate
+from aiorl.testing.ledger_env import MarkLearner
 from aiorl.testing.simulation import Host
 
 STEPS = 400
@@ -29,6 +34,29 @@ SHAPES: list[dict[str, Any]] = [
     {"off_policy_degree": 1, "degree_max": 4, "workers": 3},
 ]
 """What a run can be like; beside it all are the same."""
+
+
+class Still(Mark, frozen=True):
+    """Its updates change nothing from number `after` on, as with a learning rate that was annealed to 0; those in
+    `not_finite` come to NaN."""
+
+    name: ClassVar[str] = "still"
+    after: int = 0
+    not_finite: tuple[int, ...] = ()
+
+    def learner(self, spaces: Spaces, context: LearnerContext) -> StillLearner:
+        return StillLearner(self, context.seed)
+
+
+class StillLearner(MarkLearner):
+    def __init__(self, config: Still, seed: int) -> None:
+        super().__init__(seed)
+        self._config = config
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        if rollout.index in self._config.not_finite:
+            raise NonFiniteError("planned")
+        return super().update(rollout) if rollout.index < self._config.after else {"gradient_steps": 1.0}
 
 
 class Folder:

@@ -12,11 +12,13 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,12 +26,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from catalogue_envs import Breaks, FiveSteps, Infos, Raises, stacked
+from catalogue_envs import Breaks, FiveSteps, Hiccups, Infos, Raises, stacked
 from checkpoints import edit_manifest, manifest, mark_of, part
 from envs_for_tests import ByObs, Walk, layout, sync_vector, transitions
 from experience import Stream, context, spaces
 from kills import kill, until
 from plain_loop import plain_loop
+from run_envs import Counting
 from toys import Toy
 
 import aiorl
@@ -37,12 +40,15 @@ from aiorl import checkpoint
 from aiorl.algos import ppo
 from aiorl.buffers.replay import Replay
 from aiorl.cli import main as cli
-from aiorl.envs.group import make_group
+from aiorl.envs.aborts import Aborts
+from aiorl.envs.group import AsyncGroup, make_group
 from aiorl.envs.make import probe
 from aiorl.envs.spec import resolve_env
 from aiorl.errors import EnvError
 from aiorl.events import AnyEvent, Updated
 from aiorl.learning import params_sha256
+from aiorl.ledger import Ledger
+from aiorl.pacing import Grant
 from aiorl.preflight import resumed_config
 from aiorl.returns import gae
 from aiorl.segments import Rollout, Segment
@@ -154,6 +160,142 @@ def test_f14_what_is_not_finite_or_not_in_a_discrete_space(fault: str, words: st
 
 def test_f14_a_value_outside_of_its_box_is_stored_as_it_is() -> None:
     assert collect(Breaks, 1, 8, fault="bounds")[0].obs["obs.pos"][3].tolist() == [[7.0, 7.0]]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+async def test_f14_a_value_outside_of_its_box_is_said_once_for_each_environment(tmp_path: Path, workers: int) -> None:
+    """Breaks leaves its Box [-1, 1] in every episode, at a step and at an episode's end, where the value is a final one."""
+    config = make(tmp_path, env="catalogue_envs:Breaks", env_kwargs={"fault": "bounds"}, workers=workers)
+    run, events = await events_of(config)
+    told = [e.message for e in events if isinstance(e, aiorl.Warned) and "outside" in e.message]
+    where = "obs.pos of environment 0 is 7, outside of its declared bounds [-1, 1]; it is stored as it is"
+    assert told == [f"{where}, as are others of environments 1, 2, 3"]
+    assert (run.result.status, run.result.env_steps) == ("completed", 640)
+
+
+def hiccups(where: str, segments: int = 6, steps: int = 8, limit: int = 20) -> tuple[list[Segment], list[str]]:
+    """What three environments that return NaN at times show, and what was told of it."""
+    look = probe(resolve_env(Hiccups, {"where": where}, in_process=True), 3)
+    told: list[str] = []
+    group = make_group(look.spec, look.spaces, range(5, 8), 5, aborts=Aborts(range(5, 8), limit, told.append))
+    assert not isinstance(group, AsyncGroup)
+    group.open(None)
+    parts = [layout(look.spaces, steps, 3).allocate() for _ in range(segments)]
+    for one in parts:
+        group.collect(ByObs(look.spaces), one, steps)
+    group.close()
+    return parts, told
+
+
+@pytest.mark.parametrize(("where", "steps"), [("reward", 8), ("obs", 8), ("end", 8), ("obs", 1), ("end", 1)])
+def test_f14_a_step_that_is_not_finite_aborts_its_episode(where: str, steps: int) -> None:
+    """Also where the step is the last one of its segment, or ends the episode; every other row is as it was."""
+    parts, told = hiccups(where, 48 // steps, steps)
+    whole = collect(Counting, 3, steps, 48 // steps)  # the same seeds
+    columns = {name: np.concatenate([p.columns[name] for p in parts]) for name in parts[0].columns}
+    obs, finals = np.concatenate([p.obs["obs"][:-1] for p in parts]), [p.final_obs["obs"][: p.finals] for p in parts]
+    assert all(np.isfinite(a).all() for a in (obs, *finals, columns["reward"], *(p.obs["obs"] for p in parts)))
+    spent = ~columns["valid"]
+    assert (columns["truncated"] == spent).all(), "Counting truncates nothing"
+    assert not (columns["terminated"] & spent).any()
+    assert len(told) == spent.sum() >= 3
+    line = re.compile(r"open episode aborted: environment [567], step \d of the segment: .* is (nan|-inf)")
+    assert all(line.fullmatch(text) for text in told)
+    for env in range(3):
+        expected = {o.tobytes() for p in whole for o in p.obs["obs"][:, env]}
+        assert all(o.tobytes() in expected for o in obs[: 16, env]), "an observation that no episode shows"
+        for row in np.flatnonzero(spent[:-1, env]):
+            assert obs[row + 1, env, 1] == 0, "the row after it does not begin an episode"
+            assert obs[row, env, 1] == (6 if where == "end" else 3)
+            assert obs[row + 1, env, 0] != obs[row, env, 0]
+    # The books know them by number, and no return is made up.
+    ledger, entries = Ledger(1, 3), []
+    for ordinal, segment in enumerate(parts):
+        entries.append(ledger.store((Grant(0, ordinal, ordinal, 0),), (segment,)))
+    aborted = [one for entry in entries for one in entry.aborted]
+    assert [one.reason for one in aborted] == ["not finite"] * int(spent.sum())
+    assert {one.length for one in aborted} == {6 if where == "end" else 3}
+    assert all(e.length == 7 for entry in entries for e in entry.episodes)
+    assert ledger.stored == (~spent).sum()
+    for env in range(3):
+        numbers = sorted([e.episode for e in aborted if e.env == env])
+        over = np.cumsum(columns["terminated"][:, env] | columns["truncated"][:, env])
+        assert numbers == (over[spent[:, env]] - 1).tolist()
+
+
+def test_f14_nothing_flows_through_a_row_that_was_spent() -> None:
+    parts, _ = hiccups("obs", 1, 48)
+    rollout = Rollout(0, 0, tuple(parts), np.arange(3))
+    valid, ends = rollout.column("valid"), (rollout.column("terminated"), rollout.column("truncated"))
+    values, after = value(rollout.obs["obs"][:-1][..., 1:]), value(rollout.next_obs()["obs"][..., 1:])
+    targets = values + gae(rollout.column("reward"), values, after, *ends, gamma=GAMMA, gae_lambda=1.0, valid=valid)
+    before = np.argwhere(~valid[1:])  # the rows before those that were spent: they bootstrap from what they led to
+    assert len(before) >= 3
+    replay = Replay(probe(resolve_env(Counting, in_process=True), 1).spaces, 3, 48 * 3)
+    replay.add(rollout)
+    for row, env in before.tolist():
+        reward, bootstrap = rollout.column("reward")[row, env], GAMMA * after[row, env]
+        assert after[row, env] == value(np.array([3.0]))
+        assert targets[row, env] == pytest.approx(reward + bootstrap, abs=1e-6)
+        batch = replay.gather(np.array([row * 3 + env]), 3, GAMMA)
+        assert (batch.returns[0], batch.discounts[0]) == (reward, GAMMA)
+        assert batch.next_obs["obs"][0, 1] == 3
+
+
+def test_f14_a_reset_that_is_not_finite_is_done_again_with_another_seed() -> None:
+    parts, told = hiccups("reset")
+    assert all(segment.columns["valid"].all() and np.isfinite(segment.obs["obs"]).all() for segment in parts)
+    assert len(told) >= 3
+    assert all("reset for episode" in text and "the observation is nan" in text for text in told)
+    again, _ = hiccups("reset")
+    assert [p.obs["obs"].tobytes() for p in parts] == [p.obs["obs"].tobytes() for p in again]
+
+
+def test_f14_too_many_aborted_episodes_in_a_row_are_an_error() -> None:
+    with pytest.raises(EnvError, match=r"environment 5, step 3 of the segment: reward is nan\n  3 of its episodes in a row"):
+        hiccups("always", limit=3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("algo", ["toy", "ppo", "dqn"])
+async def test_f14_a_run_goes_on_without_what_is_not_finite(tmp_path: Path, algo: str, workers: int) -> None:
+    config = make(
+        tmp_path, env="catalogue_envs:Hiccups", env_kwargs={"where": "obs"}, workers=workers, algo=SMALL[algo],
+        segment_length=8, on_nonfinite_env="abort_episode", total_steps=1000,
+    )  # fmt: skip
+    run, events = await events_of(config)
+    aborted, result = [e for e in events if isinstance(e, aiorl.EpisodeAborted)], run.result
+    assert {(e.reason, e.length) for e in aborted} == {("not finite", 3)}
+    assert (result.status, result.restarts) == ("completed", 0)
+    assert len(aborted) == result.aborted == result.dropped["not finite"] == result.ledger["dropped"] > 20
+    assert result.ledger["produced"] == result.env_steps + result.aborted
+    assert {e.length_mean for e in events if isinstance(e, Updated)} <= {None, 7.0}, "an aborted episode has a return"
+    told = [e.message for e in events if isinstance(e, aiorl.Warned) and "NaN or infinity" in e.message]
+    assert len(told) == len({e.env for e in aborted}) == 4, "once for each environment"
+    assert "is aborted after 3 steps and that step is dropped" in told[0]
+    if workers:
+        assert re.search(r"environment 0, step \d of the segment: obs is -inf", (tmp_path / "worker-0.log").read_text())
+    else:
+        again, _ = await events_of(config.replace(out=str(tmp_path / "again"), workers=2))
+        assert again.result.params_sha256 == result.params_sha256, "it depends on the number of workers"
+
+
+async def test_f14_a_run_in_which_no_episode_is_finite_ends(tmp_path: Path) -> None:
+    config = make(
+        tmp_path, env="catalogue_envs:Hiccups", env_kwargs={"where": "always"}, on_nonfinite_env="abort_episode",
+        nonfinite_env_max=5, workers=0,
+    )  # fmt: skip
+    run, _ = await events_of(config)
+    with pytest.raises(aiorl.AiorlError, match=r"environment \d, step 5 of the segment: reward is nan\n  5 of its episodes"):
+        await run.wait()
+
+
+async def test_f14_a_native_vector_environment_cannot_abort_an_episode(tmp_path: Path) -> None:
+    config = make(tmp_path, env="CartPole-v1", on_nonfinite_env="abort_episode")
+    with pytest.raises(aiorl.ConfigError, match=r"vector environment of CartPole-v1 .*\n  set native_vector = false"):
+        await aiorl.train(config)
+    result = await aiorl.train(config.replace(native_vector=False))
+    assert (result.status, result.aborted) == ("completed", 0)
 
 
 @pytest.mark.parametrize("fault", ["shape (1, 2)", "nan", "overflow", "none reward"])
@@ -453,8 +595,8 @@ def learner_sha256(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def start(words: list[str], out: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "aiorl", "train", *words, "--out", str(out), "--progress", "none", "--no-preset"]
+def start(words: list[str], out: Path, *, by: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+    command = [*by, sys.executable, "-m", "aiorl", "train", *words, "--out", str(out), "--progress", "none", "--no-preset"]
     return subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE)
 
 
@@ -524,6 +666,43 @@ def test_f28_a_full_disk_is_told_and_training_goes_on(tmp_path: Path) -> None:
     assert any(failed[0]["version"] < version for version in between), "training did not go on"
 
 
+def _without_privileges(folder: Path) -> tuple[str, ...]:
+    """How to start a program to which the modes of files apply: root is above them, but not in a name space of its own."""
+    folder.mkdir(mode=0o500)
+    for by in ((), ("unshare", "--user")):
+        done = subprocess.run([*by, "sh", "-c", f"touch {folder}/{len(by)}"], capture_output=True, check=False)
+        if done.returncode and b"Permission denied" in done.stderr:
+            return by
+    pytest.skip("root, who may write anywhere, and may not give that up here")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes of files")
+async def test_f28_a_lost_permission_is_told_and_training_goes_on(tmp_path: Path) -> None:
+    by, out = _without_privileges(tmp_path / "locked"), tmp_path / "run"
+    words = ["CartPole-v1", "--workers", "0", "--envs", "4", "--group-size", "2", "--segment-length", "32", "--steps", "10M"]
+    words += ["--eval-every", "0", "--checkpoint-every", "640", "--ppo.hidden", "8", "--ppo.epochs", "1"]
+    program = start(words, out, by=by)
+    try:
+        await until(lambda: program.poll() is not None or _newest(out) > 0)
+        (out / "checkpoints").chmod(0o500)
+        text = (await asyncio.to_thread(program.communicate, timeout=60))[1].decode()
+    finally:
+        (out / "checkpoints").chmod(0o700)
+        if program.poll() is None:
+            kill(program.pid)
+            program.communicate()
+    assert program.returncode == 1, text
+    assert "3 checkpoints in a row could not be written" in text
+    assert "Permission denied" in text
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    failed = [event for event in events if event["event"] == "checkpoint_failed"]
+    assert 1 <= len(failed) <= 3
+    assert all("Permission denied" in event["reason"] for event in failed)
+    between = [event["version"] for event in events if event["event"] == "updated"]
+    assert any(failed[0]["version"] < version for version in between), "training did not go on"
+    assert _newest(out) > 0, "what was complete is lost"
+
+
 # -- hostile files -----------------------------------------------------------------------------------------------------
 
 
@@ -575,8 +754,9 @@ def test_f29_no_file_of_a_checkpoint_is_believed(
     newest = checkpoint.complete_checkpoints(run / "checkpoints")[-1]
     (file,) = newest.glob(pattern)
     HOSTILE[how](file, marker)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before, begun_s = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     assert cli(["resume", str(run), "--steps", "100k", "--progress", "none"]) == 2
+    assert time.process_time() - begun_s <= 1.0
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before <= 50 * 1024
     text = capsys.readouterr().err
     assert file.name in text or (file.name, how) == ("manifest.json", "nothing"), text

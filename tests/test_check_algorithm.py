@@ -32,9 +32,15 @@ def codes(findings: list[Finding]) -> list[str]:
 
 # -- sound -------------------------------------------------------------------------------------------------------------
 
+QUICK: dict[str, Any] = {
+    "hidden": (32, 32), "batch_size": 64, "warmup": 256, "random_steps": 256, "update_ratio": 0.1, "tau": 0.02,
+    "learning_rate": 3e-3, "capacity": 20_000,
+}  # fmt: skip
 SOUND: dict[str, tuple[Any, list[str]]] = {
     "ppo": (aiorl.PPO(), []),
     "dqn": (aiorl.DQN(), []),
+    "sac": (aiorl.SAC(**QUICK), []),
+    "td3": (aiorl.TD3(**QUICK, noise=1.0), []),
     "toy": (Toy(), ["no-foresight"]),
     "reinforce": (Reinforce, []),
 }

@@ -36,6 +36,28 @@ def refusal(*words: str, call: Any = make, **changes: Any) -> str:
     return text
 
 
+class Inner(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    rate: float | None = None
+    size: int = 3
+
+
+class Tabled(Toy, frozen=True, kw_only=True):
+    """An algorithm with settings in a table of their own, of which some are not set."""
+
+    name: ClassVar[str] = "tabled"
+    inner: Inner = Inner()
+    other: Inner | None = None
+
+
+def test_what_is_not_set_in_a_table_within_a_table_is_left_out(tmp_path: Path) -> None:
+    for algo in (Tabled(), Tabled(inner=Inner(rate=0.5), other=Inner(size=4))):
+        config = make(algo=algo).resolve()
+        path = tmp_path / "config.toml"
+        path.write_text(config.to_toml())
+        assert "None" not in path.read_text()
+        assert Config.from_toml(path) == config
+
+
 # -- refusing ----------------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +239,7 @@ def test_a_resolved_configuration_survives_its_file(changes: dict[str, Any], tmp
     assert again.resolve() == resolved
     assert isinstance(resolved.group_size, int)
     assert isinstance(resolved.workers, int)
-    assert "auto" not in [v for k, v in tomllib.loads(resolved.to_toml()).items() if k != "device"]
+    assert "auto" not in [v for k, v in tomllib.loads(resolved.to_toml()).items() if k not in ("device", "stepping")]
 
 
 FIELDS = st.fixed_dictionaries(
@@ -295,3 +317,15 @@ def test_a_partial_is_written_by_name_with_its_arguments():
     config = Config(env=functools.partial(make_counting, length=3), env_kwargs={}).resolve()
     assert config.to_dict()["env"] == f"{__name__}:make_counting"
     assert config.env_kwargs == {"length": 3}
+
+
+@pytest.mark.parametrize(("workers", "least"), [(0, 1), (2, 3), ("auto", 10_000)])
+def test_more_workers_than_there_are_cannot_be_needed(workers: Any, least: int) -> None:
+    with pytest.raises(aiorl.ConfigError, match=f"min_workers = {least}: there are .*workers"):
+        make(workers=workers, min_workers=least, envs=16).resolve()
+
+
+@pytest.mark.parametrize("field", ["min_workers", "steps_at_once"])
+def test_none_at_all_is_no_number_of_workers_or_steps(field: str) -> None:
+    with pytest.raises(aiorl.ConfigError, match=f"{field} = 0"):
+        make(workers=2, **{field: 0})

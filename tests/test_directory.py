@@ -207,9 +207,10 @@ class FullDisk:
             def write(self, data: Any, /) -> int:
                 if disk.room is None:
                     return super().write(data)
+                view = memoryview(data)  # which the traceback of an error keeps
                 if not disk.room:
                     raise OSError(errno.ENOSPC, "no space left")
-                part = memoryview(data)[: disk.room]
+                part = view[: disk.room]
                 disk.room -= len(part)
                 return super().write(part)
 
@@ -221,10 +222,12 @@ def test_what_a_full_disk_refuses_is_written_later_and_nothing_is_torn(
 ) -> None:
     disk, files = FullDisk(monkeypatch), RunFiles(tmp_path)
     write(files, updated(1, a=1.0), rollouts=(0,))
+    errors: list[OSError] = []  # who keeps them keeps nothing of what has to be written
     for version, room in ((2, 7), (3, 0), (4, 300)):
         disk.room = room
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(OSError, match="no space left") as caught:
             write(files, updated(version, a=1.0), rollouts=(version - 1,))
+        errors.append(caught.value)
     names = ("events.jsonl", "schedule.jsonl", "metrics.csv")
     assert all((tmp_path / name).read_bytes().endswith(b"\n") for name in names), "a torn line stays"
     disk.room = None

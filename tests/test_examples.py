@@ -11,13 +11,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import aiorl
-from examples import custom_algorithm, custom_env, log_to_tensorboard, pause_and_tune, quickstart, two_runs
+from aiorl.offload import OffloadThread
+from aiorl.testing import check_env
+from examples import custom_algorithm, custom_env, log_to_tensorboard, pause_and_tune, quickstart, two_runs, websocket_env
 
 ROOT = Path(__file__).parent.parent
 
@@ -101,6 +104,35 @@ def test_custom_env_and_algorithm_on_the_command_line():
     )
     summary = json.loads(Path("run/summary.json").read_text())
     assert (summary["status"], summary["algo"]) == ("completed", "reinforce")
+
+
+async def test_websocket_env(monkeypatch: pytest.MonkeyPatch):
+    """The simulators behind the socket are at work at the same time, with one worker."""
+    at_work, most = 0, 0
+
+    async def work(seconds: float) -> None:
+        nonlocal at_work, most
+        at_work += 1
+        most = max(most, at_work)
+        await asyncio.sleep(seconds)
+        at_work -= 1
+
+    monkeypatch.setattr(websocket_env, "asyncio", SimpleNamespace(sleep=work))
+    result = await websocket_env.main(total_steps=3_000, envs=20)
+    assert (result.status, result.dropped) == ("completed", {})
+    assert aiorl.Config.from_toml(Path(result.directory) / "config.toml").group_size == 1
+    assert most > 10
+
+
+@pytest.mark.filterwarnings("ignore:.*You are calling:UserWarning")  # that, too, is tried
+async def test_websocket_env_is_one_to_train_on():
+    """The doctor looks at it, from a thread, for the server runs here."""
+    thread = OffloadThread("doctor")
+    async with websocket_env.serve(websocket_env.simulate, "127.0.0.1", 0) as server:
+        url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        found = await thread.run(lambda: check_env("examples.websocket_env:RemoteCartPole", url=url))
+    assert await thread.aclose(5)
+    assert {f.code for f in found if f.severity != "info"} == set()
 
 
 async def test_custom_algorithm_learns():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import aiorl.testing.sim  # noqa: F401 - loads NumPy, which inner sessions could not load again
+from aiorl.testing.leaks import belongings, left_behind
 
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parent.parent
@@ -153,6 +155,40 @@ def test_what_a_test_leaves_behind(session: Session):
     result.assert_outcomes(passed=2 * len(LEAKS), errors=len(CLEAN))
     for kind in CLEAN:
         result.stdout.fnmatch_lines([f"*left behind after the test: {{'{kind}':*"])
+
+
+OTHERS = """
+import sys
+from multiprocessing import shared_memory
+mine = shared_memory.SharedMemory(create=True, size=9)
+print(mine.name, flush=True)
+sys.stdin.read()
+mine.close()
+mine.unlink()
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="named blocks lie elsewhere")
+@pytest.mark.parametrize("own", [True, False])
+def test_a_shared_block_of_another_program_is_none_of_ours(own: bool):
+    """The other one is not started by this process, but by a process that has ended: as in tests that run in parallel."""
+    before = belongings()
+    there, here = os.pipe()
+    back, theirs = os.pipe()
+    quoted = [sys.executable, "-c", OTHERS]
+    orphan = f"import subprocess; subprocess.Popen({quoted!r}, stdin={back}, stdout={here}, pass_fds=({back}, {here}))"
+    command = quoted if own else [sys.executable, "-c", orphan]
+    with subprocess.Popen(command, stdin=back, stdout=here, pass_fds=(back, here)) as process:
+        os.close(here)
+        os.close(back)
+        with os.fdopen(there) as lines:
+            name = lines.readline().strip()
+            if not own:
+                process.wait(30)
+            left = left_behind(before).get("shared blocks", [])
+            os.close(theirs)
+            lines.read()  # until it has ended
+    assert left == ([name] if own else [])
 
 
 # -- being there -------------------------------------------------------------------------------------------------------

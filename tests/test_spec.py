@@ -14,6 +14,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+from gymnasium.vector import SyncVectorEnv
 
 from aiorl.envs import spec as spec_module
 from aiorl.envs.make import make_env, make_vector, probe
@@ -269,6 +270,25 @@ def test_the_environment_is_closed_after_the_probe():
 
     probe(resolve_env(Closes, in_process=True))
     assert closed == [1]
+
+
+@pytest.mark.parametrize("env", ["single", "vector"])
+def test_an_error_of_close_is_named(env: str):
+    class Sticky(Walk):
+        def close(self) -> None:
+            raise OSError("the door is stuck")
+
+    class StickyVector(SyncVectorEnv):
+        def __init__(self, num_envs: int) -> None:
+            super().__init__([Walk] * num_envs)
+
+        def close(self, **_: Any) -> None:
+            raise OSError("the door is stuck")
+
+    made = Sticky if env == "single" else StickyVector
+    with pytest.raises(ConfigError, match=rf"{made.__name__}: closing it raised OSError: the door is stuck") as caught:
+        probe(resolve_env(made, in_process=True), 2)
+    assert "in close" in caught.value.detail, "no traceback"
 
 
 def test_gymnasiums_checker_is_off():

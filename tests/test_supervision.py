@@ -289,3 +289,77 @@ async def test_leaving_in_the_middle_of_a_restart(config: Make, no_leaks: None, 
 
 def _descriptors() -> int:
     return len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
+
+
+# -- fewer workers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("degree", [0, 2])
+@pytest.mark.parametrize("stepping", ["serial", "threads"])
+async def test_a_worker_that_keeps_dying_is_given_up(config: Make, no_leaks: None, degree: int, stepping: str) -> None:
+    """Its groups go on in another worker, where they were: all that changes is time."""
+    changes: dict[str, Any] = {"env": "run_envs:Jittery", "total_steps": 3000, "off_policy_degree": degree}
+    whole = await aiorl.train(config(**changes, workers=0))
+    chosen = config(**changes, workers=3, min_workers=1, stepping=stepping)
+    async with asyncio.timeout(60), aiorl.Run(chosen) as run:
+        seen = run.events(10**6)
+        victim = workers_of(run)._keepers[1]
+        killing = asyncio.ensure_future(_kill_again_and_again(victim))
+        result = await run.wait()
+        killing.cancel()
+        events = [event async for event in seen]
+    assert_nothing_but_time(result, whole)
+    (given_up,) = [e for e in events if isinstance(e, aiorl.WorkerGivenUp)]
+    assert given_up.important
+    assert (given_up.worker, given_up.workers) == ("worker 1", 2)
+    assert re.search("SIGKILL", given_up.reason)
+    assert given_up.heir == "worker 2", "worker 0 has two groups already"
+    backs = [e for e in events if isinstance(e, aiorl.WorkerRestarted)]
+    (taken_over,) = [e for e in backs if e.worker == given_up.heir]
+    assert taken_over.reason == "took over the groups of worker 1"
+    assert result.workers_given_up == 1
+    assert result.restarts == len(backs)
+
+
+async def _kill_again_and_again(keeper: Any) -> None:
+    """Until it is given up."""
+    while keeper.groups:
+        if keeper.pid is not None and keeper.is_ready:
+            kill(keeper.pid)
+        await asyncio.sleep(0.01)
+
+
+async def test_an_heir_may_be_given_up_too(config: Make, no_leaks: None) -> None:
+    """All it had, also what it had taken over, goes to the next one; one more is too many."""
+    changes: dict[str, Any] = {"env": "run_envs:Jittery", "total_steps": 10**7}
+    async with asyncio.timeout(60), aiorl.Run(config(**changes, workers=3, min_workers=1)) as run:
+        events = run.events(10**6)
+        keepers = workers_of(run)._keepers
+        for victim in keepers[:2]:
+            await _kill_again_and_again(victim)
+        assert sorted(keepers[2].groups) == [0, 1, 2, 3]
+        stored = run.status().env_steps
+        await until(lambda: run.status().env_steps > stored + 500)
+        killing = asyncio.ensure_future(_kill_again_and_again(keepers[2]))
+        with pytest.raises(aiorl.WorkerError, match=r"worker 2 was ended by SIGKILL .*after 3 restarts in 60 s"):
+            await run.wait()
+        killing.cancel()
+    assert [e.heir async for e in events if isinstance(e, aiorl.WorkerGivenUp)] == ["worker 1", "worker 2"]
+    result = run.result
+    assert result.status == "failed"
+    assert result.workers_given_up == 2
+    assert result.ledger["produced"] == result.ledger["stored"] + result.ledger["dropped"]
+
+
+async def test_the_evaluation_worker_is_never_given_up(config: Make, no_leaks: None) -> None:
+    async with asyncio.timeout(60), aiorl.Run(config(total_steps=10**7, min_workers=1)) as run:
+        killing = asyncio.ensure_future(until(lambda: _kill_if_there(workers_of(run)._keepers[-1])))
+        with pytest.raises(aiorl.WorkerError, match=r"evaluation worker was ended .*after 3 restarts in 60 s"):
+            await run.wait()
+        killing.cancel()
+    assert run.result.workers_given_up == 0
+
+
+def _kill_if_there(keeper: Any) -> None:
+    if keeper.pid is not None and keeper.is_ready:
+        kill(keeper.pid)

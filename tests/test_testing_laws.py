@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from sims import SHAPES, STEPS, Folder, Trial, trial
+from sims import SHAPES, STEPS, Folder, Still, Trial, trial
 
 import aiorl
 from aiorl.channel import Gate
+from aiorl.envs import episodes, single
+from aiorl.envs.aborts import Aborts
+from aiorl.evaluation import Evaluator, Snapshot
 from aiorl.faultpoints import POINTS
 from aiorl.learning import Outcome, Trainer
+from aiorl.ledger import Ledger
 from aiorl.pacing import Ordered, RolloutPlan
-from aiorl.segments import Segment
+from aiorl.report import Report
+from aiorl.seeding import episode_seed, evaluation_seed
+from aiorl.segments import Segment, SegmentHeader
+from aiorl.session import Session
 from aiorl.testing import (
+    LEDGER_ENV,
     Deadlock,
     FaultPlan,
     FaultPoints,
     LawsBroken,
     Mark,
     Pace,
+    Recording,
     SeedFailure,
     Sim,
     Simulated,
@@ -35,8 +45,8 @@ from aiorl.testing import (
     tape_of,
 )
 from aiorl.workers.pool import ProcessWorkers
-from aiorl.workers.program import Station
 from aiorl.workers.records import Record
+from aiorl.workers.station import Station
 from aiorl.workers.supervision import Keeper
 from aiorl.workers.weights import WeightStore
 
@@ -192,6 +202,55 @@ def test_an_environment_that_does_not_reproduce_breaks_no_law_but_exactness(fold
     assert sum(explore(one, 10, limit_s=LIMIT_S)) > 10
 
 
+def test_versions_are_told_apart_where_an_update_changes_nothing(folder: Folder) -> None:
+    """A learning rate that was annealed to 0, and updates that came to NaN and were skipped."""
+    still = {"algo": Recording.of(Still(after=4, not_finite=(2, 7))), "on_nonfinite": "skip"}
+    found = explore(lambda sim: trial(sim, folder, shape=(3, 4, 6, 9)[sim.seed % 4], **still), 20, limit_s=LIMIT_S)
+    assert "completed" in {one.status for one in found}
+    assert sum(one.restarts for one in found) > 5
+
+
+def test_an_update_that_fails_breaks_no_law(folder: Folder) -> None:
+    """What it was given is not in the books."""
+
+    def one(sim: Sim) -> str:
+        failing = Recording.of(Still(after=99, not_finite=(3,)))
+        done = sim.run(simulate(sim, folder.config(SHAPES[sim.seed % 4], algo=failing), pace=Pace.random(sim.rng)))
+        done.check_laws()
+        assert len(tape_of(done.run).rollouts) == 4
+        return done.run.result.status
+
+    assert explore(one, 4, limit_s=LIMIT_S) == ["failed"] * 4
+
+
+def broken_env(folder: Folder, faults: list[list[Any]], **changes: Any) -> dict[str, Any]:
+    """A configuration in which environments return what is not finite, and its episode is aborted."""
+    marks = folder.path / f"marks {folder.config().out}".replace("/", "_")
+    marks.mkdir()
+    kwargs = {"wraps": LEDGER_ENV, "faults": faults, "marks": str(marks)}
+    return {
+        "env": "aiorl.testing.faults:FaultEnv", "env_kwargs": kwargs, "on_nonfinite_env": "abort_episode", "eval_every": 0,
+        **changes,
+    }  # fmt: skip
+
+
+def test_aborted_episodes_break_no_law(folder: Folder) -> None:
+    """An environment returns NaN now and then, while workers die: the step is dropped, the episode has no return."""
+
+    def one(sim: Sim) -> int:
+        faults = [["nan_obs" if k % 2 else "nan", int(sim.rng.integers(1, 30))] for k in range(6)]
+        plan = FaultPlan.random(sim.rng, 2, steps=STEPS)
+        shape = SHAPES[(2, 4, 5, 8)[sim.seed % 4]]
+        done = sim.run(simulate(sim, folder.config(shape, **broken_env(folder, faults)), plan, pace=Pace.random(sim.rng)))
+        done.check_laws()
+        result = done.run.result
+        assert result.status == "completed"
+        assert result.dropped.get("not finite", 0) == result.aborted
+        return result.aborted
+
+    assert sum(explore(one, 20, limit_s=LIMIT_S)) > 60
+
+
 # -- planted bugs ------------------------------------------------------------------------------------------------------
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -331,6 +390,48 @@ def forget_to_wake(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Gate, "wake", lambda self: None if due() else wake(self))
 
 
+def wait_twice(patch: pytest.MonkeyPatch) -> None:
+    """What the learner waited for is counted twice."""
+    booked = Session._booked
+
+    async def planted(self: Session, plan: RolloutPlan, outcome: Outcome, waited_s: float) -> None:
+        assert self.parts is not None
+        self.parts.waiting_s["train"] += waited_s
+        await booked(self, plan, outcome, waited_s)
+
+    patch.setattr(Session, "_booked", planted)
+
+
+def collect_two_at_once(patch: pytest.MonkeyPatch) -> None:
+    """A segment was begun before the one before it was full."""
+    update, due = Trainer.update, nth(6)
+
+    def planted(self: Trainer, plan: RolloutPlan, segments: tuple[Segment, ...]) -> Outcome:
+        if due():
+            segments[0].header[SegmentHeader.STARTED_S] -= 60.0
+        return update(self, plan, segments)
+
+    patch.setattr(Trainer, "update", planted)
+
+
+def evaluate_another_version(patch: pytest.MonkeyPatch) -> None:
+    """The oldest weights that are still there instead of the newest."""
+
+    def planted(self: Evaluator, final: bool) -> Snapshot:
+        version, weights = self._parts.pacer.commits, self._parts.weights
+        return Snapshot(version, self._report.stored, weights.acquire(weights.versions[0]), final)
+
+    patch.setattr(Evaluator, "_newest", planted)
+
+
+def evaluate_with_training_seeds(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(episodes, "evaluation_seed", lambda root, episode, *, fresh: episode_seed(root, 0, episode))
+
+
+def train_with_evaluation_seeds(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(single, "episode_seed", lambda root, env, episode, again=0: evaluation_seed(root, episode))
+
+
 @pytest.mark.parametrize(
     ("plant", "shape", "laws"),
     [
@@ -347,6 +448,11 @@ def forget_to_wake(patch: pytest.MonkeyPatch) -> None:
         (forget_what_was_delivered, 4, {"unique"}),
         (lose_a_wake_up, 1, {"deadlock"}),
         (forget_to_wake, 0, {"deadlock"}),
+        (wait_twice, 0, {"time"}),
+        (collect_two_at_once, 2, {"time"}),
+        (evaluate_another_version, 3, {"evaluation"}),
+        (evaluate_with_training_seeds, 1, {"evaluation"}),
+        (train_with_evaluation_seeds, 1, {"evaluation"}),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
@@ -361,6 +467,119 @@ def test_a_planted_bug_is_found(
     assert isinstance(cause, Deadlock | LawsBroken)
     broken = {violation.law for violation in cause.violations} if isinstance(cause, LawsBroken) else {"deadlock"}
     assert broken & laws, str(cause)
+
+
+def test_stale_weights_are_found_where_all_weights_are_the_same(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    act_with_older_weights(monkeypatch)
+    with pytest.raises(SeedFailure) as found:
+        explore(lambda sim: trial(sim, folder, shape=9, meddle=False, algo=Recording.of(Still())), 20, limit_s=LIMIT_S)
+    assert isinstance(found.value.__cause__, LawsBroken)
+    assert "lag" in {violation.law for violation in found.value.__cause__.violations}
+
+
+def keep_the_row(patch: pytest.MonkeyPatch) -> None:
+    """The row that a step was spent on is stored as it is."""
+    spend = Aborts.spend
+
+    def planted(self: Aborts, segment: Segment, t: int) -> list[int]:
+        again = spend(self, segment, t)
+        segment.columns["valid"][t] = True
+        return again
+
+    patch.setattr(Aborts, "spend", planted)
+
+
+def go_on_in_the_same_episode(patch: pytest.MonkeyPatch) -> None:
+    spend = Aborts.spend
+    patch.setattr(Aborts, "spend", lambda self, segment, t: spend(self, segment, t)[:0])
+
+
+def count_no_drop(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Report, "drop", lambda self, reason, env_steps: None)
+
+
+@pytest.mark.parametrize(
+    ("plant", "laws"),
+    [
+        (keep_the_row, {"kept", "unique", "returns"}), (go_on_in_the_same_episode, {"unique", "true"}),
+        (count_no_drop, {"kept"}),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)  # fmt: skip
+def test_a_planted_bug_in_aborting_is_found(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, plant: Plant, laws: set[str]
+) -> None:
+    plant(monkeypatch)
+    sim = Sim(0, limit_s=LIMIT_S)
+    faults = [[what, at] for at in (3, 9, 17) for what in ("nan", "nan_obs")]
+    done = sim.run(simulate(sim, folder.config(SHAPES[2], **broken_env(folder, faults))))
+    with pytest.raises(LawsBroken) as found:
+        done.check_laws()
+    assert {violation.law for violation in found.value.violations} & laws
+
+
+def begin_anew(patch: pytest.MonkeyPatch) -> None:
+    """A resumed run's environments begin with their first episode again."""
+    patch.setattr(Ledger, "cursor", lambda self, group: None)
+
+
+def forget_a_counter(patch: pytest.MonkeyPatch) -> None:
+    load = Report.load_state_dict
+
+    def planted(self: Report, state: dict[str, Any], stored: int) -> None:
+        load(self, state, stored)
+        self.gradient_steps = 0
+
+    patch.setattr(Report, "load_state_dict", planted)
+
+
+def skip_a_step(patch: pytest.MonkeyPatch) -> None:
+    """The environment of each group takes one step more than is told."""
+    load = Ledger.load_state_dict
+
+    def planted(self: Ledger, state: dict[str, Any]) -> None:
+        load(self, state)
+        for books in self._books:
+            books.lengths += 1
+            books.totals += 1.0
+
+    patch.setattr(Ledger, "load_state_dict", planted)
+
+
+@pytest.mark.parametrize(
+    ("plant", "laws"),
+    [(begin_anew, {"unique", "resume"}), (forget_a_counter, {"resume"}), (skip_a_step, {"returns"})],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_a_planted_bug_in_resuming_is_found(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, plant: Plant, laws: set[str]
+) -> None:
+    config = folder.config(SHAPES[2])
+
+    async def stop(run: aiorl.Run) -> None:
+        await anext(e async for e in run.events() if e.version == 3)
+        run.stop(final_evaluation=False)
+
+    sim = Sim(0, limit_s=LIMIT_S)
+    first = sim.run(simulate(sim, config, host=stop))
+    first.check_laws()
+    half = folder.path / f"half {plant.__name__}"
+    shutil.copytree(first.run.directory, half)
+    for planted in (False, True):
+        if planted:
+            plant(monkeypatch)
+        sim = Sim(1, limit_s=LIMIT_S)
+        copy = folder.path / f"{half.name} {planted}"
+        shutil.copytree(half, copy)
+        done = sim.run(simulate(sim, config.replace(out=str(copy)), resume=copy))
+        if not planted:
+            done.check_laws()
+            continue
+        with pytest.raises(LawsBroken) as found:
+            done.check_laws()
+        assert {violation.law for violation in found.value.violations} & laws, str(found.value)
 
 
 # -- the tape ----------------------------------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ class SlowLearner(ToyLearner):
     def update(self, rollout: Any) -> Any:
         config: Any = self._config
         if rollout.index == 3 or config.seconds:
-            time.sleep(config.seconds or 4.0)  # the fault itself
+            time.sleep(config.seconds or 6.0)  # the fault itself
         return super().update(rollout)
 
 
@@ -149,11 +149,11 @@ def config(out: Path, **changes: Any) -> aiorl.Config:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="workers need POSIX")
 async def test_a_stalled_run_fails_and_says_who_waits_for_whom(tmp_path: Path) -> None:
-    setting = config(tmp_path / "run", algo=Slow(), stall_timeout_s=1.5, step_timeout_s=1.0, start_timeout_s=1.4)
+    setting = config(tmp_path / "run", algo=Slow(), stall_timeout_s=3.0, step_timeout_s=2.9, start_timeout_s=2.9)
     events: list[Any] = []
-    async with asyncio.timeout(30), aiorl.Run(setting.replace(start_timeout_s=1.4)) as run:
+    async with asyncio.timeout(30), aiorl.Run(setting) as run:
         events = [event async for event in run.events()]
-        with pytest.raises(aiorl.StalledError, match=r"nothing has moved for .* s \(stall_timeout_s = 1.5\)") as caught:
+        with pytest.raises(aiorl.StalledError, match=r"nothing has moved for .* s \(stall_timeout_s = 3\)") as caught:
             await run.wait()
     (stalled,) = (e for e in events if isinstance(e, aiorl.Stalled))
     assert stalled.table == caught.value.detail

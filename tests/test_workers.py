@@ -22,10 +22,11 @@ from aiorl.errors import WorkerError
 from aiorl.pacing import Grant
 from aiorl.preflight import Preflight
 from aiorl.segments import Segment
+from aiorl.workers.control import Control, Counter
 from aiorl.workers.launch import Launcher
 from aiorl.workers.pool import InlineWorkers, ProcessWorkers, Workers, plan_stations
-from aiorl.workers.program import Counter, StationSetup
-from aiorl.workers.supervision import Restart
+from aiorl.workers.station import StationSetup
+from aiorl.workers.supervision import GivenUp, Restart
 from aiorl.workers.weights import WeightLayout, WeightStore
 
 GROUPS, GROUP_SIZE, SLOTS = 4, 2, 2
@@ -124,7 +125,7 @@ async def test_a_killed_worker_is_noticed_at_once_and_its_steps_are_known(build:
     workers = build(2)
     assert isinstance(workers, ProcessWorkers)
 
-    def kill(restart: Restart | None = None) -> None:
+    def kill(_: Restart | GivenUp | None = None) -> None:
         os.kill(workers.pids[1], signal.SIGKILL)
 
     try:
@@ -150,7 +151,7 @@ async def test_a_stopped_worker_counts_as_hung_only_while_it_has_work(build: Bui
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(1.0):
                 await workers.watch()
-        restarts: list[Restart] = []
+        restarts: list[Restart | GivenUp] = []
         watching = asyncio.ensure_future(workers.watch(restarts.append))
         workers.collect(Grant(0, 0, 0, 0), 0)
         async with asyncio.timeout(20):
@@ -168,8 +169,9 @@ async def test_what_was_delivered_before_the_death_is_not_collected_again(build:
     """The worker dies with its doorbell in the pipe: the loop learns of both at once."""
     twin, workers = build(0), build(1)
     assert isinstance(workers, ProcessWorkers)
-    counters = np.frombuffer(workers._plan.training[0].block.buffer, np.int64, 16)
-    restarts: list[Restart] = []
+    (setup,) = workers._plan.training
+    control = Control(setup.block, setup.groups)
+    restarts: list[Restart | GivenUp] = []
     try:
         await twin.start()
         expected = await collect(twin, 2)
@@ -187,10 +189,11 @@ async def test_what_was_delivered_before_the_death_is_not_collected_again(build:
             workers.collect(Grant(2, 1, 1, 0), 0)
             assert (await workers.arrivals.get()).slot == 1
         assert len(restarts) == 1
-        assert counters[Counter.BEATS] == workers.segment(2, 1).steps, "more than the second segment was collected"
+        beats = control.table[:, Counter.BEATS].sum()
+        assert beats == workers.segment(2, 1).steps, "more than the second segment was collected"
         assert [contents(workers.segment(2, slot)) for slot in (0, 1)] == [expected[2, 0], expected[2, 1]]
     finally:
-        del counters
+        del control
         await workers.aclose()
         await twin.aclose()
     await watching
@@ -203,10 +206,11 @@ async def test_the_counters_say_what_a_worker_does(build: Build) -> None:
         await workers.start()
         await collect(workers, 3)
         (setup,) = workers._plan.training
-        counters = np.frombuffer(setup.block.buffer, np.int64, 16)
-        assert counters[Counter.ORDINAL] == 2
-        assert counters[Counter.STEP] == setup.segment.steps
-        assert counters[Counter.BEATS] == GROUPS * 3 * setup.segment.steps
-        del counters
+        control = Control(setup.block, setup.groups)
+        for group in setup.groups:
+            assert control.of(Counter.ORDINAL, group) == 2
+            assert control.of(Counter.STEP, group) == setup.segment.steps
+            assert control.of(Counter.BEATS, group) == 3 * setup.segment.steps
+        del control
     finally:
         await workers.aclose()

@@ -62,9 +62,10 @@ def lines(figures: Figures) -> list[str]:
     """The figures as a table: each part by itself, then the run against what they allow."""
     env, parts, run = figures.env, figures.parts, figures.run
     kind = "as native vectors" if env.native else "one by one"
+    alone = f"{env.step_us:.1f} µs an env step {kind}, {share(env.cpu_share)} of it computing"
     reached = run.env_steps_per_second / figures.bound_per_second
     rows = [
-        ("environment", f"{env.step_us:.1f} µs an env step {kind}, {share(env.cpu_share)} of it computing"),
+        ("environment", alone if env.step_us else "coroutines, which wait side by side: not measured by themselves"),
         ("collecting", f"{parts.collect_us:.1f} µs an env step with the policy: {rate(1e6 / parts.collect_us)}/s a core"),
         (
             "learning",

@@ -45,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
 def _registry() -> Mapping[str, Any]:
     import gymnasium
 
+    import_module("aiorl.envs.hockey")
     if find_spec("ale_py") is not None:
         gymnasium.register_envs(import_module("ale_py"))
     return gymnasium.registry

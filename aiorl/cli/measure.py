@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import statistics
 import tempfile
@@ -16,6 +15,7 @@ from aiorl.config import Config, usable_cores
 from aiorl.envs.make import make_env, make_vector, probe
 from aiorl.envs.spec import resolve_env
 from aiorl.events import Updated
+from aiorl.offload import OffloadThread
 from aiorl.report import Result
 from aiorl.run import Run
 
@@ -86,7 +86,11 @@ async def measure(config: Config, seconds: float) -> Figures:
     """Measure for about `seconds` in all. Raises what a run of this configuration raises."""
     share_s = seconds / 4
     resolved = config.resolve()
-    env = await asyncio.to_thread(_env_speed, resolved, share_s)
+    thread = OffloadThread("aiorl-bench")
+    try:
+        env = await thread.run(_env_speed, resolved, share_s)
+    finally:
+        await thread.aclose(1.0)
     events, _ = await _try_out(config.replace(workers=0, off_policy_degree=0), share_s)
     parts = _parts(events, resolved)
     events, result = await _try_out(config, 2 * share_s)
@@ -110,6 +114,8 @@ def _env_speed(config: Config, seconds: float) -> EnvSpeed:
     size = cast(int, config.group_size)
     spec = resolve_env(config.env, config.env_kwargs, in_process=True, native=config.native_vector)
     found = probe(spec, size)
+    if found.spec.coroutines:
+        return EnvSpeed(step_us=0.0, cpu_share=0.0, native=False)  # it waits on purpose, side by side with others
     env: Any = make_vector(found.spec, size) if found.native else make_env(found.spec)
     width = size if found.native else 1
     try:
@@ -158,7 +164,7 @@ def advice(figures: Figures) -> list[str]:
     """What bounds the run, and which flag to change; the most important first."""
     run, env = figures.run, figures.env
     found = [_bound(figures)]
-    if env.cpu_share < WAITS:
+    if 0 < env.cpu_share < WAITS:
         found.append(
             f"the environment computes in {_percent(env.cpu_share)} of a step and waits for the rest: "
             "--stepping threads lets the steps of a worker overlap"

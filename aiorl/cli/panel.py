@@ -21,6 +21,7 @@ from aiorl.events import (
     Status,
     Updated,
     Warned,
+    WorkerGivenUp,
     WorkerRestarted,
 )
 
@@ -62,7 +63,7 @@ class Panel:
         elif (line := event_line(event)) is not None:
             if isinstance(event, Evaluated) and event.primary:
                 self._evaluated = event
-            noted = isinstance(event, Warned | WorkerRestarted)
+            noted = isinstance(event, Warned | WorkerGivenUp | WorkerRestarted)
             style = "yellow" if noted else "dim" if isinstance(event, Checkpointed) else ""
             if not isinstance(event, Finished):
                 text = Text.assemble((stamp(event.seconds), "dim"), " ", (line, style))
@@ -97,6 +98,8 @@ def draw(status: Status, notes: Notes, history: Sequence[float], evaluated: Eval
     now: list[Piece] = [(words, _STATE_STYLES.get(status.state, "cyan"))]
     if status.restarts:
         now.append((f"{status.restarts} restarts", "yellow"))
+    if status.workers_given_up:
+        now.append((f"{status.workers_given_up} workers given up", "yellow"))
     if status.dropped:
         now.append((f"dropped {sum(status.dropped.values()):,}", "yellow"))
     now.append((f"version {status.version:,}", "dim"))

@@ -21,7 +21,8 @@ from aiorl.structs import read_toml
 GROUPS = {
     "what to train": ("algo", "total_steps", "seed", "env_kwargs", "out", "device", "torch_threads", "memory_gb"),
     "collecting": (
-        "envs", "group_size", "workers", "segment_length", "native_vector", "step_timeout_s", "start_timeout_s",
+        "envs", "group_size", "workers", "min_workers", "stepping", "steps_at_once", "segment_length", "native_vector",
+        "step_timeout_s", "start_timeout_s",
     ),
     "asynchrony": (
         "off_policy_degree", "degree_max", "error_target", "schedule", "warmup", "allow_uncorrected",
@@ -29,15 +30,18 @@ GROUPS = {
     "evaluation and checkpoints": (
         "eval_every", "eval_episodes", "eval_busy", "eval_suites", "eval_top", "stop_at", "checkpoint_every", "keep",
     ),
-    "when something is wrong": ("stall_timeout_s", "shutdown_timeout_s", "on_nonfinite", "nonfinite_max", "debug"),
+    "when something is wrong": (
+        "stall_timeout_s", "shutdown_timeout_s", "on_nonfinite", "nonfinite_max", "on_nonfinite_env", "nonfinite_env_max",
+        "debug",
+    ),
 }  # fmt: skip
 """Where each field of Config appears in the help; fields not named here come last."""
 
 RESUMABLE = (
-    "total_steps", "workers", "eval_every", "eval_episodes", "eval_busy", "eval_suites", "eval_top", "stop_at",
-    "checkpoint_every", "keep", "step_timeout_s", "start_timeout_s", "stall_timeout_s", "shutdown_timeout_s",
-    "device", "torch_threads", "memory_gb",
-    "on_nonfinite", "nonfinite_max", "debug",
+    "total_steps", "workers", "min_workers", "stepping", "steps_at_once", "eval_every", "eval_episodes", "eval_busy",
+    "eval_suites", "eval_top", "stop_at", "checkpoint_every", "keep", "step_timeout_s", "start_timeout_s",
+    "stall_timeout_s", "shutdown_timeout_s", "device", "torch_threads", "memory_gb",
+    "on_nonfinite", "nonfinite_max", "on_nonfinite_env", "nonfinite_env_max", "debug",
 )  # fmt: skip
 """What may be changed when a run goes on: nothing that would make it another experiment."""
 

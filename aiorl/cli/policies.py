@@ -56,14 +56,13 @@ def read_policy(given: Mapping[str, Any], verb: str) -> tuple[LoadedPolicy, EnvS
     elif not isinstance(env, str) or ":" in env:
         plays = f"suite {given['suite']} plays" if "suite" in given else "the policy was trained on"
         raise _untrusted(f"{plays} {env}, which is not an id of gymnasium's", f"--env {env}")
-    spec = resolve_env(env, kwargs, in_process=True, native=False)
-    seen = probe(spec).spaces
-    if seen != policy.spaces:
+    found = probe(resolve_env(env, kwargs, in_process=True, native=False))
+    if found.spaces != policy.spaces:
         raise CheckpointError(
             f"{path} was made for other spaces than {env} has\n"
-            f"  saved: {spaces_text(policy.spaces)}\n  now:   {spaces_text(seen)}"
+            f"  saved: {spaces_text(policy.spaces)}\n  now:   {spaces_text(found.spaces)}"
         )
-    return policy, spec, str(path)
+    return policy, found.spec, str(path)
 
 
 def find_suite(config: Mapping[str, Any], name: str) -> EvalSuite:

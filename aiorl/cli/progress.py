@@ -30,6 +30,7 @@ from aiorl.events import (
     Started,
     Status,
     Warned,
+    WorkerGivenUp,
     WorkerRestarted,
 )
 
@@ -194,8 +195,12 @@ def event_line(event: AnyEvent) -> str | None:
             return f"warning: {event.message}"
         case WorkerRestarted():
             return f"{event.worker} is back after {event.seconds_down:.1f} s (restart {event.restarts}): it {event.reason}"
+        case WorkerGivenUp():
+            left = f"{event.heir} takes over its groups ({event.workers} left)"
+            return f"{event.worker} is given up, {left}: it {event.reason}"
         case EpisodeAborted():
-            return f"{event.worker}: episode {event.episode} of environment {event.env} aborted after {event.length} steps"
+            what = f"episode {event.episode} of environment {event.env} aborted after {event.length} steps"
+            return f"{event.worker}: {what} ({event.reason})"
         case Stalled():
             return f"nothing moves:\n{event.table}"
         case Finished():

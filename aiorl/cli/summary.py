@@ -34,7 +34,7 @@ def summary_lines(result: Mapping[str, Any], directory: Path) -> list[str]:
     if skipped := sum(result.get("skipped_updates", {}).values()):
         lines.append(_line("skipped", f"{plural(skipped, 'update')} that came to NaN or infinity"))
     if aborted := result.get("aborted"):
-        lines.append(_line("aborted", f"{plural(aborted, 'episode')} of environments that do not reproduce: not exact"))
+        lines.append(_line("aborted", f"{plural(aborted, 'episode')}{_why_aborted(result, aborted)}"))
     there = [name for name in ("curve.svg", "summary.json", "best/", "final/") if (directory / name).exists()]
     lines.append(_line("files", f"{directory}/ ({', '.join(there)})" if there else f"{directory}/"))
     return lines
@@ -60,6 +60,15 @@ def _overshoot(result: Mapping[str, Any]) -> str:
     if beyond is None:
         return ""
     return f"; training stopped {plural(beyond['updates'], 'update')} ({count(beyond['env_steps'])} env steps) later"
+
+
+def _why_aborted(result: Mapping[str, Any], aborted: int) -> str:
+    """Steps that were dropped as not finite are one for each episode, but of this session alone."""
+    not_finite = min(aborted, result.get("dropped", {}).get("not finite", 0))
+    if not not_finite:
+        return " of environments that do not reproduce: not exact"
+    others = f", {aborted - not_finite} otherwise" if aborted > not_finite else ""
+    return f": {not_finite} for NaN or infinity from the environment{others}"
 
 
 def _staleness(result: Mapping[str, Any]) -> str:

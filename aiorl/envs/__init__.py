@@ -5,9 +5,13 @@ spec       EnvSpec: which environment, found by name
 make       making environments; Probe: what a look at one tells
 contract   checks on everything an environment returns
 cursor     GroupCursor: where a group's open episodes are; seeds of episodes
-single     a group of single environments
+coroutines AsyncEnv: environments whose reset and step are coroutines
+checked    environments whose answers are checked, stepped one by one or side by side
+single     a group of single environments, sync or async
+aborts     giving up episodes that are not finite
 vector     a group that is one native vector environment, whatever its autoreset mode
 state      a native vector environment's state as bytes
 group      the protocol of groups and the choice between the two
 episodes   whole episodes, for evaluation and play
+hockey/    a game for two players, of aiorl's own
 """

@@ -6,6 +6,7 @@ are finite and in range is checked once per segment.
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -177,6 +178,7 @@ def flag(value: Any, name: str) -> bool:
 def step_parts(result: Any) -> tuple[Any, Any, Any, Any, Any]:
     """What `env.step` returned, if it has five parts. Raises BrokenContract."""
     if not isinstance(result, tuple | list) or len(cast("Sequence[Any]", result)) != 5:
+        _refuse_coroutine("step", result)
         raise BrokenContract(
             f"step() expected to return (obs, reward, terminated, truncated, info), got {_described(result)}"
         )
@@ -186,8 +188,19 @@ def step_parts(result: Any) -> tuple[Any, Any, Any, Any, Any]:
 def reset_obs(result: Any) -> Any:
     """The observation in what `env.reset` returned. Raises BrokenContract."""
     if not isinstance(result, tuple | list) or len(cast("Sequence[Any]", result)) != 2:
+        _refuse_coroutine("reset", result)
         raise BrokenContract(f"reset() expected to return (obs, info), got {_described(result)}")
     return result[0]
+
+
+def _refuse_coroutine(call: str, result: Any) -> None:
+    if inspect.isawaitable(result):
+        if inspect.iscoroutine(result):
+            result.close()  # else Python complains that nobody awaited it
+        raise BrokenContract(
+            f"{call}() returned a {type(result).__name__} to be awaited\n"
+            "  declare reset and step with `async def`, and take off wrappers that do not"
+        )
 
 
 def crashed(where: str, call: str, error: BaseException) -> EnvError:
@@ -227,7 +240,7 @@ def check_segment(spaces: Spaces, segment: Segment, steps: int, first_env: int) 
     Raises EnvError naming environment, row of the segment and field; TrainingError if the policy chose such an action.
     """
     actions = segment.columns["action"][:steps]
-    if not _all_finite(actions):
+    if not all_finite(actions):
         t, env = np.argwhere(~np.isfinite(actions))[0][:2]
         raise TrainingError(
             f"the policy chose {actions[t, env]} for environment {first_env + env}, step {t} of the segment\n"
@@ -270,7 +283,7 @@ def _ranges(leaf: Leaf | None) -> str:
 def _first_bad(values: Array, leaf: Leaf | None) -> tuple[int, ...] | None:
     """Index of the first value that is not finite, or not in the leaf's discrete space."""
     if leaf is None or leaf.kind == "box":
-        if _all_finite(values):
+        if all_finite(values):
             return None
         bad = ~np.isfinite(values)
     else:
@@ -282,7 +295,7 @@ def _first_bad(values: Array, leaf: Leaf | None) -> tuple[int, ...] | None:
     return tuple(int(i) for i in np.argwhere(bad)[0])
 
 
-def _all_finite(values: Array) -> bool:
+def all_finite(values: Array) -> bool:
     """Whether all are finite; the sum tells in one pass without a temporary array, unless it overflows."""
     if values.dtype.kind != "f":
         return True

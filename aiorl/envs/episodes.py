@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiorl.envs.make import make_env, make_vector
-from aiorl.envs.single import CheckedEnv
+from aiorl.envs.checked import Batch, OneByOne, SideBySide, at_once
+from aiorl.envs.coroutines import run_apart
+from aiorl.envs.make import make_async_env, make_env, make_vector
 from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import EnvSpec
 from aiorl.envs.vector import CheckedVector
@@ -42,28 +43,46 @@ def run_episodes(
     `envs` is made from a spec and closed, or given: `width` single environments, or a vector environment.
     `policy.begin` has been called. `on_step(t)` follows each step of the batch and may raise to stop; `on_frame(env)`
     follows each reset and step of slot 0, and each step of a vector environment. Raises EnvError.
+
+    Async environments of a spec step at the same time, on a thread with an event loop of its own.
     """
-    if isinstance(envs, EnvSpec):
-        made = make_vector(envs, width) if envs.vector_only else [make_env(envs) for _ in range(width)]
-        try:
-            return run_episodes(
-                made, spaces, policy, episodes, seed, width, fresh=fresh, on_step=on_step, on_frame=on_frame
-            )
-        finally:
-            for env in made if isinstance(made, list) else [made]:
-                env.close()
+    run = run_apart if isinstance(envs, EnvSpec) and envs.coroutines else at_once
+    return run(
+        run_episodes_async(envs, spaces, policy, episodes, seed, width, fresh=fresh, on_step=on_step, on_frame=on_frame)
+    )
+
+
+async def run_episodes_async(
+    envs: EnvSpec | Sequence[Any] | Any, spaces: Spaces, policy: Policy, episodes: int, seed: int, width: int, *,
+    fresh: bool = False, on_step: Callable[[int], None] | None = None, on_frame: Callable[[Any], None] | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
+    """As `run_episodes`, on the running event loop. It waits only where environments are async."""
     tally = _Tally(episodes, width)
 
     def seed_of(episode: int) -> int:
         return evaluation_seed(seed, episode, fresh=fresh)
 
-    if isinstance(envs, Sequence):
-        _run_single(
-            [CheckedEnv(env, spaces, i) for i, env in enumerate(envs)], policy, spaces, seed_of, tally, on_step, on_frame
-        )
+    if isinstance(envs, EnvSpec) and not envs.vector_only:
+        batch: Batch = SideBySide(spaces) if envs.coroutines else OneByOne(spaces)
+        try:
+            for i in range(width):
+                batch.add(make_async_env(envs) if envs.coroutines else make_env(envs), i)
+            await _run_single(batch, policy, spaces, seed_of, tally, on_step, on_frame)
+        finally:
+            await batch.close()
+    elif isinstance(envs, Sequence):
+        given = OneByOne(spaces)
+        for i, env in enumerate(envs):
+            given.add(env, i)
+        await _run_single(given, policy, spaces, seed_of, tally, on_step, on_frame)
     else:
-        vector = CheckedVector(envs, spaces, width, lambda i, e: seed_of(i + e * width))
-        _run_vector(vector, policy, spaces, tally, on_step, on_frame)
+        made = make_vector(envs, width) if isinstance(envs, EnvSpec) else envs
+        vector = CheckedVector(made, spaces, width, lambda i, e: seed_of(i + e * width))
+        try:
+            _run_vector(vector, policy, spaces, tally, on_step, on_frame)
+        finally:
+            if made is not envs:
+                made.close()
     return tally.returns, tally.lengths
 
 
@@ -85,7 +104,7 @@ class _Tally:
             self.active[slot] = self.episode[slot] < len(self.returns)
 
 
-def _batch(spaces: Spaces, width: int) -> dict[str, Array]:
+def _zeros(spaces: Spaces, width: int) -> dict[str, Array]:
     return {name: np.zeros((width, *c.shape), c.dtype) for name, c in spaces.obs_columns.items()}
 
 
@@ -93,34 +112,34 @@ def _copied(spaces: Spaces, obs: Sequence[Array]) -> dict[str, Array]:
     return {leaf.name: value.copy() for leaf, value in zip(spaces.observation, obs, strict=True)}
 
 
-def _run_single(
-    envs: list[CheckedEnv], policy: Policy, spaces: Spaces, seed_of: Callable[[int], int], tally: _Tally,
+async def _run_single(
+    batch: Batch, policy: Policy, spaces: Spaces, seed_of: Callable[[int], int], tally: _Tally,
     on_step: Callable[[int], None] | None, on_frame: Callable[[Any], None] | None,
 ) -> None:  # fmt: skip
-    def begin(slot: int) -> None:
-        episode = int(tally.episode[slot])
-        envs[slot].reset(seed_of(episode), episode, rows, slot)
-        if slot == 0 and on_frame is not None:
-            on_frame(envs[0].env)
+    async def begin(slots: list[int]) -> None:
+        episodes = tally.episode.tolist()
+        await batch.reset_all([(slot, seed_of(episodes[slot]), episodes[slot]) for slot in slots], rows)
+        if on_frame is not None and 0 in slots:
+            on_frame(batch.envs[0].env)
 
-    batch, first = _batch(spaces, len(envs)), np.ones(len(envs), bool)
-    rows = list(batch.values())
-    for slot in np.flatnonzero(tally.active).tolist():
-        begin(slot)
+    width = len(batch.envs)
+    obs, first, rewards = _zeros(spaces, width), np.ones(width, bool), np.zeros(width)
+    rows = list(obs.values())
+    await begin(np.flatnonzero(tally.active).tolist())
     t = 0
     while tally.active.any():
-        actions, _ = policy.act(batch, first)
-        batch = {name: leaf.copy() for name, leaf in batch.items()}  # the policy may keep what it was shown
-        rows, first = list(batch.values()), np.zeros(len(envs), bool)
-        taken = spaces.env_actions(actions)
-        for slot in np.flatnonzero(tally.active).tolist():
-            reward, terminated, truncated = envs[slot].step(taken[slot], rows, slot)
-            if slot == 0 and on_frame is not None:
-                on_frame(envs[0].env)
-            tally.add(slot, reward, terminated or truncated)
-            if (terminated or truncated) and tally.active[slot]:
-                begin(slot)
-                first[slot] = True
+        actions, _ = policy.act(obs, first)
+        obs = {name: leaf.copy() for name, leaf in obs.items()}  # the policy may keep what it was shown
+        rows, first = list(obs.values()), np.zeros(width, bool)
+        slots = np.flatnonzero(tally.active).tolist()
+        ended = [slot for slot, _, _ in await batch.step_all(slots, spaces.env_actions(actions), rows, rewards)]
+        if on_frame is not None and 0 in slots:
+            on_frame(batch.envs[0].env)
+        for slot in slots:
+            tally.add(slot, rewards[slot], slot in ended)
+        again = [slot for slot in ended if tally.active[slot]]
+        first[again] = True
+        await begin(again)
         if on_step is not None:
             on_step(t)
         t += 1

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from aiorl.envs.aborts import Aborts
+from aiorl.envs.coroutines import AsFunctions
 from aiorl.envs.cursor import GroupCursor, advance
-from aiorl.envs.single import SingleGroup
+from aiorl.envs.single import AsyncGroup, SingleGroup
 from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import EnvSpec
 from aiorl.envs.vector import VectorGroup
@@ -15,7 +18,7 @@ from aiorl.segments import Segment
 if TYPE_CHECKING:
     from aiorl.algos.base import Policy
 
-__all__ = ["Group", "GroupCursor", "advance", "make_group"]
+__all__ = ["AsyncGroup", "Group", "GroupCursor", "advance", "blocking_group", "make_group"]
 
 
 class Group(Protocol):
@@ -48,7 +51,25 @@ class Group(Protocol):
         ...
 
 
-def make_group(spec: EnvSpec, spaces: Spaces, envs: range, seed: int) -> Group:
-    """A group for the global environment indices `envs`, to be opened. `spec` is that of a probe, `seed` the root."""
-    kind = VectorGroup if spec.native else SingleGroup
-    return kind(spec, spaces, envs, seed)
+def make_group(
+    spec: EnvSpec, spaces: Spaces, envs: range, seed: int,
+    limit: AbstractContextManager[Any] | AbstractAsyncContextManager[Any] | None = None, aborts: Aborts | None = None,
+) -> Group | AsyncGroup:  # fmt: skip
+    """A group for the global environment indices `envs`, to be opened. `spec` is that of a probe, `seed` the root.
+
+    An AsyncGroup, whose methods are coroutines, where `spec.coroutines`. `limit` is held during each step and reset: with
+    `async with` by an AsyncGroup, `with` by the others. `aborts` gives up episodes that are not finite instead of raising; a
+    native vector environment cannot do that.
+    """
+    held: Any = limit
+    if spec.coroutines:
+        return AsyncGroup(spec, spaces, envs, seed, held, aborts)
+    if spec.native:
+        return VectorGroup(spec, spaces, envs, seed, held)
+    return SingleGroup(spec, spaces, envs, seed, held, aborts)
+
+
+def blocking_group(spec: EnvSpec, spaces: Spaces, envs: range, seed: int) -> Group:
+    """As `make_group`; an AsyncGroup comes with a loop of its own, so that functions can use it. Close it."""
+    group = make_group(spec, spaces, envs, seed)
+    return cast(Group, AsFunctions(group)) if isinstance(group, AsyncGroup) else group

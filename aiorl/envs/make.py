@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from aiorl.envs.contract import CRASHES, crashed
-from aiorl.envs.spaces import Spaces, spaces_of
+from aiorl.envs.coroutines import AsFunctions, AsyncEnv, is_async
+from aiorl.envs.spaces import Bounds, Spaces, bounds_of, spaces_of
 from aiorl.envs.spec import EnvSpec
 from aiorl.envs.state import StateCapture, reproduces
 from aiorl.errors import ConfigError, EnvError
@@ -35,9 +36,38 @@ def autoreset_mode(env: Any) -> str:
 
 
 def make_env(spec: EnvSpec) -> gymnasium.Env[Any, Any]:
-    """A new single environment, without gymnasium's own checker. Raises EnvError."""
-    made = _make(spec, None)
-    if not _is_env(made):
+    """A new single environment, without gymnasium's own checker. Raises EnvError.
+
+    An async one is made usable like any other; it then needs to be closed.
+    """
+    made = _single(spec, _make(spec, None))
+    return cast("Any", AsFunctions(made)) if is_async(made) else made
+
+
+def make_async_env(spec: EnvSpec) -> AsyncEnv:
+    """A new async environment. Raises EnvError."""
+    made = _single(spec, _make(spec, None))
+    if not is_async(made):
+        raise EnvError(f"{spec.name} made an environment with coroutines when it was looked at, and now one without")
+    return made
+
+
+def _single(spec: EnvSpec, made: Any) -> Any:
+    """What was made, if it is a single environment; an async one is freed from what gymnasium.make puts around it."""
+    import gymnasium
+
+    if inspect.iscoroutine(made):
+        made.close()
+        raise EnvError(f"{spec.name} is an `async def`\n  make the environment in a plain function, connect in its reset()")
+    if isinstance(made, gymnasium.Wrapper) and is_async(made.unwrapped):
+        while type(made).__name__ in ("OrderEnforcing", "PassiveEnvChecker"):
+            made = cast("Any", made).env
+        if not is_async(made):
+            raise EnvError(
+                f"{spec.name}: the wrapper {type(made).__name__} cannot be put around an environment with `async def step`\n"
+                "  leave it out (max_episode_steps, too), and let the environment do what it does"
+            )
+    if not _is_env(made) and not is_async(made):
         raise EnvError(f"{spec.name} made a {type(made).__name__}, expected a gymnasium.Env\n  {_advice(made)}")
     return made
 
@@ -48,7 +78,7 @@ def make_vector(spec: EnvSpec, n: int) -> gymnasium.vector.VectorEnv[Any, Any, A
     if not _is_vector(made):
         raise EnvError(f"{spec.name} made a {type(made).__name__}, expected a gymnasium.vector.VectorEnv")
     if made.num_envs != n:
-        made.close()
+        _close(spec, made)
         raise EnvError(
             f"{spec.name} made a vector of {made.num_envs} environments, expected {n}\n"
             "  let it take the keyword num_envs"
@@ -105,7 +135,7 @@ def _advice(made: Any) -> str:
         return "a vector environment can train, but not stand in for a single one"
     if any(c.__module__.partition(".")[0] == "gym" for c in type(made).__mro__):
         return "it is made for gym, the predecessor of gymnasium: update it, or wrap it with shimmy"
-    return "let it be, or return, a subclass of gymnasium.Env"
+    return "let it be, or return, a subclass of gymnasium.Env, or write reset and step with `async def`"
 
 
 @dataclass(frozen=True)
@@ -115,7 +145,7 @@ class Probe:
     `spec` is settled on native or single environments: make groups from it. `why_single` says why a vector
     implementation that exists is not used. `exact`: as far as a look can tell, open episodes can be brought back
     exactly (a single environment shows that when it is done); else `why_inexact`. `state_bytes` is room for the state
-    of a native group of the probed size.
+    of a native group of the probed size. `bounds` are those of the observations' boxes.
     """
 
     spec: EnvSpec
@@ -126,6 +156,7 @@ class Probe:
     state_bytes: int = 0
     reward_threshold: float | None = None
     max_episode_steps: int | None = None
+    bounds: Mapping[str, Bounds] = field(default_factory=dict[str, Bounds])
 
     @property
     def native(self) -> bool:
@@ -144,7 +175,7 @@ def probe(spec: EnvSpec, group_size: int = 1) -> Probe:
     """
     try:
         single = None if spec.vector_only else _probe_single(spec)
-        if single is not None and not spec.native:
+        if single is not None and (single.spec.coroutines or not spec.native):
             return single
         try:
             vector = _probe_vector(spec, group_size)
@@ -174,17 +205,17 @@ def _probe_single(spec: EnvSpec) -> Probe | None:
         return None
     made = _make(spec, None)
     if _is_vector(made):
-        made.close()
+        _close(spec, made)
         return None
-    if not _is_env(made):
-        raise EnvError(f"{spec.name} made a {type(made).__name__}, expected a gymnasium.Env\n  {_advice(made)}")
+    made = _single(spec, made)
+    coroutines = is_async(made)
     try:
         spaces = _spaces(spec, made, "observation_space", "action_space")
-        known = made.spec
+        known = getattr(made, "spec", None)
     finally:
-        made.close()
+        _close(spec, AsFunctions(made) if coroutines else made)
     return Probe(
-        replace(spec, native=False), spaces,
+        replace(spec, native=False, coroutines=coroutines), spaces, bounds=bounds_of(made.observation_space, spaces),
         reward_threshold=getattr(known, "reward_threshold", None),
         max_episode_steps=getattr(known, "max_episode_steps", None),
     )  # fmt: skip
@@ -203,11 +234,12 @@ def _probe_vector(spec: EnvSpec, n: int) -> Probe:
         mode = autoreset_mode(made)
         known = made.spec
     finally:
-        made.close()
+        _close(spec, made)
     why_inexact = reproduces(lambda: make_vector(spec, n), spaces, n)
     return Probe(
         replace(spec, native=True, vector_only=True), spaces, autoreset_mode=mode, why_inexact=why_inexact,
         state_bytes=0 if why_inexact else _state_bytes(spec, n),
+        bounds=bounds_of(made.single_observation_space, spaces),
         reward_threshold=getattr(known, "reward_threshold", None),
         max_episode_steps=getattr(known, "max_episode_steps", None),
     )  # fmt: skip
@@ -220,7 +252,15 @@ def _state_bytes(spec: EnvSpec, n: int) -> int:
         env.reset(seed=0)
         return len(StateCapture(env).capture()) * 5 // 4 + 4096
     finally:
-        env.close()
+        _close(spec, env)
+
+
+def _close(spec: EnvSpec, made: Any) -> None:
+    """Close an environment that was only looked at. Raises EnvError."""
+    try:
+        made.close()
+    except CRASHES as error:
+        raise crashed(spec.name, "closing it", error) from error
 
 
 def _spaces(spec: EnvSpec, made: Any, observation: str, action: str) -> Spaces:

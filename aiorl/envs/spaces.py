@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -206,6 +207,41 @@ def spaces_of(observation_space: gymnasium.Space[Any], action_space: gymnasium.S
         twice = next(name for name in names if names.count(name) > 1)
         raise ConfigError(f"two parts of the observation are both called {twice}\n  rename a key of the Dict space")
     return Spaces(observation=leaves, action=_action_leaf(action_space))
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a box declares, each of its shape, infinite where unbounded. Unlike in a `Leaf` they need not be uniform."""
+
+    low: Array
+    high: Array
+
+    def hold(self, lowest: Array, highest: Array) -> bool:
+        """Whether values that reach from `lowest` to `highest` are within."""
+        return bool((lowest >= self.low).all() and (highest <= self.high).all())
+
+
+def bounds_of(observation_space: gymnasium.Space[Any], spaces: Spaces) -> dict[str, Bounds]:
+    """The bounds of all boxes that could be left, by leaf; those of bytes from 0 to 255, say, cannot."""
+    found: dict[str, Bounds] = {}
+    for leaf in spaces.observation:
+        box: Any = observation_space
+        for key in leaf.path:
+            box = box[key]
+        if leaf.kind != "box" or not leaf.size:
+            continue
+        bounds = Bounds(np.array(box.low), np.array(box.high))
+        if not bounds.hold(*_extremes(np.dtype(leaf.dtype))):
+            found[leaf.name] = bounds
+    return found
+
+
+def _extremes(dtype: np.dtype[Any]) -> tuple[Array, Array]:
+    if dtype.kind == "f":
+        return np.array(-np.inf), np.array(np.inf)
+    if dtype.kind == "b":
+        return np.array(False), np.array(True)
+    return np.array(np.iinfo(dtype).min), np.array(np.iinfo(dtype).max)
 
 
 def _obs_leaves(space: Any, path: tuple[str | int, ...]) -> list[Leaf]:

@@ -21,9 +21,12 @@ from aiorl.errors import ConfigError
 _NEEDS = {
     "gymnasium.envs.box2d": ("Box2D", "box2d"),
     "gymnasium.envs.mujoco": ("mujoco", "mujoco"),
+    "aiorl.envs.hockey": ("Box2D", "hockey"),
 }
 _EXTRAS = {"Box2D": "box2d", "mujoco": "mujoco", "ale_py": "atari", "cv2": "atari", "pygame": "classic-control"}
-_REGISTERED_BY = {"ALE": ("ale_py", "atari")}  # namespaces that appear once a package is imported
+# Namespaces that appear once a package is imported.
+_REGISTERED_BY = {"ALE": ("ale_py", "atari"), "aiorl": ("aiorl.envs.hockey", "hockey")}
+_OWN = {"hockey": "aiorl/Hockey-v0"}  # short names of aiorl's own environments
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class EnvSpec:
 
     `name` is what `config.toml` records. `registration` is gymnasium's record for a registered id; otherwise `target`
     is `module:callable`, or the callable itself where everything runs in one process. `native`: groups use a vector
-    environment. `vector_only`: there is no single environment.
+    environment. `vector_only`: there is no single environment. `coroutines`: it is an `AsyncEnv`; known to a probe only.
     """
 
     name: str
@@ -41,6 +44,7 @@ class EnvSpec:
     registration: Any = None
     native: bool = False
     vector_only: bool = False
+    coroutines: bool = False
 
     def with_kwargs(self, **kwargs: Any) -> EnvSpec:
         """The same environment with other keyword arguments on top, e.g. `render_mode="rgb_array"`."""
@@ -60,6 +64,7 @@ def resolve_env(
         if not callable(env):
             raise ConfigError(f"env = {env!r} is a {type(env).__name__}\n  {_FORMS}")
         return _from_callable(env, kwargs, in_process, native)
+    env = _OWN.get(env, env)
     if ":" in env:
         module, _, attribute = env.partition(":")
         found = _import(module, env)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from aiorl.envs.checked import Limit, within
 from aiorl.envs.contract import (
     CRASHES,
     BrokenContract,
@@ -54,9 +55,11 @@ class CheckedVector:
     """
 
     def __init__(
-        self, env: Any, spaces: Spaces, n: int, seed_of: Callable[[int, int], int], first_env: int = 0
-    ) -> None:
+        self, env: Any, spaces: Spaces, n: int, seed_of: Callable[[int, int], int], first_env: int = 0,
+        limit: Limit | None = None,
+    ) -> None:  # fmt: skip
         self.env, self.n = env, n
+        self._step, self._reset = within(limit, env.step), within(limit, env.reset)
         self.ended = np.zeros(n, bool)  # the last step ended an episode, and the next one is spent on the reset
         self.episodes = np.zeros(n, np.int64)
         self._mode, self._seed_of, self._label = (
@@ -77,11 +80,11 @@ class CheckedVector:
         """Begin the episodes `episodes`, at first 0 each. Raises EnvError."""
         seeds = [self._seed_of(i, int(episode)) for i, episode in enumerate(self.episodes)]
         try:
-            result = self.env.reset(seed=seeds)
+            result = self._reset(seed=seeds)
         except Exception:  # most implementations take one number only; a true fault shows again
             self._takes_lists = False
             try:
-                result = self.env.reset(seed=seeds[0])
+                result = self._reset(seed=seeds[0])
             except CRASHES as error:
                 raise crashed(self.where, f"reset(seed={seeds[0]})", error) from error
         try:
@@ -94,11 +97,13 @@ class CheckedVector:
         self._steps += 1
         batch = self._spaces.env_actions(actions)
         try:
-            result = self.env.step(batch)
+            result = self._step(batch)
         except CRASHES as error:
             raise crashed(self.where, "step()", error) from error
         try:
-            raw_obs, reward, terminated, truncated, info = step_parts(result)
+            if type(result) is not tuple or len(result) != 5:
+                result = step_parts(result)
+            raw_obs, reward, terminated, truncated, info = result
             obs = self._batch.read(raw_obs)
             reward = _numbers("reward", reward, self.n)
             terminated, truncated = _flags("terminated", terminated, self.n), _flags("truncated", truncated, self.n)
@@ -144,7 +149,7 @@ class CheckedVector:
         seeds = [self._seed_of(i, int(e)) for i, e in enumerate(self.episodes)] if self._takes_lists else None
         obs = [leaf.copy() for leaf in obs]
         try:
-            result = self.env.reset(seed=seeds, options={"reset_mask": ended.copy()})
+            result = self._reset(seed=seeds, options={"reset_mask": ended.copy()})
         except CRASHES as error:
             raise crashed(self.where, "reset(options={'reset_mask': …})", error) from error
         for leaf, fresh in zip(obs, self._batch.read(reset_obs(result)), strict=True):
@@ -174,11 +179,14 @@ def _flags(name: str, value: Any, n: int) -> Array:
 
 
 class VectorGroup:
-    """The group of environments `envs` as one native vector environment. See `aiorl.envs.group.Group`."""
+    """The group of environments `envs` as one native vector environment. See `aiorl.envs.group.Group`.
 
-    def __init__(self, spec: EnvSpec, spaces: Spaces, envs: range, seed: int) -> None:
+    `limit` is held during each step and reset of all of them.
+    """
+
+    def __init__(self, spec: EnvSpec, spaces: Spaces, envs: range, seed: int, limit: Limit | None = None) -> None:
         self.envs = envs
-        self._spec, self._spaces, self._seed = spec, spaces, seed
+        self._spec, self._spaces, self._seed, self._limit = spec, spaces, seed, limit
         self._vector: CheckedVector | None = None
         self._capture: StateCapture | None = None
         self._obs: list[Array] = []
@@ -188,7 +196,8 @@ class VectorGroup:
     def open(self, cursor: GroupCursor | None, *, strict: bool = True) -> list[str]:
         """Make and reset the environments; with a cursor, set their state, all or none. See `aiorl.envs.group.Group`."""
         n = len(self.envs)
-        vector = CheckedVector(make_vector(self._spec, n), self._spaces, n, self._seed_of, self.envs.start)
+        env = make_vector(self._spec, n)
+        vector = CheckedVector(env, self._spaces, n, self._seed_of, self.envs.start, self._limit)
         self._vector, self._capture = vector, StateCapture(vector.env)
         self._obs = [leaf.copy() for leaf in vector.reset()]
         if cursor is None:

@@ -96,7 +96,7 @@ class RunFiles:
         self._schedule: list[dict[str, Any]] = []
         self._encoder = msgspec.json.Encoder()
         # What has been taken and is not in a file yet: on a full disk it waits here until there is room.
-        self._lines = {"events.jsonl": bytearray(), "schedule.jsonl": bytearray()}
+        self._lines = {"events.jsonl": b"", "schedule.jsonl": b""}
         self._updates: list[Updated] = []
         _remove_leftovers(path)
         for name in ("events.jsonl", "schedule.jsonl", "metrics.csv"):
@@ -125,7 +125,7 @@ class RunFiles:
         for name, lines in self._lines.items():
             if lines:
                 append_whole(self.path / name, lines)
-                lines.clear()
+                self._lines[name] = b""
         if self._updates:
             self._append_metrics()
             self._updates = []
@@ -146,7 +146,7 @@ class RunFiles:
         append_whole(target, text.getvalue().encode())
 
 
-def append_whole(path: Path, data: bytes | bytearray) -> None:
+def append_whole(path: Path, data: bytes) -> None:
     """Append all of `data`, or nothing: what a full disk has cut short is taken back. Raises OSError."""
     with open(path, "ab", buffering=0) as file:
         length, view = file.seek(0, os.SEEK_END), memoryview(data)
@@ -154,10 +154,8 @@ def append_whole(path: Path, data: bytes | bytearray) -> None:
             while view:
                 view = view[file.write(view) :]
         except OSError:
-            view.release()
             file.truncate(length)
             raise
-        view.release()
 
 
 def _widen(path: Path, columns: list[str]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from aiorl.algos.base import ACT, Algorithm, Learner, LearnerContext, Weights
 from aiorl.checkpoint import flatten
-from aiorl.envs.group import make_group
+from aiorl.envs.group import blocking_group
 from aiorl.envs.make import probe
 from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import EnvSpec
@@ -72,7 +72,7 @@ def record(algorithm: Algorithm, env: EnvSpec) -> Bench:
     columns |= {name: Column((), "bool") for name in CORE_COLUMNS[2:]} | algorithm.columns(spaces)
     layout = SegmentLayout(STEPS, ENVS, spaces.obs_columns, columns, found.state_bytes)
     learner = algorithm.learner(spaces, context())
-    group, policy = make_group(found.spec, spaces, range(ENVS), SEED), algorithm.policy(spaces)
+    group, policy = blocking_group(found.spec, spaces, range(ENVS), SEED), algorithm.policy(spaces)
     tape: list[Recorded] = []
     try:
         group.open(None)

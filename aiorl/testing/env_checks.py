@@ -16,7 +16,7 @@ import numpy as np
 
 from aiorl.envs.contract import CRASHES, BrokenContract, ObsReader, crashed, flag, real, reset_obs, step_parts
 from aiorl.envs.cursor import advance
-from aiorl.envs.group import Group, make_group
+from aiorl.envs.group import Group, blocking_group
 from aiorl.envs.make import Probe, make_env, probe
 from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import EnvSpec
@@ -145,7 +145,7 @@ class Look:
 
     def _group(self, seed: int) -> Group:
         assert self.probe is not None
-        return make_group(self.probe.spec, self._spaces, range(ENVS), seed)
+        return blocking_group(self.probe.spec, self._spaces, range(ENVS), seed)
 
     def _collect(self, layout: SegmentLayout, seed: int) -> Segment:
         segment, group, policy = layout.allocate(), self._group(seed), RandomPolicy(self._spaces)

@@ -205,8 +205,8 @@ class FaultEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     `wraps` is `module:callable`, or a gymnasium id, with `kwargs`. `faults` are [what, step] or [what, step, seconds] each:
     the first environment to make its `step`-th step, counted from its making and with replayed ones, does `what`: kill,
-    stop, hang, exit, fail, slow, nan (a reward). `marks` is an empty directory that keeps what has happened. Nothing that
-    would end the process happens in a process without a parent: it is the one that trains.
+    stop, hang, exit, fail, slow, nan (a reward), nan_obs (all of an array). `marks` is an empty directory that keeps what
+    has happened. Nothing that would end the process happens in a process without a parent: it is the one that trains.
     """
 
     def __init__(
@@ -229,6 +229,8 @@ class FaultEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
             if at == self._steps and self._first_to_mark(index):
                 if what == "nan":
                     return (result[0], float("nan"), *result[2:])
+                if what == "nan_obs":
+                    return (np.full_like(result[0], np.nan), *result[1:])
                 self._go_wrong(what, for_s)
         return cast(Any, result)
 
@@ -255,7 +257,7 @@ class FaultEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
             while True:
                 time.sleep(3600)  # the fault itself
         else:
-            raise ConfigError(f"fault {what!r}: expected kill, stop, hang, exit, fail, slow or nan")
+            raise ConfigError(f"fault {what!r}: expected kill, stop, hang, exit, fail, slow, nan or nan_obs")
 
 
 # -- fault points ------------------------------------------------------------------------------------------------------

@@ -2,15 +2,18 @@
 
     kept        every transition that the learner was given is in the books, and what arrived is stored or dropped by name
     order       rollouts come in order, each once; updates, gradient steps and versions are as many as there must be
-    unique      no (environment, episode, step) is stored twice, none is left out          (LedgerEnv)
-    true        every row is what one step of its environment returned: checksum, reward, end     (LedgerEnv)
+    unique      no (environment, episode, step) is stored twice, none is left out, also across a resume      (LedgerEnv)
+    true        every row is what one step of its environment returned: checksum, reward, end (LedgerEnv); all is finite
     contiguous  the next observation of a row is the observation of the row after it, byte for byte
     returns     an episode's reported return is the sum of its stored rewards; an aborted one has none
     lag         0 <= k - version <= off_policy_degree for the weights that chose every single action
     versions    a version is one set of weights; no environment goes back to an older one
     queues      no queue was ever fuller than its bound; nothing is left in one
     processes   no process is left; in simulation: restarts are within the budget
-    evaluation  due = evaluated + skipped; the same version gets the same number each time
+    time        a group fills one segment after the other; updates and waiting take no longer than there was time
+    resume      a resumed run begins with the counters of its checkpoint, each environment with what it showed last
+    evaluation  due = evaluated + skipped; the same version gets the same number each time; its weights, played again from
+                the evaluation's own seeds, come to that number; no training episode had such a seed          (LedgerEnv)
     promises    aiorl found no promise of its own broken (InvariantError)
 
 The run's algorithm must be a `Recording`.
@@ -19,28 +22,28 @@ The run's algorithm must be a `Recording`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from aiorl.config import env_name
+from aiorl.envs.episodes import run_episodes
 from aiorl.errors import ConfigError, InvariantError
+from aiorl.ledger import NOT_FINITE
+from aiorl.preflight import EVAL_WIDTH, Saved
 from aiorl.run import Run
-from aiorl.seeding import episode_seed
+from aiorl.seeding import evaluation_seed
 from aiorl.segments import Array
 from aiorl.session import Session
-from aiorl.testing import ledger_env
-from aiorl.testing.recording import ACTED_WITH, RecordedLearner, Tape
+from aiorl.testing import row_laws
+from aiorl.testing.ledger_env import LedgerEnv
+from aiorl.testing.recording import ACTED_WITH, RecordedLearner, Tape, weights_crc
+from aiorl.testing.row_laws import History, Open, Violation, histories
 
 LEDGER_ENV = "aiorl.testing.ledger_env:LedgerEnv"
-
-
-class Violation(NamedTuple):
-    """A law and how it was broken, in numbers."""
-
-    law: str
-    what: str
+SLACK, SLACK_S = 0.02, 0.01  # of what clocks say
 
 
 class LawsBroken(AssertionError):
@@ -78,18 +81,41 @@ def violations(run: Run) -> Iterator[Violation]:
         raise ConfigError("the run has not ended: await run.wait() first")
     if isinstance(session.error, InvariantError):
         yield Violation("promises", str(session.error))
-    yield from _kept(session, tape)
+    booked = _without_the_failed(session, tape)
+    yield from _kept(session, booked)
     yield from _order(session, tape)
     yield from _lag(session, tape)
     yield from _rest(session)
-    histories = _histories(tape)
-    for history in histories.values():
-        yield from _contiguous(history)
+    yield from _time(session, tape)
+    saved = _saved(session)
+    begin = _beginnings(saved)
+    joined = histories(tape)
+    for history in joined.values():
+        yield from row_laws.contiguous(history)
+        yield from row_laws.finite(history)
+    yield from _resumed(session, tape, saved, joined)
+    yield from _returns(session, booked, saved)
     config = session.config
     if LEDGER_ENV in (env_name(config.env), config.env_kwargs.get("wraps")):
-        for history in histories.values():
-            yield from _true(history, config.seed, from_the_start=tape.first == 0)
-    yield from _returns(session, tape)
+        may_abort = config.on_nonfinite_env == "abort_episode"
+        for history in joined.values():
+            where = begin.get(history.env, Open(0, 0))
+            yield from row_laws.true(history, config.seed, where, may_abort=may_abort)
+        yield from _played_again(session, tape)
+        yield from _seeds(session, joined)
+
+
+def _without_the_failed(session: Session, tape: Tape) -> Tape:
+    """The rollout that a failing update was given is not in the books."""
+    assert session.parts is not None
+    learned = session.parts.trainer.ledger.rollouts - tape.first
+    failed = session.result is not None and session.result.status == "failed"
+    return replace(tape, rollouts=tape.rollouts[:learned]) if failed and learned == len(tape.rollouts) - 1 else tape
+
+
+def _saved(session: Session) -> Saved | None:
+    """The checkpoint that the run began with."""
+    return session.made.checked.saved if session.made is not None else None
 
 
 # -- counts ------------------------------------------------------------------------------------------------------------
@@ -100,7 +126,8 @@ def _kept(session: Session, tape: Tape) -> Iterator[Violation]:
     assert session.result is not None
     result, pacer, ledger = session.result, session.parts.pacer, session.parts.trainer.ledger
     given = sum(int(np.count_nonzero(taken.columns["valid"])) for taken in tape.rollouts)
-    before = session.made.checked.saved.manifest.env_steps if session.made and session.made.checked.saved else 0
+    saved = _saved(session)
+    before = saved.manifest.env_steps if saved else 0
     if ledger.stored != before + given:
         yield Violation("kept", f"the learner was given {before + given} transitions, the books say {ledger.stored}")
     books, dropped = result.ledger, sum(result.dropped.values())
@@ -108,11 +135,15 @@ def _kept(session: Session, tape: Tape) -> Iterator[Violation]:
         yield Violation("kept", f"stored {ledger.stored}, dropped {result.dropped}, and the summary says {books}")
     if books["produced"] != books["stored"] + books["dropped"] + books["in_flight"]:
         yield Violation("kept", f"produced is not the sum of the others: {books}")
-    part = books["produced"] - pacer.steps  # of segments that were not complete
+    spent = result.dropped.get(NOT_FINITE, 0)
+    part = books["produced"] - spent - pacer.steps  # of segments that were not complete
     most = session.config.envs * session.config.steps_per_segment * pacer.slots
     if not 0 <= part <= most:
         yield Violation("kept", f"{pacer.steps} transitions arrived, {books['produced']} are accounted for")
-    if result.status == "completed" and result.stop_overshoot is None and result.dropped:
+    rows = sum(int((~t.columns["valid"] & t.columns["truncated"]).sum()) for t in tape.rollouts)
+    if rows != spent:
+        yield Violation("kept", f"{rows} rows were spent on what is not finite, dropped are {spent}")
+    if result.status == "completed" and result.stop_overshoot is None and result.dropped.keys() - {NOT_FINITE}:
         yield Violation("kept", f"a completed run dropped {result.dropped}")
 
 
@@ -163,11 +194,7 @@ def _rest(session: Session) -> Iterator[Violation]:
 def _lag(session: Session, tape: Tape) -> Iterator[Violation]:
     """Which version chose each action, and whether it may have."""
     config = session.config
-    version_of = {crc: version for version, crc in tape.versions.items()}
-    if len(version_of) < len(tape.versions):
-        told = f"{len(tape.versions)} versions, but only {len(version_of)} different weights: an update that changes none"
-        yield Violation("versions", f"{told} cannot be told from one that was lost (is the learning rate 0?)")
-        return
+    version_of = {crc: version for version, crc in (*_behaviour(_saved(session)).items(), *tape.versions.items())}
     assert session.parts is not None
     degree = config.degree_limit if session.parts.pacer.degree_changed else session.parts.pacer.degree
     last = dict[int, int]()  # of each environment
@@ -180,8 +207,7 @@ def _lag(session: Session, tape: Tape) -> Iterator[Violation]:
             if len(crcs) > 1:
                 yield Violation("versions", f"rollout {taken.index}, environment {env}: {len(crcs)} weights in a segment")
             if len(known) < len(crcs):
-                if tape.first == 0:  # a resumed run begins with versions that an earlier learner made
-                    yield Violation("versions", f"rollout {taken.index}, environment {env}: weights of no version acted")
+                yield Violation("versions", f"rollout {taken.index}, environment {env}: weights of no version acted")
                 continue
             oldest = min(oldest, known[0])
             if not 0 <= taken.index - known[0] <= degree:
@@ -191,157 +217,139 @@ def _lag(session: Session, tape: Tape) -> Iterator[Violation]:
             if known[0] < last.get(env, 0):
                 yield Violation("versions", f"environment {env} went from version {last[env]} back to {known[0]}")
             last[env] = known[-1]
-        if tape.first == 0 and oldest != taken.behaviour_version:
+        if oldest != taken.behaviour_version:
             yield Violation(
                 "versions", f"rollout {taken.index} is said to be of version {taken.behaviour_version}, {oldest} acted in it"
             )
 
 
-# -- rows --------------------------------------------------------------------------------------------------------------
+def _behaviour(saved: Saved | None) -> dict[int, int]:
+    """`weights_crc` of the older versions that a resumed run acts with at first."""
+    return {int(v): weights_crc(w) for v, w in saved.parts["run"]["behaviour"].items()} if saved else {}
 
 
-class _History(NamedTuple):
-    """All rows of one environment in order: leaves and columns [N, …]. `place` [N, 2]: rollout and row. `fresh` [N]: an
-    episode begins although the row before did not end one, for it was aborted."""
-
-    env: int
-    obs: dict[str, Array]
-    next_obs: dict[str, Array]
-    columns: dict[str, Array]
-    place: Array
-    fresh: Array
-
-    def at(self, row: int) -> str:
-        rollout, t = self.place[row].tolist()
-        return f"environment {self.env}, rollout {rollout}, row {t}"
+# -- time --------------------------------------------------------------------------------------------------------------
 
 
-def _histories(tape: Tape) -> dict[int, _History]:
-    """The valid rows of each environment, joined over all rollouts."""
-    pieces: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for number, taken in enumerate(tape.rollouts):
-        for column, env in enumerate(taken.envs.tolist()):
-            pieces[env].append((number, column))
-    found: dict[int, _History] = {}
-    for env, where in sorted(pieces.items()):
-        valid = [tape.rollouts[n].columns["valid"][:, c] for n, c in where]
-
-        def join(select: str, name: str, where: list[tuple[int, int]] = where, valid: list[Array] = valid) -> Array:
-            parts = [getattr(tape.rollouts[n], select)[name] for n, _ in where]
-            return np.concatenate([p[: len(v), c][v] for p, (_, c), v in zip(parts, where, valid, strict=True)])
-
-        first = tape.rollouts[0]
-        found[env] = _History(
-            env,
-            {name: join("obs", name) for name in first.obs},
-            {name: join("next_obs", name) for name in first.next_obs},
-            {name: join("columns", name) for name in first.columns},
-            np.concatenate(
-                [
-                    np.column_stack([np.full(len(v), tape.rollouts[n].index), np.arange(len(v))])[v]
-                    for (n, _), v in zip(where, valid, strict=True)
-                ]
-            ),
-            np.concatenate(
-                [
-                    (tape.rollouts[n].aborted[c] & (np.arange(len(v)) == np.argmax(v)))[v]
-                    for (n, c), v in zip(where, valid, strict=True)
-                ]
-            ),
-        )
-    return found
-
-
-def _contiguous(history: _History) -> Iterator[Violation]:
-    ended = history.columns["terminated"] | history.columns["truncated"]
-    for name, obs in history.obs.items():
-        before, after = history.next_obs[name][:-1], obs[1:]
-        differs = np.any((before != after).reshape(len(after), -1), axis=1) if len(after) else np.zeros(0, bool)
-        for row in np.flatnonzero(differs & ~ended[:-1] & ~history.fresh[1:]).tolist()[:3]:
-            yield Violation(
-                "contiguous", f"{history.at(row)}: {name} leads to {before[row]}, the next row begins with {after[row]}"
-            )
-    both = history.columns["terminated"] & history.columns["truncated"]
-    if both.any():
-        yield Violation("contiguous", f"{history.at(int(np.argmax(both)))} is both terminated and truncated")
-
-
-def _true(history: _History, root: int, *, from_the_start: bool) -> Iterator[Violation]:
-    """Every row of a LedgerEnv against what its seed says."""
-    [obs], [after], columns = history.obs.values(), history.next_obs.values(), history.columns
-    seed, t, action = obs[:, 0].astype(np.int64), obs[:, 1].astype(np.int64), columns["action"].astype(np.int64)
-    ended = t + 1 >= ledger_env.length_of(seed)
-    cut = ledger_env.is_cut(seed)
-    tests = {
-        "its observation has a false checksum": ~ledger_env.is_true(obs),
-        "its next observation has a false checksum": ~ledger_env.is_true(after),
-        "its next observation is not that of this step": (
-            (after[:, 0] != seed) | (after[:, 1] != t + 1) | (after[:, 2] != action)
-        ),
-        "its reward is not that of this step": columns["reward"] != ledger_env.rewards(seed, t + 1, action),
-        "terminated is false": columns["terminated"] != (ended & ~cut),
-        "truncated is false": columns["truncated"] != (ended & cut),
-    }
-    for complaint, wrong in tests.items():
-        if wrong.any():
-            row = int(np.argmax(wrong))
-            yield Violation("true", f"{history.at(row)}: {complaint} ({np.count_nonzero(wrong)} such rows)")
-    if history.fresh.any():
-        row = int(np.argmax(history.fresh))
-        yield Violation("true", f"{history.at(row)}: aborted, although this environment can be brought back")
-    yield from _unique(history, root, seed, t, from_the_start)
-
-
-def _unique(history: _History, root: int, seed: Array, t: Array, from_the_start: bool) -> Iterator[Violation]:
-    """The episodes of one environment are 0, 1, … with all their steps, each once."""
-    places = list(zip(seed.tolist(), t.tolist(), strict=True))
-    seen: dict[tuple[int, int], int] = {}
-    for row, place in enumerate(places):
-        if place in seen:
-            yield Violation("unique", f"{history.at(row)} is {history.at(seen[place])} once more (step {place[1]})")
-            return
-        seen[place] = row
-    if not from_the_start:
-        return
-    episode = 0
-    expected = (episode_seed(root, history.env, 0), 0)
-    for row, place in enumerate(places):
-        if place != expected:
-            yield Violation(
-                "unique", f"{history.at(row)}: expected step {expected[1]} of episode {episode}, found {place}"
-            )
-            return
-        if place[1] + 1 >= ledger_env.length_of(np.int64(place[0])):  # pyright: ignore[reportArgumentType]
-            episode += 1
-            expected = (episode_seed(root, history.env, episode), 0)
-        else:
-            expected = (place[0], place[1] + 1)
-
-
-def _returns(session: Session, tape: Tape) -> Iterator[Violation]:
-    """The last returns in the books, added up again from the rows."""
+def _time(session: Session, tape: Tape) -> Iterator[Violation]:
     assert session.parts is not None
-    if tape.first:
-        return
-    ledger = session.parts.trainer.ledger
-    totals: dict[int, float] = defaultdict(float)
-    returns: list[float] = []
+    report, waited_s = session.report, session.parts.waiting_s["train"]
+    busy_s, wall_s = report.busy_s["train"], report.train_seconds()
+    if busy_s + waited_s > wall_s * (1 + SLACK) + SLACK_S:
+        told = f"the learner was busy for {busy_s:.3f} s and waited for {waited_s:.3f} s"
+        yield Violation("time", f"{told}, but trained for {wall_s:.3f} s")
+    last = dict[int, tuple[int, float]]()
     for taken in tape.rollouts:
-        c = taken.columns
-        ended = (c["terminated"] | c["truncated"]).tolist()
-        reward, valid = c["reward"].tolist(), c["valid"].tolist()
-        for column, env in enumerate(taken.envs.tolist()):
-            if taken.aborted[column]:
-                totals.pop(env, None)
-            for row in range(len(reward)):
-                if valid[row][column]:
-                    totals[env] += reward[row][column]
-                if ended[row][column]:
-                    returns.append(totals.pop(env))
-    if ledger.episodes != len(returns):
-        yield Violation("returns", f"{len(returns)} episodes were stored, the books say {ledger.episodes}")
-    if list(ledger.recent) != returns[-100:]:
-        yield Violation("returns", f"the last returns are {returns[-3:]}, the books say {list(ledger.recent)[-3:]}")
+        for env, (begun_s, ended_s) in zip(taken.envs.tolist(), taken.spans.tolist(), strict=False):
+            before, end_s = last.get(env, (0, begun_s))
+            if not end_s <= begun_s <= ended_s:
+                told = f"environment {env} was to collect for rollout {taken.index} from {begun_s:.6f} to {ended_s:.6f} s"
+                yield Violation("time", f"{told}, and for rollout {before} until {end_s:.6f} s")
+            last[env] = taken.index, ended_s
+
+
+# -- resuming ----------------------------------------------------------------------------------------------------------
+
+
+def _books(saved: Saved) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(environment, its place in its group, the group's books) for all environments of a checkpoint."""
+    env = 0
+    for _, books in sorted(saved.parts["run"]["ledger"]["groups"].items(), key=lambda item: int(item[0])):
+        for place in range(len(books["totals"])):
+            yield env, place, books
+            env += 1
+
+
+def _beginnings(saved: Saved | None) -> dict[int, Open]:
+    """Where each environment goes on; nothing for those that have not begun."""
+    if saved is None:
+        return {}
+    return {
+        env: Open(int(books["cursor"]["episodes"][place]), len(books["cursor"]["actions"][str(place)]))
+        for env, place, books in _books(saved)
+        if books["cursor"]
+    }
+
+
+def _resumed(session: Session, tape: Tape, saved: Saved | None, joined: Mapping[int, History]) -> Iterator[Violation]:
+    if saved is None:
+        return
+    report, manifest = session.report, saved.manifest
+    if tape.first != manifest.version:
+        yield Violation("resume", f"the learner began with version {tape.first}, saved was {manifest.version}")
+    steps = report.stored - report.session_steps
+    gradients = report.gradient_steps - report.session_gradient_steps
+    if (steps, gradients) != (manifest.env_steps, saved.parts["run"]["report"]["gradient_steps"]):
+        yield Violation("resume", f"it went on from {steps} env steps and {gradients} gradient steps, saved was {manifest}")
+    for env, place, books in _books(saved):
+        history = joined.get(env)
+        if history is None or not len(history.place) or not books["cursor"] or history.fresh[0]:
+            continue
+        shown = books["cursor"]["obs"]
+        for name, obs in history.obs.items() if not books["cursor"]["done"][place] else ():
+            if name in shown and obs[0].tobytes() != shown[name][place].tobytes():
+                told = f"{history.at(0)} begins with {name} {obs[0]}"
+                yield Violation("resume", f"{told}, the checkpoint ended with {shown[name][place]}")
+
+
+def _returns(session: Session, tape: Tape, saved: Saved | None) -> Iterator[Violation]:
+    assert session.parts is not None
+    ledger = session.parts.trainer.ledger
+    before = saved.parts["run"]["ledger"] if saved else {"episodes": 0, "recent": np.zeros(0)}
+    totals = {env: float(books["totals"][place]) for env, place, books in _books(saved)} if saved else {}
+    recent = before["recent"].tolist()
+    yield from row_laws.returns(tape, ledger, episodes=int(before["episodes"]), recent=recent, totals=totals)
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------------
+
+
+def _played_again(session: Session, tape: Tape) -> Iterator[Violation]:
+    """Every evaluation, from the weights that are still there: one version from its first step to its last."""
+    assert session.made is not None
+    assert session.result is not None
+    checked, result = session.made.checked, session.result
+    seed = session.config.seed
+    elsewhere = {name for name, suite in session.config.eval_suites.items() if suite.env not in (None, LEDGER_ENV)}
+    records = [(record, False) for record in result.evaluations if record.suite not in elsewhere]
+    for record, fresh in (*records, *((record, True) for record in result.reevaluations)):
+        weights = tape.weights.get(record.version)
+        if weights is None:
+            continue
+        policy = checked.algorithm.policy(checked.spaces)
+        policy.begin(weights, 0, None, 0)
+        envs = [_Noted() for _ in range(min(EVAL_WIDTH, record.episodes))]
+        totals, _ = run_episodes(envs, checked.spaces, policy, record.episodes, seed, len(envs), fresh=fresh)
+        seeds = sorted(seed for env in envs for seed in env.seeds)
+        if seeds != sorted(evaluation_seed(seed, e, fresh=fresh) for e in range(record.episodes)):
+            yield Violation("evaluation", f"its episodes have the seeds {_shortened(seeds)}: not those of evaluation")
+        if float(np.mean(totals)) != record.mean_return:
+            told = f"version {record.version} got {record.mean_return} in {record.episodes} episodes"
+            yield Violation("evaluation", f"{told}, and {float(np.mean(totals))} when they are played again")
+
+
+class _Noted(LedgerEnv):
+    """Remembers what it was reset with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seeds: list[int] = []
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Array, dict[str, Any]]:
+        self.seeds.append(-1 if seed is None else seed)
+        return super().reset(seed=seed, options=options)
+
+
+def _seeds(session: Session, joined: Mapping[int, History]) -> Iterator[Violation]:
+    """Of numbers below 2**31 two are the same now and then, but hardly ever two pairs in a run that has a tape."""
+    assert session.result is not None
+    trained = {int(seed) for history in joined.values() for [obs] in [history.obs.values()] for seed in obs[:, 0]}
+    most = max((record.episodes for record in session.result.evaluations), default=0)
+    kinds = (False, True)
+    played = {evaluation_seed(session.config.seed, e, fresh=fresh) for e in range(most) for fresh in kinds}
+    if len(both := trained & played) > 1:
+        told = f"{len(both)} training episodes have the seeds of evaluation"
+        yield Violation("evaluation", f"{told}: {_shortened(sorted(both))}")
 
 
 def _shortened(numbers: list[int]) -> str:

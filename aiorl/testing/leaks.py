@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 SHARED = Path("/dev/shm")
@@ -28,12 +28,16 @@ def belongings() -> dict[str, set[str]]:
 
 
 def left_behind(before: Mapping[str, set[str]]) -> dict[str, list[str]]:
-    """What there is now and was not there `before`, by kind; empty if nothing. Uncollected garbage does not count."""
+    """What there is now and was not there `before`, by kind; empty if nothing. Uncollected garbage does not count, nor do
+    shared blocks that a process outside of this family uses, e.g. one of tests that run beside these."""
     for collect in (False, True):
         if collect:  # e.g. arrays on shared memory in the traceback of an error that the test expected
             gc.collect()
         now = belongings()
-        left = {kind: sorted(now[kind] - before[kind]) for kind in now if now[kind] - before[kind]}
+        new = {kind: now[kind] - before[kind] for kind in now}
+        if new["shared blocks"]:
+            new["shared blocks"] -= _used_elsewhere(new["shared blocks"])
+        left = {kind: sorted(found) for kind, found in new.items() if found}
         if not left:
             break
     return left
@@ -43,18 +47,39 @@ def children() -> set[str]:
     """Living child processes of this one as `pid command`, where /proc tells; the resource tracker of the standard
     library may stay."""
     found: set[str] = set()
-    for listing in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+    for pid in _children_of(os.getpid()):
         try:
-            pids = listing.read_text().split()
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
-            continue  # the thread ended between the two looks
-        for pid in pids:
-            try:
-                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:
-                continue  # it ended between the two reads
-            if "resource_tracker" not in command:
-                found.add(f"{pid} {command.strip()}")
+            continue  # it ended between the two reads
+        if "resource_tracker" not in command:
+            found.add(f"{pid} {command.strip()}")
+    return found
+
+
+def _children_of(pid: int) -> Iterator[int]:
+    for listing in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread ended between the two looks
+            yield from map(int, listing.read_text().split())
+
+
+def _family(pid: int) -> Iterator[int]:
+    """A process and all that it and its children have started."""
+    yield pid
+    for child in _children_of(pid):
+        yield from _family(child)
+
+
+def _used_elsewhere(names: set[str]) -> set[str]:
+    """Which shared blocks are open or mapped in processes that this one has not started, as far as it may look."""
+    mine, found = set(_family(os.getpid())), set[str]()
+    for entry in Path("/proc").glob("[0-9]*"):
+        if int(entry.name) in mine or found == names:
+            continue
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            used = {line.split()[-1] for line in (entry / "maps").read_text().splitlines() if str(SHARED) in line}
+            used |= {os.readlink(fd) for fd in (entry / "fd").glob("*")}
+            found |= {name for name in names if str(SHARED / name) in used}
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from aiorl.algos.base import ACT, Algorithm, Learner, LearnerContext, Weights
-from aiorl.envs.group import make_group
+from aiorl.envs.group import blocking_group
 from aiorl.envs.make import probe
 from aiorl.envs.spec import EnvSpec
 from aiorl.segments import CORE_COLUMNS, Column, Rollout, SegmentLayout
@@ -39,7 +39,7 @@ def plain_loop(
     columns |= {name: Column((), "bool") for name in CORE_COLUMNS[2:]} | algorithm.columns(spaces)
     layout = SegmentLayout(steps, group_size, spaces.obs_columns, columns, found.state_bytes)
     starts = range(0, envs, group_size)
-    groups = [make_group(found.spec, spaces, range(start, start + group_size), seed) for start in starts]
+    groups = [blocking_group(found.spec, spaces, range(start, start + group_size), seed) for start in starts]
     policies = [algorithm.policy(spaces) for _ in groups]
     segments = tuple(layout.allocate() for _ in groups)
     for group in groups:

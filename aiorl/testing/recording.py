@@ -17,11 +17,17 @@ import numpy as np
 from aiorl.algos import algorithm_class, algorithm_name
 from aiorl.algos.base import LearnerContext, StateTree, Weights
 from aiorl.envs.spaces import Spaces
-from aiorl.segments import Array, Column, Rollout
-from aiorl.structs import convert
+from aiorl.segments import Array, Column, Rollout, SegmentHeader
+from aiorl.structs import convert, without_none
 
 ACTED_WITH = "acted_with"
 """The column that says which weights chose an action: `weights_crc` of them, int64."""
+
+STAMP = "recorded_version"
+"""Goes with the weights, int64 [1]: two versions differ even where an update has changed nothing."""
+
+KEPT_BYTES = 2**16
+"""Weights of a version up to this size stay on the tape."""
 
 
 def weights_crc(weights: Weights) -> int:
@@ -37,7 +43,8 @@ class Taken:
     """One rollout as the learner was given it; every array is a copy. B columns, T rows.
 
     `columns` hold action, reward, terminated, truncated, valid and ACTED_WITH, [T, B, …]; `obs` leaves are [T + 1, B, …],
-    `next_obs` leaves [T, B, …]. `aborted` [B]: the column does not go on with its environment's open episode.
+    `next_obs` leaves [T, B, …]. `aborted` [B]: the column does not go on with its environment's open episode. `spans`
+    [B, 2]: when its collection began and ended, on the monotonic clock.
     """
 
     index: int
@@ -47,11 +54,13 @@ class Taken:
     next_obs: dict[str, Array]
     columns: dict[str, Array]
     aborted: Array
+    spans: Array = field(default_factory=lambda: np.zeros((0, 2)))
 
 
 @dataclass
 class Tape:
-    """Everything a learner was given and what weights it made of it. `versions` maps a version to its `weights_crc`.
+    """Everything a learner was given and what weights it made of it. `versions` maps a version to its `weights_crc`,
+    `weights` to copies of them if they are small.
 
     `first` is the version that the learner began with (more than 0 in a resumed run), `gradient_steps` their sum.
     """
@@ -59,6 +68,7 @@ class Tape:
     first: int = 0
     rollouts: list[Taken] = field(default_factory=list[Taken])
     versions: dict[int, int] = field(default_factory=dict[int, int])
+    weights: dict[int, dict[str, Array]] = field(default_factory=dict[int, "dict[str, Array]"])
     gradient_steps: int = 0
 
     @property
@@ -80,7 +90,7 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     @classmethod
     def of(cls, algorithm: Any) -> Recording:
         fields = msgspec.json.decode(msgspec.json.encode(algorithm))  # as a file gives them: lists, no tuples
-        return cls(algo=algorithm_name(algorithm), settings={k: v for k, v in fields.items() if v is not None})
+        return cls(algo=algorithm_name(algorithm), settings=without_none(fields))
 
     @property
     def algorithm(self) -> Any:
@@ -121,7 +131,7 @@ class RecordedPolicy:
 
     def begin(self, weights: Weights, rollout: int, rng: np.random.Generator | None, steps: int) -> None:
         self._weights = weights
-        self._policy.begin(weights, rollout, rng, steps)
+        self._policy.begin({name: array for name, array in weights.items() if name != STAMP}, rollout, rng, steps)
 
     def act(self, obs: Mapping[str, Array], first: Array) -> tuple[Array, Mapping[str, Array]]:
         actions, extras = self._policy.act(obs, first)
@@ -137,6 +147,7 @@ class RecordedLearner:
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         names = ("action", "reward", "terminated", "truncated", "valid", ACTED_WITH)
+        clock = slice(SegmentHeader.STARTED_S, SegmentHeader.ENDED_S + 1)
         self.tape.rollouts.append(
             Taken(
                 index=rollout.index,
@@ -146,6 +157,7 @@ class RecordedLearner:
                 next_obs=rollout.next_obs(),
                 columns={name: np.array(rollout.column(name)) for name in names},
                 aborted=rollout.aborted.copy(),
+                spans=np.concatenate([np.tile(s.header[clock], (s.envs, 1)) for s in rollout.segments]),
             )
         )
         metrics = self._learner.update(rollout)
@@ -153,8 +165,11 @@ class RecordedLearner:
         return metrics
 
     def weights(self) -> Weights:
-        weights = self._learner.weights()
-        self.tape.versions[self.tape.version] = weights_crc(weights)
+        version = self.tape.version
+        weights = {**self._learner.weights(), STAMP: np.array([version])}
+        self.tape.versions[version] = weights_crc(weights)
+        if sum(array.nbytes for array in weights.values()) <= KEPT_BYTES:
+            self.tape.weights[version] = {name: np.array(array) for name, array in weights.items()}
         return weights
 
     def state_dict(self) -> StateTree:

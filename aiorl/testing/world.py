@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import os
 import signal
 from collections import Counter, deque
@@ -24,10 +25,11 @@ from aiorl.assembly import Backends
 from aiorl.offload import OffloadThread
 from aiorl.testing.faults import Doer, Fault, FaultPlan, InjectedFault
 from aiorl.testing.sim import THREAD_PREFIX, Sim
+from aiorl.workers.control import Control
+from aiorl.workers.control import Counter as Places
 from aiorl.workers.launch import Launcher, WorkerProcess
-from aiorl.workers.program import Control, Station, StationSetup
-from aiorl.workers.program import Counter as Places
 from aiorl.workers.records import READ_BYTES, RECORD_BYTES, Kind, Record, unpack
+from aiorl.workers.station import Station, StationSetup, Stopped
 from aiorl.workers.supervision import BACK_OFF_S, RESTART_WINDOW_S, RESTARTS_MAX
 from aiorl.workers.worker import PipesOnTheirWay
 
@@ -84,8 +86,10 @@ class World(Doer):
     def too_many_starts(self) -> list[str]:
         """Workers that were started again more often than their budget allows."""
         found: list[str] = []
-        for number in {_number(process.setup) for process in self.processes}:
-            again_s = [p.started_s for p in self.processes if _number(p.setup) == number][1:]
+        for number in {process.number for process in self.processes}:
+            own = [p for p in self.processes if p.number == number]
+            # A start with more stations than before is not held against it.
+            again_s = [p.started_s for before, p in itertools.pairwise(own) if len(p.setups) == len(before.setups)]
             for first, last in zip(again_s, again_s[RESTARTS_MAX:], strict=False):
                 if last - first < RESTART_WINDOW_S - max(BACK_OFF_S):
                     found.append(f"worker {number} was started {RESTARTS_MAX + 1} times in {last - first:.1f} s")
@@ -108,27 +112,20 @@ class World(Doer):
         else:
             self._due.append(fault._replace(at=fault.at._replace(unit="step", value=0)))
 
-    def refuses(self, setup: StationSetup) -> bool:
-        """Whether no process can be had for this station, this time."""
-        worker = _number(setup)
+    def refuses(self, worker: int) -> bool:
+        """Whether no process can be had for this worker, this time."""
         refused = self._refused[worker] > 0
         self._refused[worker] -= refused
         return refused
 
-    def due(self, setup: StationSetup) -> Fault | None:
+    def due(self, worker: int) -> Fault | None:
         """One more step of a worker: the fault that it is time for, if any."""
-        worker = _number(setup)
         self.steps[worker] += 1
         for fault in self._due:
             if fault.worker == worker and self.steps[worker] >= fault.at.value:
                 self._due.remove(fault)
                 return fault
         return None
-
-
-def _number(setup: StationSetup) -> int:
-    """Of a worker; -1 is the evaluating one."""
-    return setup.index if setup.groups else -1
 
 
 class SimThread(OffloadThread):
@@ -198,8 +195,8 @@ class SimLauncher(Launcher):
     def process(
         self, name: str, target: Callable[..., Any], args: Sequence[Any], initializer: Any, initargs: Sequence[Any]
     ) -> WorkerProcess:
-        setup, pipes = cast("tuple[StationSetup, PipesOnTheirWay]", args)
-        process = SimProcess(self._world, name, setup, pipes)
+        setups, pipes = cast("tuple[Sequence[StationSetup], PipesOnTheirWay]", args)
+        process = SimProcess(self._world, name, setups, pipes)
         self._world.processes.append(process)
         return cast(WorkerProcess, process)
 
@@ -224,13 +221,13 @@ class _Cut(BaseException):
 class _Station(Station):
     """A station that notices at every step what is to go wrong."""
 
-    def __init__(self, setup: StationSetup, world: World) -> None:
+    def __init__(self, setup: StationSetup, world: World, worker: int) -> None:
         super().__init__(setup)
-        self._world, self.late_s = world, 0.0
+        self._world, self._worker, self.late_s = world, worker, 0.0
 
-    def _beat(self, step: int) -> None:
-        super()._beat(step)
-        fault = self._world.due(self._setup)
+    def _beat(self, row: memoryview, step: int) -> None:
+        super()._beat(row, step)
+        fault = self._world.due(self._worker)
         if fault is None:
             return
         if fault.what == "slow":
@@ -242,13 +239,17 @@ class _Station(Station):
 
 
 class SimProcess:
-    """A worker as a task. It has what `Worker` needs of a process: start, exitcode, sentinel, terminate, kill, close."""
+    """A worker as a task. It has what `Worker` needs of a process: start, exitcode, sentinel, terminate, kill, close.
 
-    def __init__(self, world: World, name: str, setup: StationSetup, pipes: PipesOnTheirWay) -> None:
+    `number` is that of the worker; -1 is the evaluating one. Its groups take turns.
+    """
+
+    def __init__(self, world: World, name: str, setups: Sequence[StationSetup], pipes: PipesOnTheirWay) -> None:
         self.name, self.exitcode = name, cast("int | None", None)
         self.pid = FIRST_PID + len(world.processes)
         self.sentinel = -1
-        self.setup, self.started_s = setup, world.sim.now_s
+        self.setups, self.started_s = setups, world.sim.now_s
+        self.number = setups[0].index if setups[0].groups else -1
         self._world, self._pipes = world, pipes
         self._fds: list[int] = []
         self._running = asyncio.Event()
@@ -256,7 +257,7 @@ class SimProcess:
 
     def start(self) -> None:
         """OSError if there can be no process now."""
-        if self._world.refuses(self.setup):
+        if self._world.refuses(self.number):
             raise OSError(errno.EAGAIN, "planned: no more processes")
         self._credits_fd, self._doorbell_fd = self._fds = [os.dup(fd) for fd in self._pipes.fds]
         self.sentinel, alive_fd = os.pipe()
@@ -298,8 +299,9 @@ class SimProcess:
         self._end(-signal.SIGKILL)
         self._task.cancel()
         await asyncio.wait([self._task])
-        self.setup.block.close()
-        self.setup.weight_block.close()
+        for setup in self.setups:
+            setup.block.close()
+            setup.weight_block.close()
 
     def _end(self, exitcode: int) -> None:
         if self.exitcode is not None:
@@ -312,7 +314,7 @@ class SimProcess:
     # -- what it does -------------------------------------------------------------------------------------------------
 
     async def _live(self) -> None:
-        control = Control(self.setup.block)
+        control = Control(self.setups[0].block, self.setups[0].groups)
         try:
             await self._serve(control)
             self._end(0)
@@ -331,23 +333,29 @@ class SimProcess:
         inbox: asyncio.Queue[Record | None] = asyncio.Queue()
         asyncio.get_running_loop().add_reader(self._credits_fd, self._receive, inbox)
         await self._take(world.draw_s(pace.start_s), control)
-        station = _Station(self.setup, world)
-        station.open()
+        stations = [_Station(setup, world, self.number) for setup in self.setups]
+        of = {group: station for station in stations for group in station.groups}
+        for station in stations:
+            station.open()
         self._ring(Record(Kind.READY, value=self.pid % 2**31))
         while (credit := await inbox.get()) is not None and credit.kind is not Kind.STOP:
             mean_s = pace.evaluate_s if credit.kind is Kind.EVALUATE else pace.segment_s
             takes_s, share = world.draw_s(mean_s), world.share()
+            station = of.get(credit.group, stations[0])
             await self._take(takes_s * share, control)
             try:
                 doorbell = station.serve(credit)
             except _Cut as cut:
                 await self._suffer(cut.fault)
+            except Stopped:
+                break
             late_s, station.late_s = station.late_s, 0.0
             await self._take(takes_s * (1 - share) + late_s, control)
             self._ring(doorbell)
             if doorbell.kind is Kind.COLLECTED:
                 world.collected += doorbell.value
-        station.close()
+        for station in stations:
+            station.close()
 
     def _receive(self, inbox: asyncio.Queue[Record | None]) -> None:
         data = os.read(self._credits_fd, READ_BYTES)
@@ -366,7 +374,7 @@ class SimProcess:
             part_s = min(seconds, 0.1)
             await asyncio.sleep(part_s)
             await self._running.wait()
-            control.counters[Places.BEATS] += 1
+            control.table[0, Places.BEATS] += 1
             seconds -= part_s
 
     async def _suffer(self, fault: Fault) -> NoReturn:

@@ -5,32 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from aiorl.channel import Channel
+from aiorl.envs.checked import at_once
 from aiorl.envs.cursor import GroupCursor
 from aiorl.errors import WorkerError
 from aiorl.offload import OffloadThread
 from aiorl.pacing import Grant
 from aiorl.seals import lay_guards
 from aiorl.segments import Array, Segment
+from aiorl.workers.control import Control, Counter, Phase, where
 from aiorl.workers.launch import Launcher
 from aiorl.workers.memory import SharedBlock
-from aiorl.workers.program import (
-    Control,
-    Counter,
-    Phase,
-    Station,
-    StationSetup,
-    evaluation_results,
-    segments_of,
-)
 from aiorl.workers.records import Kind, Record
-from aiorl.workers.supervision import Keeper, Means, Restart, Where, WorkerView
+from aiorl.workers.station import Station, StationSetup, evaluation_results, segments_of
+from aiorl.workers.supervision import GivenUp, Keeper, Means, Restart, Where, WorkerView, after_restarts
 
 
 class Arrival(NamedTuple):
@@ -42,7 +36,10 @@ class Arrival(NamedTuple):
     env_steps: int
 
 
-def unheard(restart: Restart) -> None:
+Tell = Callable[[Restart | GivenUp], None]
+
+
+def unheard(_: Restart | GivenUp) -> None:
     """For a caller of `watch` who does not mind."""
 
 
@@ -64,6 +61,10 @@ class Workers(Protocol):
         """The memory of a slot."""
         ...
 
+    def worker_of(self, group: int) -> int:
+        """The number of the worker that a group belongs to now."""
+        ...
+
     def unfinished_steps(self, grants: Sequence[Grant]) -> int:
         """Transitions in the slots of grants that have not arrived (after the end, to account for them)."""
         ...
@@ -74,8 +75,8 @@ class Workers(Protocol):
         """Run episodes of a suite with the weights in `buffer`: (returns float64, lengths int64), each [episodes]."""
         ...
 
-    async def watch(self, restarted: Callable[[Restart], None] = unheard) -> None:
-        """Mend what can be mended, telling `restarted`, and raise the first failure that cannot. Await it in one task."""
+    async def watch(self, tell: Tell = unheard) -> None:
+        """Mend what can be mended, and `tell` of it; raise the first failure that cannot. Await it in one task."""
         ...
 
     def views(self) -> list[WorkerView]:
@@ -141,16 +142,19 @@ class ProcessWorkers:
         step_timeout_s: float,
         where: Where,
         thread: Callable[[str], OffloadThread] = OffloadThread,
+        min_workers: int | None = None,
     ) -> None:
+        """`min_workers`: with so many training workers left the run goes on; None needs all."""
         slots = sum(len(s.groups) * s.slots for s in plan.training)
         self.arrivals: Channel[Arrival] = Channel(slots)
         self._plan, self._launcher, self._start_timeout_s = plan, launcher, start_timeout_s
+        self._min_workers = len(plan.training) if min_workers is None else min_workers
         self._evaluated: deque[asyncio.Future[None]] = deque()  # for each evaluation that has been asked for
         self._evaluating = asyncio.Lock()
         self._thread: OffloadThread | None = thread("aiorl-launch")
         means = Means(launcher, self._thread, where, log_dir, start_timeout_s, step_timeout_s)
         self._keepers = [Keeper(setup, means, self._on_record) for setup in (*plan.training, plan.evaluation)]
-        self._by_group = {group: keeper for keeper in self._keepers for group in keeper.setup.groups}
+        self._by_group = {group: keeper for keeper in self._keepers for group in keeper.groups}
         self._watching: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -174,8 +178,11 @@ class ProcessWorkers:
     def segment(self, group: int, slot: int) -> Segment:
         return self._by_group[group].segments[group, slot]
 
+    def worker_of(self, group: int) -> int:
+        return self._by_group[group].index
+
     def unfinished_steps(self, grants: Sequence[Grant]) -> int:
-        return sum(_partial(keeper.setup, keeper.segments, grants) for keeper in self._keepers)
+        return sum(_partial(setup, self.segment, grants) for setup in self._plan.training)
 
     async def evaluate(
         self, buffer: int, episodes: int, suite: int = 0, *, fresh: bool = False
@@ -188,12 +195,23 @@ class ProcessWorkers:
             await done
             return _copy_results(self._plan.evaluation, episodes)
 
-    async def watch(self, restarted: Callable[[Restart], None] = unheard) -> None:
+    async def watch(self, tell: Tell = unheard) -> None:
         try:
             async with asyncio.TaskGroup() as group:
-                self._watching = [group.create_task(keeper.keep(restarted)) for keeper in self._keepers]
+                self._watching = [group.create_task(self._keep(keeper, tell)) for keeper in self._keepers]
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
+
+    async def _keep(self, keeper: Keeper, tell: Tell) -> None:
+        """Keep a worker as long as that goes, then go on without it or raise what it failed of."""
+        fault = await keeper.keep(tell)
+        left = [other for other in self._keepers if other.groups and other is not keeper]
+        if not keeper.groups or len(left) < self._min_workers:
+            raise after_restarts(fault.error)
+        heir = min(left, key=lambda other: len(other.groups))
+        self._by_group |= dict.fromkeys(keeper.groups, heir)
+        heir.adopt(keeper)
+        tell(GivenUp(keeper.name, fault.reason, heir.name, len(left)))
 
     def _on_record(self, record: Record) -> None:
         if record.kind is Kind.COLLECTED:
@@ -219,7 +237,7 @@ class ProcessWorkers:
             setup.block.close()
 
     def views(self) -> list[WorkerView]:
-        return [keeper.view() for keeper in self._keepers]
+        return [keeper.view() for keeper in self._keepers if keeper.setups]
 
     @property
     def pids(self) -> list[int]:
@@ -228,17 +246,33 @@ class ProcessWorkers:
 
 
 class InlineWorkers:
-    """The backend of `workers = 0`: the same stations in this process, one segment after the other on one thread."""
+    """The backend of `workers = 0`: the same stations in this process, one segment after the other on one thread.
+
+    Environments that are coroutines wait on an event loop of that thread.
+    """
 
     def __init__(self, plan: StationPlan, thread: Callable[[str], OffloadThread] = OffloadThread) -> None:
         self._plan = plan
-        self._station, self._eval_station = Station(plan.training[0]), Station(plan.evaluation)
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop) if plan.training[0].env.coroutines else None
+        self._waiting: asyncio.Task[Any] | None = None
+        self._station = Station(plan.training[0], drive=at_once if self._runner is None else self._wait)
+        self._eval_station = Station(plan.evaluation)
         slots = len(plan.training[0].groups) * plan.training[0].slots
         self.arrivals: Channel[Arrival] = Channel(slots)
         self._segments = segments_of(plan.training[0])
         self._thread: OffloadThread | None = thread("aiorl-collect")
         self._failure: asyncio.Future[WorkerError] = asyncio.get_running_loop().create_future()
         self._evaluating = asyncio.Lock()
+
+    def _wait(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """On the thread: the result of a coroutine that may have to wait."""
+
+        async def cancellable() -> Any:
+            self._waiting = asyncio.current_task()
+            return await work
+
+        assert self._runner is not None
+        return self._runner.run(cancellable())
 
     async def start(self) -> None:
         assert self._thread is not None
@@ -267,8 +301,11 @@ class InlineWorkers:
     def segment(self, group: int, slot: int) -> Segment:
         return self._segments[group, slot]
 
+    def worker_of(self, group: int) -> int:
+        return 0
+
     def unfinished_steps(self, grants: Sequence[Grant]) -> int:
-        return _partial(self._plan.training[0], self._segments, grants)
+        return _partial(self._plan.training[0], self.segment, grants)
 
     async def evaluate(
         self, buffer: int, episodes: int, suite: int = 0, *, fresh: bool = False
@@ -282,7 +319,7 @@ class InlineWorkers:
                 raise _failure(self._eval_station, error) from error
             return _copy_results(self._plan.evaluation, episodes)
 
-    async def watch(self, restarted: Callable[[Restart], None] = unheard) -> None:
+    async def watch(self, tell: Tell = unheard) -> None:
         raise await asyncio.shield(self._failure)  # there is nothing to kill, and nothing is started again
 
     async def aclose(self) -> None:
@@ -290,9 +327,13 @@ class InlineWorkers:
         if thread is None:
             return
         self.arrivals.close()
+        self._station.control.dismiss()  # the credits that wait on the thread come to nothing
+        self._eval_station.control.dismiss()
+        if self._waiting is not None:  # perhaps for something that never comes
+            self._waiting.get_loop().call_soon_threadsafe(self._waiting.cancel)
         with contextlib.suppress(TimeoutError, Exception):
             async with asyncio.timeout(1.5):
-                await thread.run(_close_all, (self._station, self._eval_station))
+                await thread.run(_close_all, (self._station, self._eval_station), self._runner)
         await thread.aclose(0.2)
         self._segments.clear()
         del self._station, self._eval_station
@@ -307,41 +348,35 @@ class InlineWorkers:
 
 
 def _inline_view(name: str, control: Control) -> WorkerView:
-    counters = control.counters
-    phase, ordinal, beats = (int(counters[place]) for place in (Counter.PHASE, Counter.ORDINAL, Counter.BEATS))
-    at = f"in rollout {ordinal}, step {int(counters[Counter.STEP])} of the segment"
-    doing = {Phase.COLLECTING: at, Phase.EVALUATING: "in an evaluation"}.get(phase, "between segments")
-    return WorkerView(name, None, doing, int(phase in (Phase.COLLECTING, Phase.EVALUATING)), beats + ordinal)
+    doing = where([control])
+    busy = len(control.at_work()) or int(control.of(Counter.PHASE) == Phase.EVALUATING)
+    return WorkerView(name, None, doing, busy, sum(control.beats))
 
 
 def _nothing() -> None:
     pass
 
 
-def _close_all(stations: Iterable[Station]) -> None:
+def _close_all(stations: Iterable[Station], runner: asyncio.Runner | None) -> None:
     for station in stations:
         station.close()
+    if runner is not None:
+        runner.close()
 
 
 def _failure(station: Station, error: BaseException) -> WorkerError:
-    words = station.control.error()
-    if words is None:
-        station.control.put_error(error)
-        words = station.control.error() or {"message": str(error), "detail": ""}
+    station.control.put_error(error)  # unless it is there already
+    words = station.control.error() or {"message": str(error), "detail": ""}
     return WorkerError(f"collecting in this process failed\n  {words['message']}", detail=words["detail"])
 
 
-def _partial(setup: StationSetup, segments: Mapping[tuple[int, int], Segment], grants: Sequence[Grant]) -> int:
-    """Valid transitions in the one slot that a station was filling, if its grant is among the unfinished ones."""
-    counters = Control(setup.block).counters
-    group, ordinal = int(counters[Counter.GROUP]), int(counters[Counter.ORDINAL])
-    if int(counters[Counter.PHASE]) != Phase.COLLECTING:
-        return 0
+def _partial(setup: StationSetup, segment: Callable[[int, int], Segment], grants: Sequence[Grant]) -> int:
+    """Valid transitions in the slots that a station was filling, of grants that have not arrived."""
+    control, found = Control(setup.block, setup.groups), 0
     for grant in grants:
-        if (grant.group, grant.ordinal) == (group, ordinal):
-            rows = segments[group, grant.slot].columns["valid"][: int(counters[Counter.STEP])]
-            return int(np.count_nonzero(rows))
-    return 0
+        if grant.group in setup.groups and (steps := control.steps_into(grant.group, grant.ordinal)):
+            found += int(np.count_nonzero(segment(grant.group, grant.slot).columns["valid"][:steps]))
+    return found
 
 
 def _copy_results(setup: StationSetup, episodes: int) -> tuple[Array, Array]:

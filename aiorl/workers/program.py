@@ -1,216 +1,32 @@
-"""What a worker does: serve credits until told to stop. The synchronous core is `Station`; `main` is its asyncio shell.
+"""What a worker process does: serve credits until told to stop. `Station` does the work; here its groups get their turn.
 
-The same `Station` serves the training process itself when there are no workers, so both ways run the same lines.
+One after the other, or side by side: then each group has a lane of its own, a thread or, where environments are coroutines,
+a task. What a group collects does not depend on it, and a doorbell rings as soon as its credit is done.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import faulthandler
-import json
 import os
 import signal
 import sys
 import threading
-import time
-import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from aiorl.algos.base import Algorithm, Policy
-from aiorl.envs.cursor import GroupCursor
-from aiorl.envs.episodes import run_episodes
-from aiorl.envs.group import Group, make_group
-from aiorl.envs.spaces import Spaces
-from aiorl.envs.spec import EnvSpec
-from aiorl.errors import AiorlError
-from aiorl.offload import BACKGROUND_NICENESS
-from aiorl.seals import seal
-from aiorl.seeding import ACT
-from aiorl.segments import Array, Segment, SegmentHeader, SegmentLayout
-from aiorl.workers.memory import SharedBlock
+from aiorl.envs.checked import at_once
+from aiorl.offload import BACKGROUND_NICENESS, OffloadThread
+from aiorl.workers.control import Control
 from aiorl.workers.records import READ_BYTES, RECORD_BYTES, Kind, Record, unpack
-from aiorl.workers.weights import WeightLayout
+from aiorl.workers.station import Station, StationSetup, Stopped
 
-CONTROL_COUNTERS = 16  # int64 each: ORDINAL, STEP, …
-ERROR_BYTES = 32 * 1024
-CONTROL_BYTES = CONTROL_COUNTERS * 8 + ERROR_BYTES
-EVAL_EPISODES_MAX = 100_000
-EVAL_BYTES = EVAL_EPISODES_MAX * 16
+CLOSE_WITHIN_S = 0.3  # lanes that are not closed by then are left in the middle of what they do
 
-
-class Counter:
-    """Places in a station's control block. Written only by the station, readable after its death."""
-
-    PHASE, GROUP, ORDINAL, STEP, ERROR_LENGTH, BEATS = range(6)
-
-
-class Phase:
-    STARTING, IDLE, COLLECTING, EVALUATING = range(4)
-
-
-@dataclass(frozen=True)
-class StationSetup:
-    """Everything a station needs; pickled into its process. `groups` maps group index -> its global env indices."""
-
-    index: int
-    env: EnvSpec
-    spaces: Spaces
-    algorithm: Algorithm
-    seed: int
-    groups: Mapping[int, range]
-    slots: int
-    segment: SegmentLayout
-    weights: WeightLayout
-    weight_block: SharedBlock
-    block: SharedBlock
-    cursors: Mapping[int, GroupCursor | None] = field(default_factory=dict[int, "GroupCursor | None"])
-    eval_width: int = 0  # > 0: this station evaluates, with that many environments at once
-    eval_envs: tuple[EnvSpec, ...] = ()  # of the suites; none: one suite, the training environment
-
-    def segment_offset(self, group: int, slot: int) -> int:
-        position = list(self.groups).index(group) * self.slots + slot
-        return CONTROL_BYTES + position * self.segment.nbytes
-
-    @staticmethod
-    def block_bytes(groups: int, slots: int, segment: SegmentLayout, eval_width: int) -> int:
-        return CONTROL_BYTES + groups * slots * segment.nbytes + (EVAL_BYTES if eval_width else 0)
-
-
-class Control:
-    """A station's counters and its last words, in its shared block."""
-
-    def __init__(self, block: SharedBlock) -> None:
-        self.counters = np.frombuffer(block.buffer, np.int64, CONTROL_COUNTERS)
-        self._error = np.frombuffer(block.buffer, np.uint8, ERROR_BYTES, CONTROL_COUNTERS * 8)
-
-    def reset(self) -> None:
-        """As before the station began."""
-        self.counters[:] = 0
-
-    def put_error(self, error: BaseException) -> None:
-        """Keep type, message and traceback as text: exceptions may be impossible to pickle."""
-        message = str(error) or type(error).__name__
-        if not isinstance(error, AiorlError):
-            message = f"{type(error).__name__}: {message}"
-        detail = getattr(error, "detail", "") or "".join(traceback.format_exception(error))
-        text = {"type": type(error).__name__, "message": message[:4000], "detail": detail[-16_000:]}
-        data = json.dumps(text).encode()
-        if len(data) > ERROR_BYTES:
-            data = json.dumps({**text, "detail": detail[-2000:]}).encode()[:ERROR_BYTES]
-        self._error[: len(data)] = np.frombuffer(data, np.uint8)
-        self.counters[Counter.ERROR_LENGTH] = len(data)
-
-    def error(self) -> dict[str, str] | None:
-        """What `put_error` kept, or None."""
-        length = int(self.counters[Counter.ERROR_LENGTH])
-        if not 0 < length <= ERROR_BYTES:
-            return None
-        try:
-            text = json.loads(self._error[:length].tobytes())
-        except ValueError:
-            return None
-        return {key: str(text.get(key, "")) for key in ("type", "message", "detail")}
-
-
-def segments_of(setup: StationSetup) -> dict[tuple[int, int], Segment]:
-    """Views on every slot of a station's block, by (group, slot)."""
-    return {
-        (group, slot): setup.segment.view(setup.block.buffer, setup.segment_offset(group, slot))
-        for group in setup.groups
-        for slot in range(setup.slots)
-    }
-
-
-def evaluation_results(setup: StationSetup) -> tuple[Array, Array]:
-    """(returns float64, lengths int64), each [EVAL_EPISODES_MAX], at the end of an evaluating station's block."""
-    offset = StationSetup.block_bytes(len(setup.groups), setup.slots, setup.segment, 0)
-    returns = np.frombuffer(setup.block.buffer, np.float64, EVAL_EPISODES_MAX, offset)
-    lengths = np.frombuffer(setup.block.buffer, np.int64, EVAL_EPISODES_MAX, offset + EVAL_EPISODES_MAX * 8)
-    return returns, lengths
-
-
-class Station:
-    """Groups of environments with a policy each, and the slots they fill."""
-
-    def __init__(self, setup: StationSetup) -> None:
-        self._setup = setup
-        self.control = Control(setup.block)
-        self._segments = segments_of(setup)
-        self._groups: dict[int, Group] = {}
-        self._policies: dict[int, Policy] = {g: setup.algorithm.policy(setup.spaces) for g in setup.groups}
-        self._weights: dict[int, dict[str, Array]] = {}
-
-    def open(self) -> list[str]:
-        """Make and reset the environments, or bring them back to where their cursors say; returns how any differed."""
-        setup = self._setup
-        differences: list[str] = []
-        for index, envs in setup.groups.items():
-            group = make_group(setup.env, setup.spaces, envs, setup.seed)
-            self._groups[index] = group
-            differences += group.open(setup.cursors.get(index), strict=False)
-        self.control.counters[Counter.PHASE] = Phase.IDLE
-        return differences
-
-    def serve(self, credit: Record) -> Record:
-        """Do what a credit asks for and return the doorbell. On an error the control block holds the last words."""
-        counters = self.control.counters
-        try:
-            if credit.kind is Kind.EVALUATE:
-                counters[Counter.PHASE] = Phase.EVALUATING
-                reply = self._evaluate(credit)
-            else:
-                counters[Counter.PHASE] = Phase.COLLECTING
-                reply = self._collect(credit)
-        except Exception as error:
-            self.control.put_error(error)
-            raise
-        counters[Counter.PHASE] = Phase.IDLE
-        return reply
-
-    def _collect(self, credit: Record) -> Record:
-        setup, counters = self._setup, self.control.counters
-        counters[Counter.GROUP], counters[Counter.ORDINAL], counters[Counter.STEP] = credit.group, credit.ordinal, 0
-        segment, policy = self._segments[credit.group, credit.slot], self._policies[credit.group]
-        key = np.random.SeedSequence(setup.seed, spawn_key=(ACT, credit.ordinal, credit.group))
-        started_s = time.monotonic()
-        policy.begin(self._view(credit.buffer), credit.ordinal, np.random.default_rng(key), segment.steps)
-        self._groups[credit.group].collect(policy, segment, segment.steps, self._beat)
-        segment.header[SegmentHeader.STARTED_S] = started_s
-        segment.header[SegmentHeader.ENDED_S] = time.monotonic()
-        seal(segment, setup.index, credit.group, credit.ordinal)
-        return credit._replace(kind=Kind.COLLECTED, value=segment.env_steps)
-
-    def _evaluate(self, credit: Record) -> Record:
-        setup = self._setup
-        policy = setup.algorithm.policy(setup.spaces)
-        policy.begin(self._view(credit.buffer), 0, None, 0)
-        returns, lengths = evaluation_results(setup)
-        episodes = credit.value
-        env = setup.eval_envs[credit.group] if setup.eval_envs else setup.env
-        width, fresh = min(setup.eval_width, episodes), credit.ordinal > 0
-        totals, steps = run_episodes(
-            env, setup.spaces, policy, episodes, setup.seed, width, fresh=fresh, on_step=self._beat
-        )
-        returns[:episodes], lengths[:episodes] = totals, steps
-        return credit._replace(kind=Kind.EVALUATED)
-
-    def _view(self, buffer: int) -> dict[str, Array]:
-        if buffer not in self._weights:
-            self._weights[buffer] = self._setup.weights.view(self._setup.weight_block.buffer, buffer)
-        return self._weights[buffer]
-
-    def _beat(self, step: int) -> None:
-        counters = self.control.counters
-        counters[Counter.STEP] = step + 1
-        counters[Counter.BEATS] += 1
-
-    def close(self) -> None:
-        for group in self._groups.values():
-            group.close()
+Inbox = asyncio.Queue[Record | None]
+Ring = Callable[[Record], None]
 
 
 @dataclass(frozen=True)
@@ -245,33 +61,135 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-async def main(setup: StationSetup, pipes: Pipes) -> None:
-    """Serve credits from the pipe, one after the other, until STOP or the parent's end of the pipe is closed."""
+async def main(setups: Sequence[StationSetup], pipes: Pipes) -> None:
+    """Serve the stations with credits from the pipe until STOP, or until the parent's end of the pipe is closed."""
     credits_fd, doorbell_fd = pipes.credits.detach(), pipes.doorbell.detach()
     loop = asyncio.get_running_loop()
-    inbox: asyncio.Queue[Record | None] = asyncio.Queue()  # bounded by the credits outstanding
+    inbox: Inbox = asyncio.Queue()  # bounded by the credits outstanding
 
     def receive() -> None:
         data = os.read(credits_fd, READ_BYTES)
         for record in unpack(data):
-            inbox.put_nowait(record)
+            inbox.put_nowait(record if record.kind is not Kind.STOP else None)
         if len(data) < RECORD_BYTES:
             loop.remove_reader(credits_fd)
-            inbox.put_nowait(None)
+            inbox.put_nowait(None)  # no more credits will come, as after STOP
+
+    def ring(record: Record) -> None:
+        os.write(doorbell_fd, record.pack())
 
     loop.add_reader(credits_fd, receive)
-    control = Control(setup.block)
     try:
-        station = Station(setup)
-        for difference in station.open():
-            print(f"open episode aborted: {difference}", file=sys.stderr, flush=True)  # into the worker's log
-        os.write(doorbell_fd, Record(Kind.READY, value=os.getpid()).pack())
-        while (credit := await inbox.get()) is not None and credit.kind is not Kind.STOP:
-            os.write(doorbell_fd, station.serve(credit).pack())
-        station.close()
+        places = _places(setups[0])
+        stations = [Station(setup, places, tell=_into_log) for setup in setups]
+        await (_serve_side_by_side if _has_lanes(setups[0]) else _serve_in_turn)(stations, inbox, ring)
     except BrokenPipeError:
         pass  # the training process has gone on without this worker
     except BaseException as error:
-        control.put_error(error)
-        os.write(doorbell_fd, Record(Kind.FAILED).pack())
+        Control(setups[0].block, setups[0].groups).put_error(error)  # unless a station has said it better
+        ring(Record(Kind.FAILED))
         raise SystemExit(1) from error
+
+
+def _has_lanes(setup: StationSetup) -> bool:
+    if not setup.groups:
+        return False
+    return setup.stepping == "threads" or (setup.stepping == "auto" and setup.env.coroutines)
+
+
+def _places(setup: StationSetup) -> threading.Semaphore | asyncio.Semaphore | None:
+    """For as many environment steps as may run at the same time."""
+    if setup.steps_at_once is None or not (setup.env.coroutines or setup.stepping == "threads"):
+        return None
+    return (asyncio.Semaphore if setup.env.coroutines else threading.Semaphore)(setup.steps_at_once)
+
+
+def _into_log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _tell_ready(stations: Sequence[Station], ring: Ring) -> None:
+    for station in stations:
+        station.ready()
+    ring(Record(Kind.READY, value=os.getpid()))
+
+
+async def _serve_in_turn(stations: Sequence[Station], inbox: Inbox, ring: Ring) -> None:
+    """One credit after the other. Ordinary environments never give the loop a turn."""
+    of = {group: station for station in stations for group in station.groups}
+    for station in stations:
+        await station.open_all()
+    _tell_ready(stations, ring)
+    with contextlib.suppress(Stopped):
+        while (credit := await inbox.get()) is not None:
+            ring(await of.get(credit.group, stations[0]).answer(credit))
+    for station in stations:
+        await station.close_all()
+
+
+class Lane(NamedTuple):
+    """How one group is opened, collects and is closed while others do the same."""
+
+    station: Station
+    open: Callable[[], Awaitable[None]]
+    collect: Callable[[Record], Awaitable[Record]]
+    close: Callable[[], Awaitable[None]]
+
+
+def _thread_lane(station: Station, group: int) -> Lane:
+    """All of it on one thread, for some simulators know only the thread that made them."""
+    thread = OffloadThread(f"aiorl-group-{group}")
+    return Lane(
+        station,
+        lambda: thread.run(lambda: at_once(station.open_group(group))),
+        lambda credit: thread.run(lambda: at_once(station.collect(credit))),
+        lambda: thread.run(lambda: at_once(station.close_group(group))),
+    )
+
+
+def _task_lane(station: Station, group: int) -> Lane:
+    return Lane(station, lambda: station.open_group(group), station.collect, lambda: station.close_group(group))
+
+
+async def _serve_side_by_side(stations: Sequence[Station], inbox: Inbox, ring: Ring) -> None:
+    lanes: dict[int, Lane] = {}
+    for station in stations:
+        make = _task_lane if station.waits else _thread_lane
+        lanes |= {group: make(station, group) for group in station.groups}
+    await asyncio.gather(*(lane.open() for lane in lanes.values()))
+    _tell_ready(stations, ring)
+    queues: dict[int, asyncio.Queue[Record]] = {group: asyncio.Queue() for group in lanes}
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_serve_lane(lane, queues[index], ring)) for index, lane in lanes.items()]
+            while (credit := await inbox.get()) is not None:
+                queues[credit.group].put_nowait(credit)
+            for task in tasks:
+                task.cancel()
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    await _close(lanes)
+
+
+async def _serve_lane(lane: Lane, credits: asyncio.Queue[Record], ring: Ring) -> None:
+    while True:
+        credit = await credits.get()
+        try:
+            doorbell = await lane.collect(credit)
+        except Stopped:
+            return
+        except Exception as error:
+            lane.station.fail(error, credit)
+            raise
+        ring(doorbell)
+
+
+async def _close(lanes: Mapping[int, Lane]) -> None:
+    """Close every group that can be. One may never be through with its step: then the process ends here."""
+    closing = [asyncio.ensure_future(lane.close()) for lane in lanes.values()]
+    done, late = await asyncio.wait(closing, timeout=CLOSE_WITHIN_S)
+    if late:
+        os._exit(0)
+    for task in done:
+        with contextlib.suppress(Stopped):
+            task.result()

@@ -6,14 +6,16 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from aiorl.errors import WorkerError
+from aiorl.workers.control import Control, Counter, Phase, where
 from aiorl.workers.launch import Launcher, WorkerProcess
 from aiorl.workers.memory import dup_for_child
-from aiorl.workers.program import Control, Counter, Phase, Pipes, StationSetup, main, prepare
+from aiorl.workers.program import Pipes, main, prepare
 from aiorl.workers.records import READ_BYTES, Kind, Record, unpack
+from aiorl.workers.station import StationSetup
 
 STOP_GRACE_S = 0.6  # to end by itself after STOP; then SIGTERM
 TERM_GRACE_S = 0.4  # after SIGTERM; then SIGKILL
@@ -30,23 +32,24 @@ class Fault(NamedTuple):
 
 
 class Worker:
-    """A process that serves credits. `on_record` gets its doorbells; `fault` is there once it has `ended`."""
+    """A process that serves the credits of some stations. `on_record` gets its doorbells; once it has `ended` there is a
+    `fault`."""
 
     def __init__(
         self,
-        setup: StationSetup,
+        setups: Sequence[StationSetup],
         launcher: Launcher,
         log_path: str | None,
         on_record: Callable[[Record], None],
     ) -> None:
-        self.setup = setup
-        self.name = f"worker {setup.index}" if setup.groups else "evaluation worker"
+        self.setups = setups
+        self.name = f"worker {setups[0].index}" if setups[0].groups else "evaluation worker"
         self.log_path = log_path
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.ended = asyncio.Event()
         self.fault: Fault | None = None
         self._silent = asyncio.Event()  # nobody can ring the doorbell any more
-        self.control = Control(setup.block)
+        self._controls = [Control(setup.block, setup.groups) for setup in setups]
         self._launcher, self._on_record = launcher, on_record
         self._process: WorkerProcess | None = None
         self._attached = False
@@ -56,13 +59,15 @@ class Worker:
 
     def launch(self) -> None:
         """Start the process (blocks for milliseconds: call it off the loop, then `attach` on it). May raise OSError."""
+        for setup, control in zip(self.setups, self._controls, strict=True):
+            control.admit(setup.life)
         child_credits, self._credits_fd = os.pipe()
         self._doorbell_fd, child_doorbell = os.pipe()
         try:
             process = self._launcher.process(
                 f"aiorl-{self.name.replace(' ', '-')}",
                 main,
-                (self.setup, PipesOnTheirWay(child_credits, child_doorbell)),
+                (self.setups, PipesOnTheirWay(child_credits, child_doorbell)),
                 prepare,
                 (self.log_path,),
             )
@@ -114,23 +119,26 @@ class Worker:
             pass
 
     @property
-    def beats(self) -> tuple[int, int]:
-        """Changes with every environment step that the worker finishes."""
-        counters = self.control.counters
-        return int(counters[Counter.BEATS]), int(counters[Counter.ORDINAL])
+    def beats(self) -> list[int]:
+        """A number for each station and each of its groups: it changes with every environment step that is finished."""
+        return [number for control in self._controls for number in control.beats]
 
-    def where(self) -> str:
-        """What the worker is or was doing, for messages."""
-        counters = self.control.counters
-        phase = int(counters[Counter.PHASE])
-        if phase == Phase.COLLECTING:
-            group = int(counters[Counter.GROUP])
-            envs = self.setup.groups[group]
-            return (
-                f"in rollout {int(counters[Counter.ORDINAL])}, step {int(counters[Counter.STEP])} of the segment, "
-                f"environments {envs.start}-{envs.stop - 1}"
-            )
-        return {Phase.STARTING: "while starting", Phase.EVALUATING: "in an evaluation"}.get(phase, "between segments")
+    @property
+    def stepping(self) -> dict[int, int]:
+        """The groups that are at work, and not waiting for their turn: place in `beats` -> group."""
+        found: dict[int, int] = {}
+        begin = 0
+        for setup, control in zip(self.setups, self._controls, strict=True):
+            for place, group in enumerate(setup.groups, start=begin + 1):
+                waits = setup.steps_at_once is not None and not control.of(Counter.STEPPING, group)
+                if control.of(Counter.PHASE, group) == Phase.COLLECTING and not waits:
+                    found[place] = group
+            begin += 1 + len(setup.groups)
+        return found
+
+    def where(self, group: int | None = None) -> str:
+        """What the worker, or one group of it, is or was doing, for messages."""
+        return where(self._controls, group)
 
     # -- end -------------------------------------------------------------------------------------------------------
 
@@ -151,7 +159,7 @@ class Worker:
         self.ended.set()
 
     def _last_words(self, exitcode: int) -> Fault:
-        words = self.control.error()
+        words = next((words for control in self._controls if (words := control.error()) is not None), None)
         if words is not None:
             log = f"\n  worker log: {self.log_path}" if self.log_path else ""
             how, message = f"failed {self.where()}", words["message"]
@@ -167,6 +175,7 @@ class Worker:
 
     async def stop(self) -> None:
         """End the process: by itself if it can, by SIGTERM, by SIGKILL. Returns when it is gone."""
+        self._dismiss()  # it wins over the credits that wait in the pipe before STOP
         self.send(Record(Kind.STOP))
         await self._see_it_end(STOP_GRACE_S, TERM_GRACE_S)
         self._close_credits()
@@ -174,6 +183,7 @@ class Worker:
 
     async def end(self) -> None:
         """Make sure that the process, which has died or hangs, touches nothing any more. WorkerError if it will not end."""
+        self._dismiss()
         await self._see_it_end(0.0, HUNG_GRACE_S)
         if self._process is not None and not self.ended.is_set():
             raise WorkerError(f"{self.name} hangs and could not be ended by SIGKILL")
@@ -183,6 +193,10 @@ class Worker:
             async with asyncio.timeout(ORPHAN_GRACE_S if self._attached else 0.0):
                 await self._silent.wait()
         self._close_doorbell()
+
+    def _dismiss(self) -> None:
+        for control in self._controls:
+            control.dismiss()
 
     async def _see_it_end(self, term_after_s: float, kill_after_s: float) -> None:
         if self._process is None:
@@ -215,8 +229,8 @@ class Worker:
             self._doorbell_fd = -1
 
     def release_memory(self) -> None:
-        """Let go of the shared block, so that it can be unmapped."""
-        del self.control
+        """Let go of the shared blocks, so that they can be unmapped."""
+        self._controls.clear()
 
     @property
     def pid(self) -> int | None:

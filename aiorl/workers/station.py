@@ -1,0 +1,270 @@
+"""What serves credits: `Station`, some groups of environments with a policy each, and the slots they fill.
+
+A worker's program and the training process itself (when there are no workers) use the same `Station`, so both ways run the
+same lines. Its coroutines never wait where environments are ordinary ones: `at_once` runs them without an event loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from aiorl.algos.base import Algorithm, Policy
+from aiorl.envs.aborts import Aborts, untold
+from aiorl.envs.checked import at_once
+from aiorl.envs.cursor import GroupCursor
+from aiorl.envs.episodes import run_episodes
+from aiorl.envs.group import make_group
+from aiorl.envs.spaces import Spaces
+from aiorl.envs.spec import EnvSpec
+from aiorl.seals import seal
+from aiorl.seeding import ACT
+from aiorl.segments import Array, Segment, SegmentHeader, SegmentLayout
+from aiorl.workers.control import Control, Counter, Phase, control_bytes
+from aiorl.workers.memory import SharedBlock
+from aiorl.workers.records import Kind, Record
+from aiorl.workers.weights import WeightLayout
+
+EVAL_EPISODES_MAX = 100_000
+EVAL_BYTES = EVAL_EPISODES_MAX * 16
+
+Stepping = Literal["auto", "serial", "threads"]
+
+
+@dataclass(frozen=True)
+class StationSetup:
+    """Everything a station needs; pickled into its process. `groups` maps group index -> its global env indices.
+
+    `life` is the number of the process that may fill the slots (see `workers.control`).
+    """
+
+    index: int
+    env: EnvSpec
+    spaces: Spaces
+    algorithm: Algorithm
+    seed: int
+    groups: Mapping[int, range]
+    slots: int
+    segment: SegmentLayout
+    weights: WeightLayout
+    weight_block: SharedBlock
+    block: SharedBlock
+    cursors: Mapping[int, GroupCursor | None] = field(default_factory=dict[int, "GroupCursor | None"])
+    eval_width: int = 0  # > 0: this station evaluates, with that many environments at once
+    eval_envs: tuple[EnvSpec, ...] = ()  # of the suites; none: one suite, the training environment
+    aborts_max: int = 0  # episodes of an environment in a row that may be given up for not being finite
+    stepping: Stepping = "auto"
+    steps_at_once: int | None = None
+    life: int = 0
+
+    def segment_offset(self, group: int, slot: int) -> int:
+        position = list(self.groups).index(group) * self.slots + slot
+        return control_bytes(len(self.groups)) + position * self.segment.nbytes
+
+    @staticmethod
+    def block_bytes(groups: int, slots: int, segment: SegmentLayout, eval_width: int) -> int:
+        return control_bytes(groups) + groups * slots * segment.nbytes + (EVAL_BYTES if eval_width else 0)
+
+
+def segments_of(setup: StationSetup) -> dict[tuple[int, int], Segment]:
+    """Views on every slot of a station's block, by (group, slot)."""
+    begin = control_bytes(len(setup.groups))
+    keys = [(group, slot) for group in setup.groups for slot in range(setup.slots)]
+    return {
+        key: setup.segment.view(setup.block.buffer, begin + position * setup.segment.nbytes)
+        for position, key in enumerate(keys)
+    }
+
+
+def evaluation_results(setup: StationSetup) -> tuple[Array, Array]:
+    """(returns float64, lengths int64), each [EVAL_EPISODES_MAX], at the end of an evaluating station's block."""
+    offset = StationSetup.block_bytes(len(setup.groups), setup.slots, setup.segment, 0)
+    returns = np.frombuffer(setup.block.buffer, np.float64, EVAL_EPISODES_MAX, offset)
+    lengths = np.frombuffer(setup.block.buffer, np.int64, EVAL_EPISODES_MAX, offset + EVAL_EPISODES_MAX * 8)
+    return returns, lengths
+
+
+class Stopped(Exception):
+    """The station may not fill slots any more; raised between two environment steps."""
+
+
+class Turn:
+    """A place among the steps that may run at the same time. The group's counters show whether it has one: while it waits
+    for its turn it does not hang."""
+
+    def __init__(self, places: Any, row: memoryview) -> None:
+        """`places`: a semaphore of threading, or of asyncio; each is entered in its own way."""
+        self._places, self._row = places, row
+
+    def __enter__(self) -> None:
+        self._places.acquire()
+        self._begin()
+
+    def __exit__(self, *_: object) -> None:
+        self._row[Counter.STEPPING] -= 1
+        self._places.release()
+
+    async def __aenter__(self) -> None:
+        await self._places.acquire()
+        self._begin()
+
+    async def __aexit__(self, *_: object) -> None:
+        self.__exit__()
+
+    def _begin(self) -> None:
+        self._row[Counter.STEPPING] += 1
+        self._row[Counter.BEATS] += 1
+
+
+class Station:
+    """See the module. What has to do with one group alone may run beside the same for other groups.
+
+    `places` caps the environment steps under way (a semaphore, see `Turn`). `drive` is how `open`, `serve` and `close` get
+    a coroutine done: those of environments that wait need an event loop. `tell` gets a line for each episode given up.
+    """
+
+    def __init__(
+        self,
+        setup: StationSetup,
+        places: Any = None,
+        drive: Callable[[Coroutine[Any, Any, Any]], Any] = at_once,
+        tell: Callable[[str], None] = untold,
+    ) -> None:
+        self._setup, self._places, self._drive, self._tell = setup, places, drive, tell
+        self.control = Control(setup.block, setup.groups)
+        self._row = self.control.row()
+        self._rows = {group: self.control.row(group) for group in setup.groups}
+        self._segments = segments_of(setup)
+        self._groups: dict[int, Any] = {}  # Group, or AsyncGroup where environments are coroutines
+        self._policies: dict[int, Policy] = {g: setup.algorithm.policy(setup.spaces) for g in setup.groups}
+        self._weights: dict[int, dict[str, Array]] = {}
+
+    # -- as a whole, one thing after the other -------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Make and reset the environments, or bring them back to where their cursors say."""
+        self._drive(self.open_all())
+        self.ready()
+
+    def serve(self, credit: Record) -> Record:
+        """Do what a credit asks for and return the doorbell. On an error the control block holds the last words."""
+        return self._drive(self.answer(credit))
+
+    def close(self) -> None:
+        self._drive(self.close_all())
+
+    # -- as coroutines, and part by part -------------------------------------------------------------------------------
+
+    @property
+    def groups(self) -> Mapping[int, range]:
+        return self._setup.groups
+
+    @property
+    def waits(self) -> bool:
+        """Its coroutines wait: they need an event loop, and leave others time to run."""
+        return self._setup.env.coroutines
+
+    async def open_all(self) -> None:
+        """See `open`."""
+        for group in self.groups:
+            await self.open_group(group)
+
+    async def close_all(self) -> None:
+        for group in list(self._groups):
+            await self.close_group(group)
+
+    async def open_group(self, index: int) -> None:
+        """See `open`."""
+        setup, envs = self._setup, self._setup.groups[index]
+        aborts = Aborts(envs, setup.aborts_max, self._tell) if setup.aborts_max else None
+        limit = Turn(self._places, self._rows[index]) if self._places is not None else None
+        group: Any = make_group(setup.env, setup.spaces, envs, setup.seed, aborts=aborts, limit=limit)
+        self._groups[index] = group
+        opened = group.open(setup.cursors.get(index), strict=False)
+        for difference in await opened if self.waits else opened:
+            self._tell(f"open episode aborted: {difference}")
+
+    def ready(self) -> None:
+        """All groups are open."""
+        self._row[Counter.PHASE] = Phase.IDLE
+
+    async def answer(self, credit: Record) -> Record:
+        """See `serve`."""
+        try:
+            return await (self._evaluate(credit) if credit.kind is Kind.EVALUATE else self.collect(credit))
+        except Stopped:
+            raise
+        except Exception as error:
+            self.fail(error, credit)
+            raise
+
+    def fail(self, error: BaseException, credit: Record) -> None:
+        """Keep the last words: what this credit came to."""
+        self.control.put_error(error, credit.group if credit.kind is Kind.COLLECT else None)
+
+    async def collect(self, credit: Record) -> Record:
+        """Fill a slot."""
+        with self._filling(credit) as (policy, segment, on_step):
+            work = self._groups[credit.group].collect(policy, segment, segment.steps, on_step)
+            if self.waits:
+                await work
+        return credit._replace(kind=Kind.COLLECTED, value=segment.env_steps)
+
+    @contextlib.contextmanager
+    def _filling(self, credit: Record) -> Iterator[tuple[Policy, Segment, Callable[[int], None]]]:
+        """What `Group.collect` needs, with all that is to be done before and after it."""
+        setup, row = self._setup, self._rows[credit.group]
+        self._go_on()
+        row[Counter.STEP], row[Counter.ORDINAL] = 0, credit.ordinal
+        row[Counter.PHASE] = Phase.COLLECTING
+        segment, policy = self._segments[credit.group, credit.slot], self._policies[credit.group]
+        key = np.random.SeedSequence(setup.seed, spawn_key=(ACT, credit.ordinal, credit.group))
+        started_s = time.monotonic()
+        policy.begin(self._view(credit.buffer), credit.ordinal, np.random.default_rng(key), segment.steps)
+        yield policy, segment, functools.partial(self._beat, row)
+        segment.header[SegmentHeader.STARTED_S] = started_s
+        segment.header[SegmentHeader.ENDED_S] = time.monotonic()
+        seal(segment, setup.index, credit.group, credit.ordinal)
+        row[Counter.PHASE] = Phase.IDLE
+
+    async def _evaluate(self, credit: Record) -> Record:
+        setup = self._setup
+        self._row[Counter.PHASE] = Phase.EVALUATING
+        policy = setup.algorithm.policy(setup.spaces)
+        policy.begin(self._view(credit.buffer), 0, None, 0)
+        env = setup.eval_envs[credit.group] if setup.eval_envs else setup.env
+        episodes, fresh = credit.value, credit.ordinal > 0
+        on_step = functools.partial(self._beat, self._row)
+        width = min(setup.eval_width, episodes)
+        found = run_episodes(env, setup.spaces, policy, episodes, setup.seed, width, fresh=fresh, on_step=on_step)
+        returns, lengths = evaluation_results(setup)
+        returns[:episodes], lengths[:episodes] = found
+        self._row[Counter.PHASE] = Phase.IDLE
+        return credit._replace(kind=Kind.EVALUATED)
+
+    def _view(self, buffer: int) -> dict[str, Array]:
+        if buffer not in self._weights:
+            self._weights[buffer] = self._setup.weights.view(self._setup.weight_block.buffer, buffer)
+        return self._weights[buffer]
+
+    def _beat(self, row: memoryview, step: int) -> None:
+        row[Counter.STEP] = step + 1
+        row[Counter.BEATS] += 1
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self._row[Counter.LIFE] != self._setup.life:
+            raise Stopped
+
+    async def close_group(self, index: int) -> None:
+        group = self._groups.pop(index, None)
+        if group is not None:
+            closed = group.close()
+            if self.waits:
+                await closed
