@@ -36,7 +36,7 @@ train: $(READY)  ## install, then train PPO on CartPole-v1
 	$(BIN)/python -m aiorl train CartPole-v1 $(ARGS)
 
 test: $(READY)  ## install, then run the quick tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 long: $(READY)  ## run the long tests (learning results, many processes)
 	$(BIN)/python -m pytest -m long $(ARGS)

@@ -292,7 +292,7 @@ async def test_f14_a_run_in_which_no_episode_is_finite_ends(tmp_path: Path) -> N
 
 async def test_f14_a_native_vector_environment_cannot_abort_an_episode(tmp_path: Path) -> None:
     config = make(tmp_path, env="CartPole-v1", on_nonfinite_env="abort_episode")
-    with pytest.raises(aiorl.ConfigError, match=r"vector environment of CartPole-v1 .*\n  set native_vector = false"):
+    with pytest.raises(aiorl.ConfigError, match=r"CartPole-v1 is a vector: .*\n  set native_vector = false"):
         await aiorl.train(config)
     result = await aiorl.train(config.replace(native_vector=False))
     assert (result.status, result.aborted) == ("completed", 0)
