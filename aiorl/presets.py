@@ -92,54 +92,11 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "segment_length": 4,
         "sac": {"learning_rate": 1e-3, "capacity": 20_000},
     },
-    ("sac", "LunarLanderContinuous-v3"): {
-        "total_steps": 500_000,
-        "envs": 4,
-        "segment_length": 4,
-        "sac": {
-            "learning_rate": 7.3e-4,
-            "anneal": True,
-            "tau": 0.01,
-            "capacity": 500_000,
-            "warmup": 10_000,
-            "random_steps": 10_000,
-        },
-    },
-    ("sac", "HalfCheetah-v5"): {
-        "total_steps": 1_000_000,
-        "envs": 1,
-        "segment_length": 8,
-        "sac": {"warmup": 10_000, "random_steps": 10_000},
-    },
-    ("sac", "Hopper-v5"): {
-        "total_steps": 1_000_000,
-        "envs": 1,
-        "segment_length": 8,
-        "sac": {"warmup": 10_000, "random_steps": 10_000},
-    },
     ("td3", "Pendulum-v1"): {
         "total_steps": 20_000,
         "envs": 4,
         "segment_length": 4,
         "td3": {"gamma": 0.98, "capacity": 20_000},
-    },
-    ("td3", "LunarLanderContinuous-v3"): {
-        "total_steps": 300_000,
-        "envs": 4,
-        "segment_length": 4,
-        "td3": {"gamma": 0.98, "capacity": 200_000, "warmup": 10_000, "random_steps": 10_000},
-    },
-    ("td3", "HalfCheetah-v5"): {
-        "total_steps": 1_000_000,
-        "envs": 1,
-        "segment_length": 8,
-        "td3": {"warmup": 10_000, "random_steps": 10_000},
-    },
-    ("td3", "Hopper-v5"): {
-        "total_steps": 1_000_000,
-        "envs": 1,
-        "segment_length": 8,
-        "td3": {"warmup": 10_000, "random_steps": 10_000},
     },
 }
 
