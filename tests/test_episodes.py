@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -141,3 +142,69 @@ def test_errors_name_slot_episode_and_step(fault: str, match: str):
     spec, spaces = found(Broken, fault=fault, at=3)
     with pytest.raises(EnvError, match=match):
         run_episodes(spec, spaces, ByObs(spaces), 4, 0, 2)
+
+
+# -- in threads --------------------------------------------------------------------------------------------------------
+
+
+class Meeting(Walk):
+    """Its steps wait for those of the others, and it notes which threads it was used on."""
+
+    barrier = threading.Barrier(1)
+    threads: list[set[int]] = []
+
+    def __init__(self) -> None:
+        super().__init__(seeded=True)
+        self.mine = {threading.get_ident()}
+        self.threads.append(self.mine)
+
+    def reset(self, **kwargs: Any) -> Any:
+        self.mine.add(threading.get_ident())
+        return super().reset(**kwargs)
+
+    def step(self, action: Any) -> Any:
+        self.mine.add(threading.get_ident())
+        self.barrier.wait()
+        return super().step(action)
+
+    def close(self) -> None:
+        self.mine.add(threading.get_ident())
+        super().close()
+
+
+def test_in_threads_they_step_at_the_same_time_each_on_its_own(monkeypatch: pytest.MonkeyPatch):
+    spec, spaces = found(Meeting)
+    # One episode each; who is through leaves the others, so they can only meet at first.
+    monkeypatch.setattr(Meeting, "barrier", threading.Barrier(3, timeout=20))
+    monkeypatch.setattr(Meeting, "threads", [])
+
+    def met(t: int) -> None:
+        Meeting.barrier = threading.Barrier(1)
+
+    returns, _ = run_episodes(spec, spaces, Alike(spaces), 3, 4, 3, threads=True, on_step=met)
+    assert returns.tolist() == [by_hand(4, e)[0] for e in range(3)]
+    assert [len(used) for used in Meeting.threads] == [1, 1, 1]
+    assert len(set.union(*Meeting.threads)) == 3
+
+
+class Unmade(Walk):
+    works = True
+
+    def __init__(self) -> None:
+        if not self.works:
+            raise RuntimeError("no license")
+        super().__init__()
+
+
+@pytest.mark.parametrize(("fault", "match"), [("raise", "raised RuntimeError"), ("exit", "raised SystemExit")])
+def test_in_threads_errors_are_the_same(fault: str, match: str):
+    spec, spaces = found(Broken, fault=fault, at=3)
+    with pytest.raises(EnvError, match=rf"environment \d, step 3 of episode \d: step\(.*\) {match}"):
+        run_episodes(spec, spaces, ByObs(spaces), 3, 0, 3, threads=True)
+
+
+def test_in_threads_one_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch):
+    spec, spaces = found(Unmade)
+    monkeypatch.setattr(Unmade, "works", False)
+    with pytest.raises(EnvError, match="making the environment raised RuntimeError: no license"):
+        run_episodes(spec, spaces, ByObs(spaces), 3, 0, 3, threads=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import inspect
+import queue
 import threading
 from collections.abc import Callable, Coroutine, Iterable
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast
 
 from aiorl.envs.contract import CRASHES
 from aiorl.errors import EnvError
@@ -15,6 +16,7 @@ from aiorl.errors import EnvError
 if TYPE_CHECKING:
     import gymnasium
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 CLOSE_GRACE_S = 5.0  # for what an environment left running on its loop
@@ -156,6 +158,54 @@ class AsFunctions:
             if self._loop is not None:
                 self._loop.close()
                 self._loop = None
+
+
+# -- as coroutines -----------------------------------------------------------------------------------------------------
+
+
+class AsCoroutines:
+    """An environment of functions, used like an `AsyncEnv`: from its making to its end it is on a thread of its own, where
+    it may block. Making it blocks the caller and raises what `make` raises."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._serve, name="aiorl-env", daemon=True).start()
+        try:
+            self._env = self._submit(make).result()
+        except BaseException:
+            self._calls.put(None)
+            raise
+
+    async def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        return await asyncio.wrap_future(self._submit(self._env.reset, seed=seed, options=options))
+
+    async def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return await asyncio.wrap_future(self._submit(self._env.step, action))
+
+    async def close(self) -> None:
+        """Close it, and end the thread after what it is doing."""
+        closed = self._submit(self._env.close)
+        self._calls.put(None)
+        await asyncio.wrap_future(closed)
+
+    def _submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> concurrent.futures.Future[T]:
+        answer: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def call() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return
+            try:
+                answer.set_result(function(*args, **kwargs))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        self._calls.put(call)
+        return answer
+
+    def _serve(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()
+            del call
 
 
 async def close(env: Any) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiorl.envs.checked import Batch, OneByOne, SideBySide, at_once
-from aiorl.envs.coroutines import run_apart
+from aiorl.envs.coroutines import AsCoroutines, run_apart
 from aiorl.envs.make import make_async_env, make_env, make_vector
 from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import EnvSpec
@@ -30,6 +30,7 @@ def run_episodes(
     width: int,
     *,
     fresh: bool = False,
+    threads: bool = False,
     on_step: Callable[[int], None] | None = None,
     on_frame: Callable[[Any], None] | None = None,
 ) -> tuple[Array, Array]:
@@ -44,29 +45,34 @@ def run_episodes(
     `policy.begin` has been called. `on_step(t)` follows each step of the batch and may raise to stop; `on_frame(env)`
     follows each reset and step of slot 0, and each step of a vector environment. Raises EnvError.
 
-    Async environments of a spec step at the same time, on a thread with an event loop of its own.
+    Async environments of a spec step at the same time, on a thread with an event loop of its own; with `threads` ordinary
+    ones do, too, each on its own.
     """
-    run = run_apart if isinstance(envs, EnvSpec) and envs.coroutines else at_once
+    waits = isinstance(envs, EnvSpec) and (envs.coroutines or threads) and not envs.vector_only
+    run = run_apart if waits else at_once
     return run(
-        run_episodes_async(envs, spaces, policy, episodes, seed, width, fresh=fresh, on_step=on_step, on_frame=on_frame)
+        run_episodes_async(
+            envs, spaces, policy, episodes, seed, width, fresh=fresh, threads=threads, on_step=on_step, on_frame=on_frame
+        )
     )
 
 
 async def run_episodes_async(
     envs: EnvSpec | Sequence[Any] | Any, spaces: Spaces, policy: Policy, episodes: int, seed: int, width: int, *,
-    fresh: bool = False, on_step: Callable[[int], None] | None = None, on_frame: Callable[[Any], None] | None = None,
+    fresh: bool = False, threads: bool = False, on_step: Callable[[int], None] | None = None,
+    on_frame: Callable[[Any], None] | None = None,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """As `run_episodes`, on the running event loop. It waits only where environments are async."""
+    """As `run_episodes`, on the running event loop. It waits only where environments step at the same time."""
     tally = _Tally(episodes, width)
 
     def seed_of(episode: int) -> int:
         return evaluation_seed(seed, episode, fresh=fresh)
 
     if isinstance(envs, EnvSpec) and not envs.vector_only:
-        batch: Batch = SideBySide(spaces) if envs.coroutines else OneByOne(spaces)
+        batch: Batch = SideBySide(spaces) if envs.coroutines or threads else OneByOne(spaces)
         try:
             for i in range(width):
-                batch.add(make_async_env(envs) if envs.coroutines else make_env(envs), i)
+                batch.add(_make(envs, threads), i)
             await _run_single(batch, policy, spaces, seed_of, tally, on_step, on_frame)
         finally:
             await batch.close()
@@ -84,6 +90,12 @@ async def run_episodes_async(
             if made is not envs:
                 made.close()
     return tally.returns, tally.lengths
+
+
+def _make(spec: EnvSpec, threads: bool) -> Any:
+    if spec.coroutines:
+        return make_async_env(spec)
+    return AsCoroutines(lambda: make_env(spec)) if threads else make_env(spec)
 
 
 class _Tally:
