@@ -12,7 +12,7 @@ Layers. A module imports only lower ones, or its own without a cycle (tests/test
         degree  metrics/                                    what a run is made from             3
     workers/                                                processes and shared memory         4
     preflight  assembly  checkpointing  loops  evaluation
-        watchdog                                            checks, set-up, the four coroutines 5
+        inference  watchdog                                            checks, set-up, the four coroutines 5
     session  run  replay                                    wires and owns everything           6
     __main__  cli/  testing/                                the edge: programs, the test kit    -
 """

@@ -20,6 +20,7 @@ from aiorl.degree import Dial, first_degree
 from aiorl.envs.cursor import GroupCursor
 from aiorl.errors import AiorlError, CheckpointError, ConfigError
 from aiorl.filelock import FileLock
+from aiorl.inference import Inference, Network
 from aiorl.learning import Trainer
 from aiorl.ledger import Ledger
 from aiorl.metrics.curve import write_curve
@@ -31,6 +32,7 @@ from aiorl.record import Record
 from aiorl.report import Report, Result
 from aiorl.workers.launch import Launcher
 from aiorl.workers.pool import InlineWorkers, ProcessWorkers, Workers, plan_stations
+from aiorl.workers.questions import MailboxLayout
 from aiorl.workers.station import StationSetup
 from aiorl.workers.weights import WeightLayout, WeightStore
 
@@ -102,6 +104,8 @@ class Assembly:
         parts = self.parts
         await parts.workers.aclose()
         parts.rollouts.close()
+        if parts.inference is not None:
+            await parts.inference.aclose(LEARNER_GRACE_S)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LEARNER_GRACE_S):
                 await parts.learner_thread.run(parts.trainer.close)
@@ -251,17 +255,22 @@ def _wire(
         steps_at_once=config.steps_at_once,
         eval_envs=tuple(suite.env for suite in checked.suites),
         aborts_max=config.nonfinite_env_max if config.on_nonfinite_env == "abort_episode" else 0,
+        mailbox=_mailbox(checked),
     )
     plan = plan_stations(common, groups, group_size, cast(int, config.workers), cursors)
     workers: Workers
+    network, inference = _network(checked, weights), None
     if launcher is None:
-        workers = InlineWorkers(plan, backends.thread)
+        workers = InlineWorkers(plan, backends.thread, network.compute if network is not None else None)
     else:
         directory = str(checked.directory.resolve())
         workers = ProcessWorkers(
             plan, launcher, directory, config.start_timeout_s, config.step_timeout_s, trainer.where, backends.thread,
             config.min_workers,
         )  # fmt: skip
+        if network is not None:
+            thread = backends.thread("aiorl-inference")
+            inference = Inference(network, workers, thread, config.inference_wait_ms / 1e3)
     gate = Gate()
     return loops.Parts(
         pacer=pacer,
@@ -271,6 +280,29 @@ def _wire(
         trainer=trainer,
         gate=gate,
         rollouts=Channel(config.degree_limit + 1),
+        inference=inference,
+    )
+
+
+def _mailbox(checked: Preflight) -> MailboxLayout | None:
+    if checked.forward is None:
+        return None
+    return MailboxLayout(cast(int, checked.config.group_size), checked.forward.features, checked.forward.outputs)
+
+
+def _network(checked: Preflight, weights: WeightStore) -> Network | None:
+    """The network of central inference, on the learner's device."""
+    config = checked.config
+    if checked.forward is None:
+        return None
+    return Network(
+        checked.forward,
+        config.groups,
+        cast(int, config.group_size),
+        weights.arrays,
+        keep=config.degree_limit + 1,
+        device=_choose_device(config.device),
+        threads=config.torch_threads,
     )
 
 

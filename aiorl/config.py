@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from aiorl.algos import algorithm_class, algorithm_name
-from aiorl.algos.base import Algorithm
+from aiorl.algos.base import Algorithm, CentralAlgorithm
 from aiorl.errors import ConfigError
 from aiorl.structs import (
     check_bounds,
@@ -84,6 +84,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Annotated[int, Meta(ge=1)] | None,
         Meta(description="environment steps that may run at the same time in a worker, in threads or as coroutines"),
     ] = None
+    inference: Annotated[
+        Literal["worker", "central"],
+        Meta(
+            description="where the acting network is computed: in each worker, or in batches for all of them in the "
+            "training process, on its device"
+        ),
+    ] = "worker"
+    inference_wait_ms: Annotated[
+        float, Meta(description="longest wait of the first group of such a batch for the others", ge=0, le=60_000)
+    ] = 1.0
     segment_length: Annotated[
         int | None, Meta(description="steps each environment contributes to a rollout (default: the algorithm's)")
     ] = None
@@ -333,6 +343,11 @@ def _check_choices(config: Config) -> None:
     _check_groups(config)
     _check_workers(config)
     algorithm = config.algorithm
+    if config.inference == "central" and not isinstance(config.algorithm, CentralAlgorithm):
+        raise ConfigError(
+            f"inference = \"central\": {algorithm.name} has no `forward`, so only workers can compute its network\n"
+            "  leave inference at \"worker\", or give the algorithm one (see aiorl.algos.base.CentralAlgorithm)"
+        )
     if config.degree_limit < config.off_policy_degree:
         raise ConfigError(
             f"degree_max = {config.degree_max} is less than off_policy_degree = {config.off_policy_degree}\n"

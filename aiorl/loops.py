@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from aiorl.channel import Channel, Gate
 from aiorl.faultpoints import fault_point
+from aiorl.inference import Inference
 from aiorl.learning import Outcome, Trainer
 from aiorl.offload import OffloadThread
 from aiorl.pacing import Pacer, RolloutPlan
@@ -33,6 +34,7 @@ class Parts:
     trainer: Trainer
     gate: Gate
     rollouts: Channel[RolloutPlan]
+    inference: Inference | None = None  # None: the workers compute the network themselves
     waiting_s: dict[str, float] = field(default_factory=lambda: {"train": 0.0})
     updating: bool = False
 

@@ -107,6 +107,18 @@ def _activation_backward(grad: Tensor, y: Tensor, activation: str) -> Tensor:
     return torch.ops.aten.threshold_backward(grad, y, 0)
 
 
+def apply_mlp(
+    weights: Mapping[str, Tensor], name: str, activation: str, x: Tensor, *, activate_last: bool = False
+) -> Tensor:
+    """As an `MLP` of that name whose parameters are in `weights`. To be called without gradients."""
+    depth = sum(key.startswith(f"{name}.") for key in weights) // 2
+    for i in range(depth):
+        x = F.linear(x, weights[f"{name}.{i}.weight"], weights[f"{name}.{i}.bias"])
+        if i < depth - (not activate_last):
+            _activate_(x, activation)
+    return x
+
+
 # -- policies ----------------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import msgspec
 
 from aiorl import checkpoint, policy
-from aiorl.algos.base import Algorithm
+from aiorl.algos.base import Algorithm, CentralAlgorithm, Forward, SplitPolicy
 from aiorl.config import Config, env_name
 from aiorl.degree import check_degree
 from aiorl.envs.make import Probe, probe
@@ -48,6 +48,7 @@ class Preflight:
     suites: tuple[Suite, ...]
     saved: Saved | None = None
     idle_workers: int = 0
+    forward: Forward | None = None  # with central inference
 
     @property
     def spaces(self) -> Spaces:
@@ -70,7 +71,8 @@ class Preflight:
     def lanes(self) -> int:
         """How many groups are collected at the same time."""
         config, workers = self.config, cast(int, self.config.workers)
-        side_by_side = config.stepping == "threads" or (config.stepping == "auto" and self.env.coroutines)
+        waits = config.stepping == "auto" and self.env.coroutines
+        side_by_side = config.stepping == "threads" or waits or self.forward is not None
         return config.groups if workers and side_by_side else max(1, workers)
 
     @property
@@ -111,6 +113,7 @@ def check(config: Config, resume: str | Path | None = None, *, write: bool = Tru
     if found.spec.coroutines and asked.group_size == "auto":
         config = asked.replace(group_size=1).resolve()  # a worker serves them all at once: none needs to wait for others
     algorithm.check(found.spaces)
+    forward = _forward(config, algorithm, found.spaces)
     _check_can_abort(config, found)
     _check_stepping(config, found)
     suites = find_suites(config, found)
@@ -128,7 +131,20 @@ def check(config: Config, resume: str | Path | None = None, *, write: bool = Tru
     if write:
         make_writable(directory)
     idle = asked.workers - cast(int, config.workers) if isinstance(asked.workers, int) else 0
-    return Preflight(config, algorithm, found.spec, found, segment, directory, suites, saved, idle)
+    return Preflight(config, algorithm, found.spec, found, segment, directory, suites, saved, idle, forward)
+
+
+def _forward(config: Config, algorithm: Algorithm, spaces: Spaces) -> Forward | None:
+    """The network of central inference, if that is asked for."""
+    if config.inference != "central":
+        return None
+    forward = cast(CentralAlgorithm, algorithm).forward(spaces)
+    if not isinstance(algorithm.policy(spaces), SplitPolicy):
+        raise ConfigError(
+            f"inference = \"central\": the policy of {algorithm.name} has no `features` and `choose`\n"
+            "  give it both (see aiorl.algos.base.SplitPolicy), or leave inference at \"worker\""
+        )
+    return forward
 
 
 def _check_can_abort(config: Config, found: Probe) -> None:

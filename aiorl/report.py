@@ -66,6 +66,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     after the snapshot that reached `stop_at`. `aborted` episodes were given up (see `EpisodeAborted`): their environment
     could not be brought back after a restart or a resume, and the run is not exact, or it returned NaN or infinity, which
     cost one dropped step each. `skipped_updates` changed nothing; the reason is nonfinite.
+    `inference` tells of central inference: see `InferenceBooks`.
     """
 
     status: str
@@ -106,6 +107,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     aborted: int = 0
     workers_given_up: int = 0
     skipped_updates: dict[str, int] = {}
+    inference: dict[str, float] = {}
 
     def to_dict(self) -> dict[str, Any]:
         return msgspec.to_builtins(self)

@@ -32,6 +32,7 @@ from aiorl.events import (
     WorkerRestarted,
 )
 from aiorl.faultpoints import fault_point
+from aiorl.inference import Inference
 from aiorl.learning import Outcome, params_sha256
 from aiorl.ledger import NOT_FINITE, Aborted
 from aiorl.metrics.broadcast import Broadcast
@@ -139,6 +140,8 @@ class Session:
             self._tick(made),
             watch(self.view, self.config.stall_limit_s, self._tell_stalled),
         ]
+        if parts.inference is not None:
+            background.append(parts.inference.run())
         with self._watching_loop() as turned:
             tasks = [group.create_task(coroutine) for coroutine in (*background, self.lag.measure(turned))]
             evaluation = group.create_task(evaluator.run())
@@ -397,12 +400,17 @@ class Session:
             off_policy_degree=parts.pacer.degree,
             ledger=self.report.ledger(0),
             busy=self.report.busy(made.checked.lanes),
-            waiting={name: round(s, 4) for name, s in parts.waiting_s.items()},
+            waiting={name: round(s, 4) for name, s in parts.waiting_s.items()} | _idle(parts.inference),
+            inference=parts.inference.books.summary() if parts.inference is not None else {},
             event_loop_lag_ms=self.lag.percentiles(),
             queue={"high_water": parts.rollouts.high_water, "bound": parts.rollouts.bound},
             params_sha256=params_sha256(self.snapshot[1]) if self.snapshot else "",
             directory=str(made.checked.directory),
         )
+
+
+def _idle(inference: Inference | None) -> dict[str, float]:
+    return {} if inference is None else {"inference": round(inference.books.idle_s, 4)}
 
 
 def _of_a_killed_session(made: Assembly) -> list[str]:

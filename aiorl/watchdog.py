@@ -104,6 +104,9 @@ def view_of(parts: Parts, others: list[Row], counts: tuple[int, ...]) -> View:
         Row("train", f"in update {done}{thread_place(learner.ident)}" if parts.updating else f"waits {waits}"),
         *others,
     ]
+    if parts.inference is not None:
+        does, thread = parts.inference.describe()
+        rows.append(Row("inference", does + thread_place(thread), parts.inference.books.forwards))
     for worker, pid, doing, outstanding, beats in workers:
         process = f" (process {pid})" if pid is not None else ""
         rows.append(Row(f"{worker}{process}", f"{doing}; {outstanding} credits to answer", beats))

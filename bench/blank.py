@@ -1,4 +1,4 @@
-"""An environment and an algorithm that do nothing, so that only the machinery between them is measured."""
+"""An environment and algorithms that do nothing, so that only the machinery between them is measured."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import gymnasium
 import msgspec
 import numpy as np
 
-from aiorl.algos.base import LearnerContext
+from aiorl.algos.base import Forward, LearnerContext
+from aiorl.algos.ppo import PPO, PPOPolicy
 from aiorl.envs.spaces import Spaces
 from aiorl.segments import Array, Column, Rollout
 
@@ -75,3 +76,42 @@ class Idler:
 
     def set(self, **changes: float) -> None:
         pass
+
+
+class Frozen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """PPO that acts and does not learn."""
+
+    name: ClassVar[str] = "frozen"
+    corrects_staleness: ClassVar[bool] = True
+    default_segment_length: ClassVar[int] = 64
+
+    hidden: tuple[int, ...] = (64, 64)
+
+    @property
+    def ppo(self) -> PPO:
+        return PPO(hidden=self.hidden)
+
+    def check(self, spaces: Spaces) -> None:
+        self.ppo.check(spaces)
+
+    def columns(self, spaces: Spaces) -> dict[str, Column]:
+        return self.ppo.columns(spaces)
+
+    def policy(self, spaces: Spaces) -> PPOPolicy:
+        return self.ppo.policy(spaces)
+
+    def forward(self, spaces: Spaces) -> Forward:
+        return self.ppo.forward(spaces)
+
+    def learner(self, spaces: Spaces, context: LearnerContext) -> FrozenLearner:
+        return FrozenLearner(self.ppo.learner(spaces, context).weights())
+
+
+class FrozenLearner(Idler):
+    """Keeps the weights that it begins with."""
+
+    def __init__(self, weights: Mapping[str, Array]) -> None:
+        self._weights = {name: np.array(array) for name, array in weights.items()}
+
+    def weights(self) -> dict[str, Array]:
+        return self._weights

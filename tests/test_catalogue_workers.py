@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import multiprocessing.util
 import os
 import random
 import re
@@ -15,6 +16,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -228,13 +230,19 @@ asyncio.run(main())
 """
 
 
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """With a path so short that sockets are made in it."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
 def test_f06_sigkill_of_the_parent(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, short_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No descendants after 2 s; the run says that it was killed, goes on from its checkpoint, and the leftovers are gone."""
     (tmp_path / "program.py").write_text(PROGRAM)
-    temporary, out = tmp_path / "tmp", tmp_path / "runs" / "one"
-    temporary.mkdir()
+    out, temporary = tmp_path / "runs" / "one", short_folder
     command = [sys.executable, str(tmp_path / "program.py"), str(out), str(HERE), str(HERE.parent)]
     blocks = set(Path("/dev/shm").glob("aiorl*")) if Path("/dev/shm").is_dir() else set()
     environ = {**os.environ, "TMPDIR": str(temporary)}
@@ -257,6 +265,8 @@ def test_f06_sigkill_of_the_parent(
 
     (out / ".config.toml.tmp").touch()  # as if it had been killed while writing it
     left = list(temporary.glob("pymp-*"))
+    assert left
+    multiprocessing.util.get_temp_dir()  # this process has its own elsewhere
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     monkeypatch.syspath_prepend(str(HERE))
     steps = json.loads(next(iter(sorted(out.glob("checkpoints/*/manifest.json"))[-1:])).read_text())["env_steps"]

@@ -6,6 +6,7 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from multiprocessing import connection
@@ -15,7 +16,8 @@ from typing import Any
 import aiomultiprocess.core
 import pytest
 
-from aiorl.workers.launch import Launcher, WorkerProcess
+import aiorl
+from aiorl.workers.launch import Launcher, WorkerProcess, remove_leftovers
 from aiorl.workers.memory import SharedBlock
 from aiorl.workers.program import prepare
 
@@ -102,3 +104,51 @@ def test_many_workers_from_one_fork_server_end_with_it() -> None:
     assert [wait(process) for process in processes] == [-signal.SIGTERM] * 8
     launcher.close()
     launcher.close()
+
+
+PROGRAM = """
+from pathlib import Path
+from multiprocessing import util
+from aiorl.workers.launch import Launcher
+launcher = Launcher()
+launcher.warm_up()
+print(util.get_temp_dir())
+launcher.close()
+"""
+
+
+def test_a_long_temporary_folder_is_no_hindrance(tmp_path: Path) -> None:
+    long = tmp_path / ("long" * 30)
+    long.mkdir()
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, env={**os.environ, "TMPDIR": str(long)}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.strip())
+    assert len(str(folder)) < 84
+    assert not folder.exists(), "left behind"
+
+
+def test_where_it_is_too_late_for_another_folder_the_error_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(tmp_path / ("long" * 30)))  # type: ignore[attr-defined]
+    with pytest.raises(aiorl.ConfigError, match=r"too long a path.*\n  set TMPDIR"):
+        Launcher().warm_up()
+
+
+def test_leftovers_of_the_dead_are_removed_and_nothing_of_the_living(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    folders = {name: tmp_path / f"pymp-{name}" for name in ("dead", "living", "used", "foreign")}
+    for folder in folders.values():
+        folder.mkdir()
+        (folder / "listener-abc").touch()
+    (folders["dead"] / f"aiorl-{gone.pid}-0.lock").touch()
+    (folders["living"] / f"aiorl-{os.getpid()}-0.lock").touch()  # made, and about to be locked
+    (folders["used"] / f"aiorl-{gone.pid}-0.lock").touch()
+    (folders["used"] / "something-else").touch()
+    remove_leftovers()
+    assert {name for name, folder in folders.items() if folder.exists()} == {"living", "used", "foreign"}

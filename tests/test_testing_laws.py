@@ -306,28 +306,29 @@ def ring_twice(patch: pytest.MonkeyPatch) -> None:
 
 def tear_a_row(patch: pytest.MonkeyPatch) -> None:
     """The second half of an observation is that of the row before."""
-    serve, due = Station.serve, nth(10)
+    answer, due = Station.answer, nth(10)
 
-    def planted(self: Station, credit: Record) -> Record:
-        reply = serve(self, credit)
+    async def planted(self: Station, credit: Record) -> Record:
+        reply = await answer(self, credit)
         if self._setup.groups and due():
             [leaf] = self._segments[credit.group, credit.slot].obs.values()
             leaf[2, 0, 2:] = leaf[1, 0, 2:]
         return reply
 
-    patch.setattr(Station, "serve", planted)
+    patch.setattr(Station, "answer", planted)
 
 
 def write_into_another_slot(patch: pytest.MonkeyPatch) -> None:
     """A worker overwrites a segment that the learner has not read yet."""
-    serve, due = Station.serve, nth(10)
+    answer, due = Station.answer, nth(10)
 
-    def planted(self: Station, credit: Record) -> Record:
+    async def planted(self: Station, credit: Record) -> Record:
         if self._setup.groups and due():
-            return serve(self, credit._replace(slot=(credit.slot + 1) % self._setup.slots))._replace(slot=credit.slot)
-        return serve(self, credit)
+            reply = await answer(self, credit._replace(slot=(credit.slot + 1) % self._setup.slots))
+            return reply._replace(slot=credit.slot)
+        return await answer(self, credit)
 
-    patch.setattr(Station, "serve", planted)
+    patch.setattr(Station, "answer", planted)
 
 
 def act_with_older_weights(patch: pytest.MonkeyPatch) -> None:

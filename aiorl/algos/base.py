@@ -8,9 +8,9 @@ workers, one instance for each group of environments, and should need nothing he
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -18,9 +18,12 @@ from aiorl.envs.spaces import Spaces
 from aiorl.seeding import ACT, ENV, EVAL_ACT, EVAL_ENV, LEARNER
 from aiorl.segments import Array, Column, Rollout
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = [
-    "ACT", "ENV", "EVAL_ACT", "EVAL_ENV", "LEARNER", "Algorithm", "Learner", "LearnerContext", "Policy", "StateTree",
-    "Weights",
+    "ACT", "ENV", "EVAL_ACT", "EVAL_ENV", "LEARNER", "Algorithm", "CentralAlgorithm", "Forward", "Learner",
+    "LearnerContext", "Policy", "SplitPolicy", "StateTree", "Weights",
 ]  # fmt: skip
 
 Weights = Mapping[str, Array]
@@ -138,4 +141,44 @@ class Algorithm(Protocol):
 
     def learner(self, spaces: Spaces, context: LearnerContext) -> Learner:
         """A new learning half (called on the learner thread)."""
+        ...
+
+
+# -- central inference -------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class SplitPolicy(Policy, Protocol):
+    """A policy whose network can be computed elsewhere: `act` is `choose` of what the network makes of `features`.
+
+    Everything else stays with it: normalisation, noise, the choice. `begin` should not copy weights, for they may be large.
+    """
+
+    def features(self, obs: Mapping[str, Array], first: Array) -> Array:
+        """What the network sees, float32 [N, F]; the arguments are those of `act`."""
+        ...
+
+    def choose(self, outputs: Array) -> tuple[Array, Mapping[str, Array]]:
+        """What `act` returns, given the network's outputs, float32 [N, K]."""
+        ...
+
+
+class Forward(NamedTuple):
+    """The network of an acting half, for many groups at once: `features` (F) and `outputs` (K) are its widths.
+
+    `apply(weights, x)` turns x, float32 [N, F], into float32 [N, K], each row for itself. All are tensors on one device,
+    the weights by name as `Learner.weights` gives them; it is called without gradients.
+    """
+
+    features: int
+    outputs: int
+    apply: Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
+
+
+@runtime_checkable
+class CentralAlgorithm(Protocol):
+    """What an `Algorithm` has besides if it can act with `inference = "central"`. Its policies are `SplitPolicy`."""
+
+    def forward(self, spaces: Spaces) -> Forward:
+        """Raises ConfigError if it cannot, for these settings."""
         ...

@@ -19,7 +19,7 @@ import numpy as np
 from msgspec import Meta
 
 from aiorl.acting import MLP, NoiseTape
-from aiorl.algos.base import LearnerContext, StateTree, Weights
+from aiorl.algos.base import Forward, LearnerContext, StateTree, Weights
 from aiorl.buffers.replay import Batch, Replay, gradient_steps_owed
 from aiorl.envs.spaces import Spaces
 from aiorl.errors import ConfigError, NonFiniteError
@@ -88,6 +88,13 @@ class DQN(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     def policy(self, spaces: Spaces) -> DQNPolicy:
         return DQNPolicy(self, spaces)
 
+    def forward(self, spaces: Spaces) -> Forward:
+        def apply(weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+            x = networks.apply_mlp(weights, "torso", self.activation, x, activate_last=True)
+            return networks.apply_mlp(weights, "advantage", self.activation, x)
+
+        return Forward(spaces.features, spaces.action.nvec[0], apply)
+
     def learner(self, spaces: Spaces, context: LearnerContext) -> DQNLearner:
         return DQNLearner(self, spaces, context)
 
@@ -119,7 +126,13 @@ class DQNPolicy:
         return np.where(explore, rng.integers(self._spaces.action.nvec[0], size=(steps, n)), -1)
 
     def act(self, obs: Mapping[str, Array], first: Array) -> tuple[Array, Mapping[str, Array]]:
-        greedy = self._head(self._torso(self._spaces.encode(obs))).argmax(1)
+        return self.choose(self._head(self._torso(self.features(obs, first))))
+
+    def features(self, obs: Mapping[str, Array], first: Array) -> Array:
+        return self._spaces.encode(obs)
+
+    def choose(self, outputs: Array) -> tuple[Array, Mapping[str, Array]]:
+        greedy = outputs.argmax(1)
         if not self._explore:
             return greedy, {}
         random = self._noise.next(len(greedy))

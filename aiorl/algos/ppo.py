@@ -26,7 +26,7 @@ import numpy as np
 from msgspec import Meta
 
 from aiorl.acting import MLP, Gaussian, NoiseTape, distribution
-from aiorl.algos.base import LearnerContext, StateTree, Weights
+from aiorl.algos.base import Forward, LearnerContext, StateTree, Weights
 from aiorl.envs.spaces import Spaces
 from aiorl.errors import ConfigError, NonFiniteError
 from aiorl.lazy import LazyModule
@@ -98,6 +98,12 @@ class PPO(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     def policy(self, spaces: Spaces) -> PPOPolicy:
         return PPOPolicy(self, spaces)
 
+    def forward(self, spaces: Spaces) -> Forward:
+        def apply(weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+            return networks.apply_mlp(weights, "actor", self.activation, x)
+
+        return Forward(spaces.features, distribution(spaces.action).size, apply)
+
     def learner(self, spaces: Spaces, context: LearnerContext) -> PPOLearner:
         return PPOLearner(self, spaces, context)
 
@@ -119,10 +125,13 @@ class PPOPolicy:
         self._noise.rewind(rng, steps)
 
     def act(self, obs: Mapping[str, Array], first: Array) -> tuple[Array, Mapping[str, Array]]:
+        return self.choose(self._actor(self.features(obs, first)))
+
+    def features(self, obs: Mapping[str, Array], first: Array) -> Array:
         x = self._spaces.encode(obs)
-        if self._config.normalise_obs:
-            x = normalise(x, self._weights["obs_mean"], self._weights["obs_scale"])
-        outputs = self._actor(x)
+        return normalise(x, self._weights["obs_mean"], self._weights["obs_scale"]) if self._config.normalise_obs else x
+
+    def choose(self, outputs: Array) -> tuple[Array, Mapping[str, Array]]:
         if not self._explore:
             return self._distribution.mode(outputs), {}
         actions, log_prob = self._distribution.sample(outputs, self._noise.next(len(outputs)))

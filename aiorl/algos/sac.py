@@ -18,7 +18,7 @@ import numpy as np
 from msgspec import Meta
 
 from aiorl.acting import LOG_STD_MAX, LOG_STD_MIN, MLP, NoiseTape
-from aiorl.algos.base import LearnerContext, StateTree, Weights
+from aiorl.algos.base import Forward, LearnerContext, StateTree, Weights
 from aiorl.algos.bounded import ActionRange, RandomStart, action_shift, check_bounded
 from aiorl.algos.practice import Practice, Results
 from aiorl.buffers.replay import Batch
@@ -84,6 +84,12 @@ class SAC(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     def policy(self, spaces: Spaces) -> SACPolicy:
         return SACPolicy(self, spaces)
 
+    def forward(self, spaces: Spaces) -> Forward:
+        def apply(weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+            return networks.apply_mlp(weights, "actor", self.activation, x)
+
+        return Forward(spaces.features, 2 * spaces.action.size, apply)
+
     def learner(self, spaces: Spaces, context: LearnerContext) -> SACLearner:
         return SACLearner(self, spaces, context)
 
@@ -111,7 +117,13 @@ class SACPolicy:
         return rng.random(shape, np.float32) * 2 - 1 if self._random else rng.standard_normal(shape, np.float32)
 
     def act(self, obs: Mapping[str, Array], first: Array) -> tuple[Array, Mapping[str, Array]]:
-        outputs, k = self._actor(self._spaces.encode(obs)), self._spaces.action.size
+        return self.choose(self._actor(self.features(obs, first)))
+
+    def features(self, obs: Mapping[str, Array], first: Array) -> Array:
+        return self._spaces.encode(obs)
+
+    def choose(self, outputs: Array) -> tuple[Array, Mapping[str, Array]]:
+        k = self._spaces.action.size
         mean, log_std = outputs[:, :k], outputs[:, k:]
         greedy = np.tanh(mean)
         if not self._explore:

@@ -17,7 +17,7 @@ import numpy as np
 from msgspec import Meta
 
 from aiorl.acting import MLP, NoiseTape
-from aiorl.algos.base import LearnerContext, StateTree, Weights
+from aiorl.algos.base import Forward, LearnerContext, StateTree, Weights
 from aiorl.algos.bounded import ActionRange, RandomStart, action_shift, check_bounded
 from aiorl.algos.practice import Practice, Results
 from aiorl.buffers.replay import Batch
@@ -82,6 +82,12 @@ class TD3(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     def policy(self, spaces: Spaces) -> TD3Policy:
         return TD3Policy(self, spaces)
 
+    def forward(self, spaces: Spaces) -> Forward:
+        def apply(weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+            return networks.apply_mlp(weights, "actor", self.activation, x)
+
+        return Forward(spaces.features, spaces.action.size, apply)
+
     def learner(self, spaces: Spaces, context: LearnerContext) -> TD3Learner:
         return TD3Learner(self, spaces, context)
 
@@ -111,7 +117,13 @@ class TD3Policy:
         return rng.standard_normal(shape, np.float32) * np.float32(self._config.noise)
 
     def act(self, obs: Mapping[str, Array], first: Array) -> tuple[Array, Mapping[str, Array]]:
-        greedy = np.tanh(self._actor(self._spaces.encode(obs)))
+        return self.choose(self._actor(self.features(obs, first)))
+
+    def features(self, obs: Mapping[str, Array], first: Array) -> Array:
+        return self._spaces.encode(obs)
+
+    def choose(self, outputs: Array) -> tuple[Array, Mapping[str, Array]]:
+        greedy = np.tanh(outputs)
         if not self._explore:
             return self._range.stored(greedy), {}
         noise = self._noise.next(len(greedy))

@@ -21,8 +21,8 @@ from aiorl.structs import read_toml
 GROUPS = {
     "what to train": ("algo", "total_steps", "seed", "env_kwargs", "out", "device", "torch_threads", "memory_gb"),
     "collecting": (
-        "envs", "group_size", "workers", "min_workers", "stepping", "steps_at_once", "segment_length", "native_vector",
-        "step_timeout_s", "start_timeout_s",
+        "envs", "group_size", "workers", "min_workers", "stepping", "steps_at_once", "inference", "inference_wait_ms",
+        "segment_length", "native_vector", "step_timeout_s", "start_timeout_s",
     ),
     "asynchrony": (
         "off_policy_degree", "degree_max", "error_target", "schedule", "warmup", "allow_uncorrected",
@@ -38,8 +38,8 @@ GROUPS = {
 """Where each field of Config appears in the help; fields not named here come last."""
 
 RESUMABLE = (
-    "total_steps", "workers", "min_workers", "stepping", "steps_at_once", "eval_every", "eval_episodes", "eval_busy",
-    "eval_suites", "eval_top", "stop_at", "checkpoint_every", "keep", "step_timeout_s", "start_timeout_s",
+    "total_steps", "workers", "min_workers", "stepping", "steps_at_once", "inference_wait_ms", "eval_every", "eval_episodes",
+    "eval_busy", "eval_suites", "eval_top", "stop_at", "checkpoint_every", "keep", "step_timeout_s", "start_timeout_s",
     "stall_timeout_s", "shutdown_timeout_s", "device", "torch_threads", "memory_gb",
     "on_nonfinite", "nonfinite_max", "on_nonfinite_env", "nonfinite_env_max", "debug",
 )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from aiorl.envs.aborts import Aborts
 from aiorl.envs.coroutines import AsFunctions
 from aiorl.envs.cursor import GroupCursor, advance
-from aiorl.envs.single import AsyncGroup, SingleGroup
+from aiorl.envs.single import Acting, AsyncGroup, OnStep, SingleGroup
 from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import EnvSpec
 from aiorl.envs.vector import VectorGroup
@@ -44,6 +44,10 @@ class Group(Protocol):
         Raises EnvError if an environment raises or breaks its contract, TrainingError if the policy does. The group is
         of no use after an error.
         """
+        ...
+
+    async def fill(self, policy: Acting, segment: Segment, steps: int, on_step: OnStep | None = None) -> None:
+        """As `collect`, for a policy whose `act` may have to wait."""
         ...
 
     def close(self) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from types import CoroutineType
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -20,6 +21,14 @@ from aiorl.segments import Array, Segment
 if TYPE_CHECKING:
     from aiorl.algos.base import Policy
     from aiorl.envs.spec import EnvSpec
+
+OnStep = Callable[[int], None]
+
+
+class Acting(Protocol):
+    """A policy that has begun a segment; its `act` may be a coroutine."""
+
+    def act(self, obs: Mapping[str, Array], first: Array) -> Any: ...
 
 
 class SingleGroup:
@@ -45,7 +54,11 @@ class SingleGroup:
         self, policy: Policy, segment: Segment, steps: int, on_step: Callable[[int], None] | None = None
     ) -> None:
         """Fill the first `steps` rows of `segment`; `on_step(t)` follows each. Raises EnvError, TrainingError."""
-        at_once(self._members.collect(policy, segment, steps, on_step))
+        at_once(self.fill(policy, segment, steps, on_step))
+
+    async def fill(self, policy: Acting, segment: Segment, steps: int, on_step: OnStep | None = None) -> None:
+        """As `collect`; waits only for `policy`."""
+        await self._members.collect(policy, segment, steps, on_step)
 
     def close(self) -> None:
         """Close the environments; may be called twice."""
@@ -72,10 +85,10 @@ class AsyncGroup:
             self._batch.add(make_async_env(self._spec), index)
         return await self._members.open(cursor, strict)
 
-    async def collect(
-        self, policy: Policy, segment: Segment, steps: int, on_step: Callable[[int], None] | None = None
-    ) -> None:
+    async def fill(self, policy: Acting, segment: Segment, steps: int, on_step: OnStep | None = None) -> None:
         await self._members.collect(policy, segment, steps, on_step)
+
+    collect = fill
 
     async def close(self) -> None:
         await self._batch.close()
@@ -140,10 +153,8 @@ class _Members:
             if self._obs[name][i].tobytes() != shown[i].tobytes():
                 raise _differs(env, f"{name} is another one at step {env.steps} of its episode {env.episode}")
 
-    async def collect(
-        self, policy: Policy, segment: Segment, steps: int, on_step: Callable[[int], None] | None
-    ) -> None:
-        """See `aiorl.envs.group.Group.collect`."""
+    async def collect(self, policy: Acting, segment: Segment, steps: int, on_step: OnStep | None) -> None:
+        """See `aiorl.envs.group.Group.fill`."""
         leaves, rewards, batch = {name: segment.obs[name] for name in self._obs}, segment.columns["reward"], self._batch
         choices, first, never = ChoiceWriter(segment), self._first, np.zeros(len(self._envs), bool)
         all_terminated, all_truncated = segment.columns["terminated"], segment.columns["truncated"]
@@ -153,7 +164,8 @@ class _Members:
         for name, leaf in leaves.items():
             leaf[0] = self._obs[name]
         for t in range(steps):
-            actions, extras = policy.act({name: leaf[t] for name, leaf in leaves.items()}, first)
+            chosen = policy.act({name: leaf[t] for name, leaf in leaves.items()}, first)
+            actions, extras = await chosen if isinstance(chosen, CoroutineType) else chosen
             taken = self._spaces.env_actions(choices.write(t, actions, extras))
             first, rows = never, [leaf[t + 1] for leaf in leaves.values()]
             ends = await batch.step_all(self._places, taken, rows, rewards[t])

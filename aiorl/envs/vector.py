@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from aiorl.envs.checked import Limit, within
+from aiorl.envs.checked import Limit, at_once, within
 from aiorl.envs.contract import (
     CRASHES,
     BrokenContract,
@@ -21,6 +22,7 @@ from aiorl.envs.contract import (
 )
 from aiorl.envs.cursor import GroupCursor
 from aiorl.envs.make import NEXT_STEP, SAME_STEP, autoreset_mode, make_vector
+from aiorl.envs.single import Acting, OnStep
 from aiorl.envs.spaces import Spaces
 from aiorl.envs.state import CannotCapture, StateCapture
 from aiorl.errors import EnvError, ReproductionError
@@ -231,6 +233,10 @@ class VectorGroup:
         self, policy: Policy, segment: Segment, steps: int, on_step: Callable[[int], None] | None = None
     ) -> None:
         """Fill the first `steps` rows of `segment`; `on_step(t)` follows each. Raises EnvError, TrainingError."""
+        at_once(self.fill(policy, segment, steps, on_step))
+
+    async def fill(self, policy: Acting, segment: Segment, steps: int, on_step: OnStep | None = None) -> None:
+        """As `collect`; waits only for `policy`."""
         assert self._vector is not None
         assert self._capture is not None
         leaves = {leaf.name: segment.obs[leaf.name] for leaf in self._spaces.observation}
@@ -243,7 +249,8 @@ class VectorGroup:
         for leaf, value in zip(leaves.values(), self._obs, strict=True):
             leaf[0] = value
         for t in range(steps):
-            actions, extras = policy.act({name: leaf[t] for name, leaf in leaves.items()}, first)
+            chosen = policy.act({name: leaf[t] for name, leaf in leaves.items()}, first)
+            actions, extras = await chosen if isinstance(chosen, CoroutineType) else chosen
             step = self._vector.step(choices.write(t, actions, extras))
             for leaf, value in zip(leaves.values(), step.obs, strict=True):
                 leaf[t + 1] = value

@@ -15,8 +15,9 @@ import msgspec
 import numpy as np
 
 from aiorl.algos import algorithm_class, algorithm_name
-from aiorl.algos.base import LearnerContext, StateTree, Weights
+from aiorl.algos.base import CentralAlgorithm, Forward, LearnerContext, StateTree, Weights
 from aiorl.envs.spaces import Spaces
+from aiorl.errors import ConfigError
 from aiorl.segments import Array, Column, Rollout, SegmentHeader
 from aiorl.structs import convert, without_none
 
@@ -118,6 +119,12 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def policy(self, spaces: Spaces) -> RecordedPolicy:
         return RecordedPolicy(self.algorithm.policy(spaces))
 
+    def forward(self, spaces: Spaces) -> Forward:
+        algorithm = self.algorithm
+        if not isinstance(algorithm, CentralAlgorithm):
+            raise ConfigError(f"{algorithm.name} has no `forward`\n  leave inference at \"worker\"")
+        return algorithm.forward(spaces)
+
     def learner(self, spaces: Spaces, context: LearnerContext) -> RecordedLearner:
         return RecordedLearner(self.algorithm.learner(spaces, context))
 
@@ -134,8 +141,17 @@ class RecordedPolicy:
         self._policy.begin({name: array for name, array in weights.items() if name != STAMP}, rollout, rng, steps)
 
     def act(self, obs: Mapping[str, Array], first: Array) -> tuple[Array, Mapping[str, Array]]:
-        actions, extras = self._policy.act(obs, first)
-        return actions, {**extras, ACTED_WITH: np.full(len(first), weights_crc(self._weights), np.int64)}
+        return self._marked(self._policy.act(obs, first))
+
+    def features(self, obs: Mapping[str, Array], first: Array) -> Array:
+        return self._policy.features(obs, first)
+
+    def choose(self, outputs: Array) -> tuple[Array, Mapping[str, Array]]:
+        return self._marked(self._policy.choose(outputs))
+
+    def _marked(self, chosen: tuple[Array, Mapping[str, Array]]) -> tuple[Array, Mapping[str, Array]]:
+        actions, extras = chosen
+        return actions, {**extras, ACTED_WITH: np.full(len(actions), weights_crc(self._weights), np.int64)}
 
 
 class RecordedLearner:

@@ -25,11 +25,12 @@ from aiorl.assembly import Backends
 from aiorl.offload import OffloadThread
 from aiorl.testing.faults import Doer, Fault, FaultPlan, InjectedFault
 from aiorl.testing.sim import THREAD_PREFIX, Sim
-from aiorl.workers.control import Control
+from aiorl.workers.control import Control, Stopped
 from aiorl.workers.control import Counter as Places
 from aiorl.workers.launch import Launcher, WorkerProcess
+from aiorl.workers.questions import Ask, Asking
 from aiorl.workers.records import READ_BYTES, RECORD_BYTES, Kind, Record, unpack
-from aiorl.workers.station import Station, StationSetup, Stopped
+from aiorl.workers.station import Station, StationSetup
 from aiorl.workers.supervision import BACK_OFF_S, RESTART_WINDOW_S, RESTARTS_MAX
 from aiorl.workers.worker import PipesOnTheirWay
 
@@ -221,8 +222,8 @@ class _Cut(BaseException):
 class _Station(Station):
     """A station that notices at every step what is to go wrong."""
 
-    def __init__(self, setup: StationSetup, world: World, worker: int) -> None:
-        super().__init__(setup)
+    def __init__(self, setup: StationSetup, world: World, worker: int, ask: Ask) -> None:
+        super().__init__(setup, ask=ask)
         self._world, self._worker, self.late_s = world, worker, 0.0
 
     def _beat(self, row: memoryview, step: int) -> None:
@@ -252,6 +253,7 @@ class SimProcess:
         self.number = setups[0].index if setups[0].groups else -1
         self._world, self._pipes = world, pipes
         self._fds: list[int] = []
+        self._asking = Asking(self._ring, threads=False)
         self._running = asyncio.Event()
         self._running.set()
 
@@ -333,7 +335,7 @@ class SimProcess:
         inbox: asyncio.Queue[Record | None] = asyncio.Queue()
         asyncio.get_running_loop().add_reader(self._credits_fd, self._receive, inbox)
         await self._take(world.draw_s(pace.start_s), control)
-        stations = [_Station(setup, world, self.number) for setup in self.setups]
+        stations = [_Station(setup, world, self.number, self._ask) for setup in self.setups]
         of = {group: station for station in stations for group in station.groups}
         for station in stations:
             station.open()
@@ -344,7 +346,7 @@ class SimProcess:
             station = of.get(credit.group, stations[0])
             await self._take(takes_s * share, control)
             try:
-                doorbell = station.serve(credit)
+                doorbell = await station.answer(credit)
             except _Cut as cut:
                 await self._suffer(cut.fault)
             except Stopped:
@@ -360,10 +362,17 @@ class SimProcess:
     def _receive(self, inbox: asyncio.Queue[Record | None]) -> None:
         data = os.read(self._credits_fd, READ_BYTES)
         for record in unpack(data):
-            inbox.put_nowait(record)
+            if record.kind is Kind.ANSWER:
+                self._asking.answered(record)
+            else:
+                inbox.put_nowait(record)
         if len(data) < RECORD_BYTES:
             asyncio.get_running_loop().remove_reader(self._credits_fd)
             inbox.put_nowait(None)
+
+    async def _ask(self, question: Record) -> None:
+        await self._asking.ask(question)
+        await self._running.wait()
 
     def _ring(self, record: Record) -> None:
         os.write(self._doorbell_fd, record.pack())

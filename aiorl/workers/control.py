@@ -35,6 +35,10 @@ def control_bytes(groups: int) -> int:
     return (1 + groups) * WORDS * 8 + ERROR_BYTES
 
 
+class Stopped(Exception):
+    """The station may not fill slots any more; raised between two environment steps."""
+
+
 class Control:
     """The control block of a station with `groups` (index -> its global env indices). `table` [1 + groups, WORDS] int64 has
     the rows, the station's own first."""

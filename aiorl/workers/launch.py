@@ -7,7 +7,7 @@ Why a fork server, and why our own: one that has NumPy and gymnasium loaded star
 second, and its memory is shared. Python's global one belongs to the host, which may have set it up otherwise; ours ends with
 the run.
 
-This module leans on four things that Python and aiomultiprocess do not document; tests/test_launch.py holds them.
+This module leans on five things that Python and aiomultiprocess do not document; tests/test_launch.py holds them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import context as mp_context  # pyright: ignore[reportAttributeAccessIssue]
 from multiprocessing import forkserver, popen_forkserver, reduction, resource_tracker, spawn, util
+from multiprocessing import process as mp_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,14 @@ from typing import Any
 import aiomultiprocess
 from aiomultiprocess.types import Unit
 
+from aiorl.errors import ConfigError
 from aiorl.filelock import FileLock, Held, state_of
 
 MARK = "aiorl-{}.lock"
 """In the folder with the fork server's socket: held while a launcher lives, so that a folder left by a kill can be told."""
+
+SHORT_DIR = "/tmp"
+SOCKET_FOLDER_BYTES = 84  # 104 is the least that a system allows for the path, with "/listener-12345678" and a zero
 
 _numbers = itertools.count()
 
@@ -69,6 +74,7 @@ class Launcher:
         """Start the fork server, so that it loads its modules while other things are being prepared."""
         if self._method == "forkserver":
             remove_leftovers()
+            _see_to_short_paths()
             with _deaf_to_ctrl_c():
                 self._server.ensure_running()
             with contextlib.suppress(OSError, Held):
@@ -94,12 +100,46 @@ def _deaf_to_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _see_to_short_paths() -> None:
+    """The fork server's socket lies in multiprocessing's temporary folder, and a socket's path must be short. Where TMPDIR
+    is long that folder is made in SHORT_DIR, as Python does from 3.14 on. Raises ConfigError if it was made before."""
+    config = mp_process.current_process()._config  # type: ignore[attr-defined]
+    folder = config.get("tempdir")
+    if len(os.fsencode(folder or f"{tempfile.gettempdir()}/pymp-12345678")) <= SOCKET_FOLDER_BYTES:
+        return
+    if folder is not None or not os.access(SHORT_DIR, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"the temporary folder {folder or tempfile.gettempdir()} has too long a path for the socket of the workers\n"
+            "  set TMPDIR to a folder with a path of at most 70 characters"
+        )
+    config["tempdir"] = folder = tempfile.mkdtemp(prefix="pymp-", dir=SHORT_DIR)
+    # As multiprocessing does with its own: after everything else at exit.
+    util.Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-100)
+
+
 def remove_leftovers() -> None:
     """Delete the folders of sockets that runs left behind whose process was killed before it could."""
-    for mark in Path(tempfile.gettempdir()).glob("pymp-*/" + MARK.format("*")):
+    folders = {Path(tempfile.gettempdir()), Path(SHORT_DIR)}
+    for mark in itertools.chain(*(folder.glob("pymp-*/" + MARK.format("*")) for folder in folders)):
         others = {path.name.partition("-")[0] for path in _listing(mark.parent) if path != mark}
-        if others <= {"listener", "aiorl"} and all(state_of(m) == "left" for m in mark.parent.glob(MARK.format("*"))):
+        if others <= {"listener", "aiorl"} and all(map(_is_left, mark.parent.glob(MARK.format("*")))):
             shutil.rmtree(mark.parent, ignore_errors=True)
+
+
+def _is_left(mark: Path) -> bool:
+    """Its process is gone. The lock alone does not tell: a living process makes the file a moment before it locks it."""
+    pid = mark.name.split("-")[1]
+    return state_of(mark) == "left" and pid.isdigit() and not _lives(int(pid))
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # of somebody else
+    return True
 
 
 def _listing(folder: Path) -> list[Path]:

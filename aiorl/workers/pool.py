@@ -22,8 +22,9 @@ from aiorl.segments import Array, Segment
 from aiorl.workers.control import Control, Counter, Phase, where
 from aiorl.workers.launch import Launcher
 from aiorl.workers.memory import SharedBlock
+from aiorl.workers.questions import Question, Questions
 from aiorl.workers.records import Kind, Record
-from aiorl.workers.station import Station, StationSetup, evaluation_results, segments_of
+from aiorl.workers.station import Station, StationSetup, evaluation_results, mailboxes_of, segments_of
 from aiorl.workers.supervision import GivenUp, Keeper, Means, Restart, Where, WorkerView, after_restarts
 
 
@@ -41,6 +42,10 @@ Tell = Callable[[Restart | GivenUp], None]
 
 def unheard(_: Restart | GivenUp) -> None:
     """For a caller of `watch` who does not mind."""
+
+
+Compute = Callable[[Sequence[Question]], Sequence[Array]]
+"""The outputs [N, K] of each question's network. Called on one thread."""
 
 
 class Workers(Protocol):
@@ -111,27 +116,25 @@ def plan_stations(
     training: list[StationSetup] = []
     for index in range(count):
         mine = [g for g in range(groups) if worker_of(g, groups, count) == index]
-        block = SharedBlock(StationSetup.block_bytes(len(mine), common.slots, common.segment, 0))
-        training.append(
-            replace(
-                common,
-                index=index,
-                block=block,
-                groups={g: range(g * group_size, (g + 1) * group_size) for g in mine},
-                cursors={g: cursors.get(g) for g in mine},
-                eval_width=0,
-            )
+        setup = replace(
+            common,
+            index=index,
+            groups={g: range(g * group_size, (g + 1) * group_size) for g in mine},
+            cursors={g: cursors.get(g) for g in mine},
+            eval_width=0,
         )
+        training.append(replace(setup, block=SharedBlock(setup.block_bytes)))
         for segment in segments_of(training[-1]).values():
             lay_guards(segment)
-    width = max(1, common.eval_width)
-    block = SharedBlock(StationSetup.block_bytes(0, common.slots, common.segment, width))
-    evaluation = replace(common, index=count, block=block, groups={}, cursors={}, eval_width=width)
-    return StationPlan(training, evaluation)
+    evaluation = replace(common, index=count, groups={}, cursors={}, eval_width=max(1, common.eval_width))
+    return StationPlan(training, replace(evaluation, block=SharedBlock(evaluation.block_bytes)))
 
 
 class ProcessWorkers:
-    """The backend that runs each station in a process of its own."""
+    """The backend that runs each station in a process of its own.
+
+    With central inference `questions` gets what they ask; `answer` it.
+    """
 
     def __init__(
         self,
@@ -156,6 +159,8 @@ class ProcessWorkers:
         self._keepers = [Keeper(setup, means, self._on_record) for setup in (*plan.training, plan.evaluation)]
         self._by_group = {group: keeper for keeper in self._keepers for group in keeper.groups}
         self._watching: list[asyncio.Task[None]] = []
+        self.questions = Questions()
+        self._mailboxes = {g: mailbox for setup in plan.training for g, mailbox in mailboxes_of(setup).items()}
 
     async def start(self) -> None:
         try:
@@ -173,7 +178,14 @@ class ProcessWorkers:
 
     def collect(self, grant: Grant, buffer: int) -> None:
         credit = Record(Kind.COLLECT, grant.group, grant.slot, buffer, grant.ordinal, grant.version)
+        self.questions.granted(grant.group)
         self._by_group[grant.group].send(credit)
+
+    def answer(self, question: Question, outputs: Array) -> None:
+        """Tell a group its network's outputs [N, K]."""
+        record = question.record
+        self._mailboxes[record.group].outputs[...] = outputs
+        self._by_group[record.group].answer(record._replace(kind=Kind.ANSWER))
 
     def segment(self, group: int, slot: int) -> Segment:
         return self._by_group[group].segments[group, slot]
@@ -214,7 +226,10 @@ class ProcessWorkers:
         tell(GivenUp(keeper.name, fault.reason, heir.name, len(left)))
 
     def _on_record(self, record: Record) -> None:
-        if record.kind is Kind.COLLECTED:
+        if record.kind is Kind.ASK:
+            self.questions.put(record, self._mailboxes[record.group].features)
+        elif record.kind is Kind.COLLECTED:
+            self.questions.filled(record.group)
             self.arrivals.put_nowait(Arrival(record.group, record.slot, record.buffer, record.value))
         elif not (done := self._evaluated.popleft()).done():  # else its caller has given up
             done.set_result(None)
@@ -233,6 +248,7 @@ class ProcessWorkers:
         await thread.aclose(1.0)
         for keeper in self._keepers:
             keeper.release_memory()
+        self._mailboxes.clear()
         for setup in (*self._plan.training, self._plan.evaluation):
             setup.block.close()
 
@@ -248,14 +264,18 @@ class ProcessWorkers:
 class InlineWorkers:
     """The backend of `workers = 0`: the same stations in this process, one segment after the other on one thread.
 
-    Environments that are coroutines wait on an event loop of that thread.
+    Environments that are coroutines wait on an event loop of that thread. With central inference `compute` answers there.
     """
 
-    def __init__(self, plan: StationPlan, thread: Callable[[str], OffloadThread] = OffloadThread) -> None:
+    def __init__(
+        self, plan: StationPlan, thread: Callable[[str], OffloadThread] = OffloadThread, compute: Compute | None = None
+    ) -> None:
         self._plan = plan
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop) if plan.training[0].env.coroutines else None
         self._waiting: asyncio.Task[Any] | None = None
-        self._station = Station(plan.training[0], drive=at_once if self._runner is None else self._wait)
+        self._mailboxes, self._compute = mailboxes_of(plan.training[0]), compute
+        ask = self._ask if compute is not None else None
+        self._station = Station(plan.training[0], drive=at_once if self._runner is None else self._wait, ask=ask)
         self._eval_station = Station(plan.evaluation)
         slots = len(plan.training[0].groups) * plan.training[0].slots
         self.arrivals: Channel[Arrival] = Channel(slots)
@@ -263,6 +283,12 @@ class InlineWorkers:
         self._thread: OffloadThread | None = thread("aiorl-collect")
         self._failure: asyncio.Future[WorkerError] = asyncio.get_running_loop().create_future()
         self._evaluating = asyncio.Lock()
+
+    async def _ask(self, record: Record) -> None:
+        """On the thread: answer a question at once."""
+        assert self._compute is not None
+        mailbox = self._mailboxes[record.group]
+        (mailbox.outputs[...],) = self._compute([Question(record, mailbox.features, 0.0)])
 
     def _wait(self, work: Coroutine[Any, Any, Any]) -> Any:
         """On the thread: the result of a coroutine that may have to wait."""
@@ -336,6 +362,7 @@ class InlineWorkers:
                 await thread.run(_close_all, (self._station, self._eval_station), self._runner)
         await thread.aclose(0.2)
         self._segments.clear()
+        self._mailboxes.clear()
         del self._station, self._eval_station
         for setup in (*self._plan.training, self._plan.evaluation):
             setup.block.close()

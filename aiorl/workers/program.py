@@ -1,7 +1,8 @@
 """What a worker process does: serve credits until told to stop. `Station` does the work; here its groups get their turn.
 
-One after the other, or side by side: then each group has a lane of its own, a thread or, where environments are coroutines,
-a task. What a group collects does not depend on it, and a doorbell rings as soon as its credit is done.
+One after the other, or side by side: then each group has a lane of its own, a thread, or a task where environments are
+coroutines or ask for central inference. What a group collects does not depend on it, and a doorbell rings as soon as its
+credit is done.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from typing import Any, NamedTuple
 
 from aiorl.envs.checked import at_once
 from aiorl.offload import BACKGROUND_NICENESS, OffloadThread
-from aiorl.workers.control import Control
+from aiorl.workers.control import Control, Stopped
+from aiorl.workers.questions import Asking
 from aiorl.workers.records import READ_BYTES, RECORD_BYTES, Kind, Record, unpack
-from aiorl.workers.station import Station, StationSetup, Stopped
+from aiorl.workers.station import Station, StationSetup
 
 CLOSE_WITHIN_S = 0.3  # lanes that are not closed by then are left in the middle of what they do
 
@@ -70,7 +72,10 @@ async def main(setups: Sequence[StationSetup], pipes: Pipes) -> None:
     def receive() -> None:
         data = os.read(credits_fd, READ_BYTES)
         for record in unpack(data):
-            inbox.put_nowait(record if record.kind is not Kind.STOP else None)
+            if record.kind is Kind.ANSWER:
+                asking.answered(record)
+            else:
+                inbox.put_nowait(record if record.kind is not Kind.STOP else None)
         if len(data) < RECORD_BYTES:
             loop.remove_reader(credits_fd)
             inbox.put_nowait(None)  # no more credits will come, as after STOP
@@ -78,23 +83,21 @@ async def main(setups: Sequence[StationSetup], pipes: Pipes) -> None:
     def ring(record: Record) -> None:
         os.write(doorbell_fd, record.pack())
 
+    asking = Asking(ring, threads=setups[0].stepping == "threads")
     loop.add_reader(credits_fd, receive)
     try:
         places = _places(setups[0])
-        stations = [Station(setup, places, tell=_into_log) for setup in setups]
-        await (_serve_side_by_side if _has_lanes(setups[0]) else _serve_in_turn)(stations, inbox, ring)
+        stations = [Station(setup, places, tell=_into_log, ask=asking.ask) for setup in setups]
+        if setups[0].has_lanes:
+            await _serve_side_by_side(stations, inbox, ring, asking)
+        else:
+            await _serve_in_turn(stations, inbox, ring)
     except BrokenPipeError:
         pass  # the training process has gone on without this worker
     except BaseException as error:
         Control(setups[0].block, setups[0].groups).put_error(error)  # unless a station has said it better
         ring(Record(Kind.FAILED))
         raise SystemExit(1) from error
-
-
-def _has_lanes(setup: StationSetup) -> bool:
-    if not setup.groups:
-        return False
-    return setup.stepping == "threads" or (setup.stepping == "auto" and setup.env.coroutines)
 
 
 def _places(setup: StationSetup) -> threading.Semaphore | asyncio.Semaphore | None:
@@ -151,10 +154,10 @@ def _task_lane(station: Station, group: int) -> Lane:
     return Lane(station, lambda: station.open_group(group), station.collect, lambda: station.close_group(group))
 
 
-async def _serve_side_by_side(stations: Sequence[Station], inbox: Inbox, ring: Ring) -> None:
+async def _serve_side_by_side(stations: Sequence[Station], inbox: Inbox, ring: Ring, asking: Asking) -> None:
     lanes: dict[int, Lane] = {}
     for station in stations:
-        make = _task_lane if station.waits else _thread_lane
+        make = _thread_lane if station.threads else _task_lane
         lanes |= {group: make(station, group) for group in station.groups}
     await asyncio.gather(*(lane.open() for lane in lanes.values()))
     _tell_ready(stations, ring)
@@ -164,6 +167,7 @@ async def _serve_side_by_side(stations: Sequence[Station], inbox: Inbox, ring: R
             tasks = [group.create_task(_serve_lane(lane, queues[index], ring)) for index, lane in lanes.items()]
             while (credit := await inbox.get()) is not None:
                 queues[credit.group].put_nowait(credit)
+            asking.close()
             for task in tasks:
                 task.cancel()
     except BaseExceptionGroup as failures:

@@ -21,10 +21,12 @@ class Kind(IntEnum):
     COLLECT = 1
     EVALUATE = 2
     STOP = 3
+    ANSWER = 4
     READY = 11
     COLLECTED = 12
     EVALUATED = 13
     FAILED = 14
+    ASK = 15
 
 
 class Record(NamedTuple):
@@ -33,6 +35,7 @@ class Record(NamedTuple):
     `group` and `slot` say where in memory, `buffer` which weights, `ordinal` is the group's segment number, `value` the
     weights' version in a credit and the valid transitions in a doorbell. Of an evaluation `group` is the number of the
     suite, `value` that of the episodes, and `ordinal` is 1 if they have fresh seeds.
+    ASK and ANSWER: see `workers.questions`.
     """
 
     kind: Kind

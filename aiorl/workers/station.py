@@ -11,11 +11,11 @@ import functools
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
-from aiorl.algos.base import Algorithm, Policy
+from aiorl.algos.base import Algorithm, Policy, SplitPolicy
 from aiorl.envs.aborts import Aborts, untold
 from aiorl.envs.checked import at_once
 from aiorl.envs.cursor import GroupCursor
@@ -25,9 +25,10 @@ from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import EnvSpec
 from aiorl.seals import seal
 from aiorl.seeding import ACT
-from aiorl.segments import Array, Segment, SegmentHeader, SegmentLayout
-from aiorl.workers.control import Control, Counter, Phase, control_bytes
+from aiorl.segments import ALIGN, Array, Segment, SegmentHeader, SegmentLayout
+from aiorl.workers.control import Control, Counter, Phase, Stopped, control_bytes
 from aiorl.workers.memory import SharedBlock
+from aiorl.workers.questions import Ask, AskingPolicy, Mailbox, MailboxLayout, question
 from aiorl.workers.records import Kind, Record
 from aiorl.workers.weights import WeightLayout
 
@@ -62,14 +63,29 @@ class StationSetup:
     stepping: Stepping = "auto"
     steps_at_once: int | None = None
     life: int = 0
+    mailbox: MailboxLayout | None = None  # with central inference
 
-    def segment_offset(self, group: int, slot: int) -> int:
-        position = list(self.groups).index(group) * self.slots + slot
-        return control_bytes(len(self.groups)) + position * self.segment.nbytes
+    @property
+    def has_lanes(self) -> bool:
+        """Whether its groups collect side by side: then one can wait while others go on."""
+        waits = self.stepping == "auto" and self.env.coroutines
+        return bool(self.groups) and (self.stepping == "threads" or waits or self.mailbox is not None)
 
-    @staticmethod
-    def block_bytes(groups: int, slots: int, segment: SegmentLayout, eval_width: int) -> int:
-        return control_bytes(groups) + groups * slots * segment.nbytes + (EVAL_BYTES if eval_width else 0)
+    @property
+    def takes_turns(self) -> bool:
+        """Its groups are at work at the same time, but one at a time steps: one that stands still may wait for another."""
+        return self.mailbox is not None and self.stepping != "threads" and not self.env.coroutines
+
+    @property
+    def mailboxes_offset(self) -> int:
+        end = control_bytes(len(self.groups)) + len(self.groups) * self.slots * self.segment.nbytes
+        return -(-end // ALIGN) * ALIGN
+
+    @property
+    def block_bytes(self) -> int:
+        """What its shared block has to hold."""
+        mailboxes = len(self.groups) * self.mailbox.nbytes if self.mailbox is not None else 0
+        return self.mailboxes_offset + mailboxes + (EVAL_BYTES if self.eval_width else 0)
 
 
 def segments_of(setup: StationSetup) -> dict[tuple[int, int], Segment]:
@@ -82,16 +98,20 @@ def segments_of(setup: StationSetup) -> dict[tuple[int, int], Segment]:
     }
 
 
+def mailboxes_of(setup: StationSetup) -> dict[int, Mailbox]:
+    """Views on the mailboxes of a station's block, by group; none without central inference."""
+    layout, begin = setup.mailbox, setup.mailboxes_offset
+    if layout is None:
+        return {}
+    return {g: layout.view(setup.block.buffer, begin + place * layout.nbytes) for place, g in enumerate(setup.groups)}
+
+
 def evaluation_results(setup: StationSetup) -> tuple[Array, Array]:
     """(returns float64, lengths int64), each [EVAL_EPISODES_MAX], at the end of an evaluating station's block."""
-    offset = StationSetup.block_bytes(len(setup.groups), setup.slots, setup.segment, 0)
+    offset = setup.block_bytes - EVAL_BYTES
     returns = np.frombuffer(setup.block.buffer, np.float64, EVAL_EPISODES_MAX, offset)
     lengths = np.frombuffer(setup.block.buffer, np.int64, EVAL_EPISODES_MAX, offset + EVAL_EPISODES_MAX * 8)
     return returns, lengths
-
-
-class Stopped(Exception):
-    """The station may not fill slots any more; raised between two environment steps."""
 
 
 class Turn:
@@ -126,7 +146,8 @@ class Station:
     """See the module. What has to do with one group alone may run beside the same for other groups.
 
     `places` caps the environment steps under way (a semaphore, see `Turn`). `drive` is how `open`, `serve` and `close` get
-    a coroutine done: those of environments that wait need an event loop. `tell` gets a line for each episode given up.
+    a coroutine done: those of environments that wait need an event loop. `tell` gets a line for each episode given up, `ask`
+    the questions of central inference.
     """
 
     def __init__(
@@ -135,12 +156,13 @@ class Station:
         places: Any = None,
         drive: Callable[[Coroutine[Any, Any, Any]], Any] = at_once,
         tell: Callable[[str], None] = untold,
+        ask: Ask | None = None,
     ) -> None:
-        self._setup, self._places, self._drive, self._tell = setup, places, drive, tell
+        self._setup, self._places, self._drive, self._tell, self._ask = setup, places, drive, tell, ask
         self.control = Control(setup.block, setup.groups)
         self._row = self.control.row()
         self._rows = {group: self.control.row(group) for group in setup.groups}
-        self._segments = segments_of(setup)
+        self._segments, self._mailboxes = segments_of(setup), mailboxes_of(setup)
         self._groups: dict[int, Any] = {}  # Group, or AsyncGroup where environments are coroutines
         self._policies: dict[int, Policy] = {g: setup.algorithm.policy(setup.spaces) for g in setup.groups}
         self._weights: dict[int, dict[str, Array]] = {}
@@ -164,6 +186,11 @@ class Station:
     @property
     def groups(self) -> Mapping[int, range]:
         return self._setup.groups
+
+    @property
+    def threads(self) -> bool:
+        """Its groups have threads of their own."""
+        return self._setup.stepping == "threads"
 
     @property
     def waits(self) -> bool:
@@ -211,14 +238,12 @@ class Station:
     async def collect(self, credit: Record) -> Record:
         """Fill a slot."""
         with self._filling(credit) as (policy, segment, on_step):
-            work = self._groups[credit.group].collect(policy, segment, segment.steps, on_step)
-            if self.waits:
-                await work
+            await self._groups[credit.group].fill(policy, segment, segment.steps, on_step)
         return credit._replace(kind=Kind.COLLECTED, value=segment.env_steps)
 
     @contextlib.contextmanager
-    def _filling(self, credit: Record) -> Iterator[tuple[Policy, Segment, Callable[[int], None]]]:
-        """What `Group.collect` needs, with all that is to be done before and after it."""
+    def _filling(self, credit: Record) -> Iterator[tuple[Policy | AskingPolicy, Segment, Callable[[int], None]]]:
+        """What `Group.fill` needs, with all that is to be done before and after it."""
         setup, row = self._setup, self._rows[credit.group]
         self._go_on()
         row[Counter.STEP], row[Counter.ORDINAL] = 0, credit.ordinal
@@ -227,11 +252,17 @@ class Station:
         key = np.random.SeedSequence(setup.seed, spawn_key=(ACT, credit.ordinal, credit.group))
         started_s = time.monotonic()
         policy.begin(self._view(credit.buffer), credit.ordinal, np.random.default_rng(key), segment.steps)
-        yield policy, segment, functools.partial(self._beat, row)
+        yield self._asking(policy, credit), segment, functools.partial(self._beat, row)
         segment.header[SegmentHeader.STARTED_S] = started_s
         segment.header[SegmentHeader.ENDED_S] = time.monotonic()
         seal(segment, setup.index, credit.group, credit.ordinal)
         row[Counter.PHASE] = Phase.IDLE
+
+    def _asking(self, policy: Policy, credit: Record) -> Policy | AskingPolicy:
+        """With central inference one that asks for its outputs."""
+        if self._ask is None or (mailbox := self._mailboxes.get(credit.group)) is None:
+            return policy
+        return AskingPolicy(cast(SplitPolicy, policy), mailbox, self._ask, question(credit, self._setup.life))
 
     async def _evaluate(self, credit: Record) -> Record:
         setup = self._setup
@@ -242,7 +273,10 @@ class Station:
         episodes, fresh = credit.value, credit.ordinal > 0
         on_step = functools.partial(self._beat, self._row)
         width = min(setup.eval_width, episodes)
-        found = run_episodes(env, setup.spaces, policy, episodes, setup.seed, width, fresh=fresh, on_step=on_step)
+        threads = setup.stepping == "threads"
+        found = run_episodes(
+            env, setup.spaces, policy, episodes, setup.seed, width, fresh=fresh, threads=threads, on_step=on_step
+        )
         returns, lengths = evaluation_results(setup)
         returns[:episodes], lengths[:episodes] = found
         self._row[Counter.PHASE] = Phase.IDLE

@@ -144,6 +144,7 @@ class Keeper:
         self._budget, self._patience = Budget(), Patience()
         self._outstanding: dict[tuple[int, ...], list[Record]] = {}  # credits not answered, oldest first
         self._delivered: dict[tuple[int, int], int] = {}  # ordinal of the segment that lies in (group, slot)
+        self._asking: set[tuple[int, int]] = set()  # (group, process) that are owed an answer: they do not hang
         self._serving = False
         self._looking: asyncio.Timeout | None = None
         self._heritage: list[str] = []  # whose groups it has taken over
@@ -197,7 +198,17 @@ class Keeper:
         if self._serving:
             self._worker.send(credit)
 
+    def answer(self, record: Record) -> None:
+        """Answer a question, if the process that asked is still there."""
+        self._asking.discard((record.group, record.slot))
+        if self._serving:
+            self._worker.send(record)
+
     def _receive(self, doorbell: Record) -> None:
+        if doorbell.kind is Kind.ASK:
+            self._asking.add((doorbell.group, doorbell.slot))
+            self._on_record(doorbell)
+            return
         key = _key(doorbell)
         credits = self._outstanding[key]
         del credits[0]
@@ -234,6 +245,7 @@ class Keeper:
             self._serving = False
             while True:
                 await self._worker.end()
+                self._asking.clear()
                 wait_s = 0.0 if self._lacks_stations else self._budget.draw(_now_s())
                 if wait_s is None:
                     return fault
@@ -266,9 +278,10 @@ class Keeper:
         too long."""
         worker, limit_s = self._worker, self._means.step_timeout_s
         worker.take_in()  # it may have answered while the loop was late
-        still_s, group = self._patience.look(
-            _now_s(), 2 * limit_s / LOOKS, worker.beats, worker.stepping, bool(self._outstanding)
-        )
+        asking = {group for group, _ in self._asking}
+        stepping = {place: group for place, group in worker.stepping.items() if group not in asking}
+        owing = bool(self._outstanding) and not asking
+        still_s, group = self._patience.look(_now_s(), 2 * limit_s / LOOKS, worker.beats, stepping, owing)
         if still_s <= limit_s:
             return None
         reason = f"has not finished a step for {still_s:.1f} s {worker.where(group)}"

@@ -125,13 +125,13 @@ class Worker:
 
     @property
     def stepping(self) -> dict[int, int]:
-        """The groups that are at work, and not waiting for their turn: place in `beats` -> group."""
+        """The groups that are at work, and cannot be waiting for their turn: place in `beats` -> group."""
         found: dict[int, int] = {}
         begin = 0
         for setup, control in zip(self.setups, self._controls, strict=True):
             for place, group in enumerate(setup.groups, start=begin + 1):
                 waits = setup.steps_at_once is not None and not control.of(Counter.STEPPING, group)
-                if control.of(Counter.PHASE, group) == Phase.COLLECTING and not waits:
+                if control.of(Counter.PHASE, group) == Phase.COLLECTING and not waits and not setup.takes_turns:
                     found[place] = group
             begin += 1 + len(setup.groups)
         return found
