@@ -4,19 +4,21 @@
 
 Episodes of 38 steps. `latency`: a step sleeps lognormal(mean 10 ms, sigma 1), so one environment makes 2.6 episodes a second
 and a perfect machine N times that. `cpu`: a step computes for about a millisecond, so the cores are the limit. PPO learns
-all the while (schedule eager, off_policy_degree 2, group_size 1). `baselines`: one environment after the other
+all the while (schedule eager, off_policy_degree 4, group_size 1). `baselines`: one environment after the other
 (workers = 0), and all of them waiting for the slowest at every step (segment_length 1, off_policy_degree 0). `coroutines`:
 1,000 `async def` environments of 200 ms in 2 workers.
 
-The model. With L the mean step, c the CPU time that an env step costs in all processes together and w what a step takes
-beyond L in its worker, N workers on C cores make  min(N / (L + w), C / c)  env steps a second. w and c are measured with the
-smallest number of workers; start-up time and memory are lines through the smallest two. The table compares.
+The model. With L the mean step, w what a step takes beyond L in its worker, f the cores that a run uses whatever it
+collects and c the CPU time of an env step in all processes together, N workers on C cores make
+min(N / (L + w), (C - f) / c)  env steps a second. The smallest number of workers gives w, the smallest two f, c and the
+line of the start-up time. The table compares.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import sys
 import tempfile
 import time
 from typing import Any, NamedTuple, cast
@@ -64,7 +66,7 @@ def config(kind: str, workers: int, out: str, **changes: Any) -> aiorl.Config:
     }[kind]
     settings: dict[str, Any] = {
         "envs": max(1, workers), "group_size": 1, "workers": workers, "segment_length": EPISODE, "schedule": "eager",
-        "off_policy_degree": 2, "eval_every": 0, "checkpoint_every": 0, "total_steps": 10**12, "out": f"{out}/run",
+        "off_policy_degree": 4, "eval_every": 0, "checkpoint_every": 0, "total_steps": 10**12, "out": f"{out}/run",
     }  # fmt: skip
     return aiorl.Config(env=env, env_kwargs=kwargs, algo=aiorl.PPO(), **{**settings, **changes})
 
@@ -106,26 +108,34 @@ async def _idle_share(run: aiorl.Run, pool: ProcessWorkers) -> float:
 
 
 class Model(NamedTuple):
-    """Costs on one machine, by which another one can be planned; see the top of this file."""
+    """Costs on one machine, by which another one can be planned; see the top of this file. Lines are (at 0, for each more)."""
 
     step_s: float
     beyond_s: float
-    cpu_us: float
-    start_s: tuple[float, float]  # at 0 workers, for each more
+    cores_used: tuple[float, float]
+    start_s: tuple[float, float]
 
     @classmethod
     def of(cls, small: Measured, larger: Measured, step_s: float) -> Model:
-        each = (larger.start_s - small.start_s) / (larger.workers - small.workers)
+        used = [m.cpu_us_per_step * m.env_steps_per_s / 1e6 for m in (small, larger)]
         return cls(
-            step_s, small.envs / small.env_steps_per_s - step_s, small.cpu_us_per_step,
-            (small.start_s - each * small.workers, each),
-        )  # fmt: skip
+            step_s,
+            small.envs / small.env_steps_per_s - step_s,
+            _line((small.env_steps_per_s, used[0]), (larger.env_steps_per_s, used[1])),
+            _line((small.workers, small.start_s), (larger.workers, larger.start_s)),
+        )
 
     def env_steps_per_s(self, envs: int, cores: int) -> float:
-        return min(envs / (self.step_s + self.beyond_s), cores * 1e6 / self.cpu_us)
+        fixed, each = self.cores_used
+        return min(envs / (self.step_s + self.beyond_s), (cores - fixed) / max(each, 1e-9))
 
     def seconds_to_start(self, workers: int) -> float:
         return self.start_s[0] + self.start_s[1] * workers
+
+
+def _line(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
+    slope = (b[1] - a[1]) / (b[0] - a[0])
+    return a[1] - slope * a[0], slope
 
 
 def report(kind: str, found: list[Measured], step_s: float) -> dict[str, Any]:
@@ -174,6 +184,7 @@ async def main() -> None:
     options = parser.parse_args()
     print_machine()
     figures: dict[str, Any] = {}
+    await measure("latency", 1, 0.5)  # what the machine has to load is loaded
     if "baselines" in options.only:
         alone = await measure("latency", 0, options.seconds, envs=1, off_policy_degree=0, schedule="ordered")
         locked = {"envs": 10, "segment_length": 1, "off_policy_degree": 0, "schedule": "ordered"}
@@ -192,4 +203,5 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.setswitchinterval(0.0005)  # as the command line does
     run_async(main())

@@ -33,8 +33,9 @@ def test_old_samples_give_way_but_the_worst_is_remembered(monkeypatch: pytest.Mo
 
 
 async def test_a_held_loop_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time is made up: between going to sleep and waking up 35 ms pass where 20 were asked for."""
-    clock = iter([0.0, 0.035, 0.035, 0.055, 0.055])
+    """Time is made up: the first sleep takes 15 ms more than was asked for, the second as long as it should."""
+    once, twice = lag.INTERVAL_S + 0.015, 2 * lag.INTERVAL_S + 0.015
+    clock = iter([0.0, once, once, twice, twice])
     monkeypatch.setattr(lag.time, "perf_counter", lambda: next(clock))
     asked: list[float] = []
 
