@@ -1,7 +1,7 @@
 """What a policy needs to act, in NumPy alone: networks, and choosing actions from their outputs.
 
-Weights are used in place, float32 throughout. Random numbers for a whole segment are drawn at once, so a step costs a few
-array operations.
+Weights are used in place, float32 throughout; only biases are copied, once for each size of a batch. Random numbers for a
+whole segment are drawn at once, so a step costs a few array operations.
 """
 
 from __future__ import annotations
@@ -41,14 +41,24 @@ class MLP:
             raise KeyError(f"{name}.0.weight")
         activate = ACTIVATIONS[activation]
         self._activate = [activate] * (len(self._layers) - 1) + [activate if activate_last else None]
+        self._fitted = 0, self._fit(0)
+
+    def _fit(self, n: int) -> list[tuple[Array, Array, Callable[..., Array] | None]]:
+        """The layers for batches of `n`, biases in full: so they are added in half the time."""
+        parts = zip(self._layers, self._activate, strict=True)
+        return [(weight, np.repeat(bias[None], n, axis=0), activate) for (weight, bias), activate in parts]
 
     def __call__(self, x: Array) -> Array:
-        """[N, in] to [N, out], float32; a new array."""
-        for (weight, bias), activate in zip(self._layers, self._activate, strict=True):
+        """[N, in] to [N, out], float32; a new array. Threads may call at the same time."""
+        n, layers = self._fitted
+        if len(x) != n:
+            layers = self._fit(len(x))
+            self._fitted = len(x), layers
+        for weight, bias, activate in layers:
             x = np.dot(x, weight)  # sooner begun than `@`
-            x += bias
+            np.add(x, bias, x)
             if activate is not None:
-                activate(x, out=x)
+                activate(x, x)
         return x
 
 
@@ -63,6 +73,7 @@ class Categorical:
         self._flat = leaf.kind == "discrete"
         ends = np.cumsum(leaf.nvec)
         self._blocks = [slice(int(end) - n, int(end)) for end, n in zip(ends, leaf.nvec, strict=True)]
+        self._rows = np.arange(0)
 
     def noise(self, rng: np.random.Generator, steps: int, n: int) -> Array:
         """Standard Gumbel noise, float32 [steps, n, sum(nvec)]."""
@@ -80,15 +91,18 @@ class Categorical:
     def sample(self, outputs: Array, noise: Array) -> tuple[Array, Array]:
         """Actions for one step's noise [N, sum(nvec)], and their log-probabilities, float32 [N]."""
         noisy = outputs + noise
+        rows = self._rows
+        if len(rows) != len(outputs):
+            rows = self._rows = np.arange(len(outputs))
         if self._flat:
-            return _choose(outputs, noisy)
-        chosen = [_choose(outputs[:, block], noisy[:, block]) for block in self._blocks]
+            return _choose(outputs, noisy, rows)
+        chosen = [_choose(outputs[:, block], noisy[:, block], rows) for block in self._blocks]
         return np.stack([action for action, _ in chosen], axis=1), sum(log_prob for _, log_prob in chosen)  # type: ignore[return-value]
 
 
-def _choose(logits: Array, noisy: Array) -> tuple[Array, Array]:
+def _choose(logits: Array, noisy: Array, rows: Array) -> tuple[Array, Array]:
     actions = noisy.argmax(1)
-    odds = logits - logits[np.arange(len(actions)), actions][:, None]  # of each action against the chosen one, as logarithms
+    odds = logits - logits[rows, actions][:, None]  # of each action against the chosen one, as logarithms
     total = np.add.reduce(np.exp(odds, odds), 1)
     return actions, np.negative(np.log(total, total), total)
 

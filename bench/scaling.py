@@ -108,7 +108,7 @@ async def _idle_share(run: aiorl.Run, pool: ProcessWorkers) -> float:
 
 
 class Model(NamedTuple):
-    """Costs on one machine, by which another one can be planned; see the top of this file. Lines are (at 0, for each more)."""
+    """Costs on one machine, by which another one can be planned; see the top of this file. Lines: (at 0, each more)."""
 
     step_s: float
     beyond_s: float

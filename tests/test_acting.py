@@ -40,6 +40,40 @@ def test_weights_are_used_in_place_and_a_missing_layer_is_named():
         acting.MLP(weights, "critic", "tanh")
 
 
+@pytest.mark.parametrize("activate_last", [False, True])
+def test_results_are_new_arrays_and_the_batch_may_change_its_size(activate_last: bool):
+    net = networks.MLP((4, 8, 8, 3), "tanh", generator(), last_gain=1.0, activate_last=activate_last)
+    weights = {f"actor.{name}": p.detach().numpy() + np.float32(0.5) for name, p in net.named_parameters()}
+    x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+
+    def fresh(rows: np.ndarray) -> list[list[float]]:
+        return acting.MLP(weights, "actor", "tanh", activate_last=activate_last)(rows).tolist()
+
+    mlp = acting.MLP(weights, "actor", "tanh", activate_last=activate_last)
+    sizes = (5, 2, 2, 5, 1)
+    given = [x[:n] * np.float32(i + 1) for i, n in enumerate(sizes)]
+    before = [rows.copy() for rows in given]
+    found = [mlp(rows) for rows in given]  # all kept: none may be written over by a later call
+    assert [rows.tolist() for rows in found] == [fresh(rows) for rows in before]
+    assert [rows.tolist() for rows in given] == [rows.tolist() for rows in before]
+
+
+def test_one_layer_leaves_its_input_alone():
+    weights = {"actor.0.weight": np.ones((2, 3), np.float32), "actor.0.bias": np.ones(2, np.float32)}
+    x = np.ones((2, 3), np.float32)
+    assert acting.MLP(weights, "actor", "relu", activate_last=True)(x).tolist() == [[4, 4], [4, 4]]
+    assert x.tolist() == [[1, 1, 1], [1, 1, 1]]
+
+
+def test_samples_of_batches_of_any_size_follow_each_other():
+    head = acting.distribution(spaces(MultiDiscrete([2, 3])).action)
+    for n in (4, 2, 7, 4):
+        logits = np.random.default_rng(n).normal(size=(n, 5)).astype(np.float32)
+        actions, log_prob = head.sample(logits, np.zeros((n, 5), np.float32))
+        assert actions.tolist() == head.mode(logits).tolist()
+        assert log_prob.shape == (n,)
+
+
 def test_discrete_log_probabilities_are_exact_and_frequencies_right():
     head = acting.distribution(spaces(Discrete(3)).action)
     assert isinstance(head, Categorical)

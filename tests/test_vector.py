@@ -166,6 +166,11 @@ class Bad(WalkVector):
             terminated = {"flags": terminated * 2.0, "scalar": False}.get(self.fault, terminated)
         if self.fault == "misdeclared":
             reward = np.ones_like(reward)
+        if self.fault == "ends twice":
+            terminated = truncated = np.ones_like(terminated)
+            reward = np.zeros_like(reward)
+        if self.fault == "half":
+            truncated = truncated * 1 + 2
         return obs, reward, terminated, truncated, info
 
 
@@ -182,6 +187,8 @@ class Bad(WalkVector):
         ("raise", "NEXT_STEP", r"environments 4-6, step 4: step\(\) raised RuntimeError: fell over"),
         ("no final", "SAME_STEP", r"info expected 'final_obs'"),
         ("misdeclared", "NEXT_STEP", r"a step spent on a reset expected reward 0"),
+        ("ends twice", "NEXT_STEP", r"environments 4-6, step 2: a step spent on a reset expected reward 0 and no end"),
+        ("half", "NEXT_STEP", r"truncated expected \(3,\) bool, got \(3,\) int64"),
     ],
 )
 def test_a_broken_contract_is_named(fault: str, mode: str, message: str):
@@ -228,6 +235,37 @@ def test_buffers_that_an_environment_uses_again_do_no_harm():
     for mode in MODES:
         expected = transitions(collect(WalkVector, 3, 30, 1, mode=mode)[0])
         assert transitions(collect(Reusing, 3, 30, 1, mode=mode)[0]) == expected
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_lists_and_whole_numbers_are_taken_as_flags_and_rewards(mode: str):
+    class Plain(WalkVector):
+        def step(self, actions: Any) -> Any:
+            obs, reward, terminated, truncated, info = super().step(actions)
+            return obs, reward.tolist(), terminated.astype(np.int8), truncated.tolist(), info
+
+    expected = transitions(collect(WalkVector, 3, 30, 1, mode=mode)[0])
+    assert transitions(collect(Plain, 3, 30, 1, mode=mode)[0]) == expected
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("steps", [30, 17])
+def test_what_a_slot_held_before_does_not_show(mode: str, steps: int):
+    spec, spaces, state_bytes = found(WalkVector, 3, mode=mode)
+    clean, used = (layout(spaces, 30, 3, state_bytes=state_bytes).allocate() for _ in range(2))
+    for array in (*used.obs.values(), *used.columns.values(), *used.final_obs.values(), used.final_at, used.header):
+        array[...] = 1
+    for segment in (clean, used):
+        group = make_group(spec, spaces, range(3), 5)
+        group.open(None)
+        group.collect(ByObs(spaces), segment, steps)
+        group.close()
+    assert 0 < clean.env_steps <= 3 * steps
+    assert clean.finals == used.finals
+    for name in clean.columns:
+        rows = slice(None) if name in ("valid", "terminated", "truncated") else slice(steps)
+        assert clean.columns[name][rows].tobytes() == used.columns[name][rows].tobytes(), name
+    assert clean.obs["obs"][: steps + 1].tobytes() == used.obs["obs"][: steps + 1].tobytes()
 
 
 # --- state ------------------------------------------------------------------------------------------------------------

@@ -46,6 +46,10 @@ class ObsReader:
 
     def read(self, obs: Any) -> list[Any]:
         """The leaves of `obs`, in the order of the spaces; they may be its own arrays. Raises BrokenContract."""
+        if self._only is not None:
+            shape, dtype = self._only
+            plain = type(obs) is np.ndarray and obs.dtype is dtype and obs.shape == shape
+            return [obs if plain else _coerce(self._leaves[0], obs, shape, dtype)]
         values: list[Any] = [None] * len(self._leaves)
         _take_apart(self._tree, obs, values, "obs")
         for index, (shape, dtype) in enumerate(self._expected):
@@ -216,14 +220,15 @@ class ChoiceWriter:
 
     def __init__(self, segment: Segment) -> None:
         self._action = segment.columns["action"]
+        self._shape = self._action.shape[1:]
         extras = {name: c for name, c in segment.columns.items() if name not in CORE_COLUMNS}
         self._extras = [(name, column, column.shape[1:]) for name, column in extras.items()]
 
     def write(self, t: int, actions: Array, extras: Mapping[str, Array]) -> Array:
         """Fill row `t`; returns the actions as stored, so that what was acted on is what can be replayed."""
+        if actions.shape != self._shape:
+            raise TrainingError(f"policy.act: actions expected {self._shape}, got {actions.shape}")
         row = self._action[t]
-        if actions.shape != row.shape:
-            raise TrainingError(f"policy.act: actions expected {row.shape}, got {actions.shape}")
         row[...] = actions
         for name, column, shape in self._extras:
             value = extras.get(name)

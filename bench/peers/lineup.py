@@ -17,7 +17,7 @@ WORKS = {
 
 EQUAL = {
     "w1": "64-64 tanh network on the CPU (`mlp`) or random actions (`random`), one sampled action for each environment and "
-    "step, no learning; `categorical` is the network sampled as libraries do it, in about twice the time. CartPoleVectorEnv "
+    "step, no learning; `categorical` is the network sampled as libraries do it. CartPoleVectorEnv "
     "is gymnasium's own NumPy CartPole, which aiorl finds by itself; the others, and aiorl's row with single environments, "
     "step 16 single ones. aiorl also computes log-probabilities and stores every transition.",
     "w2": "separate 64-64 tanh networks for policy and value, 16 x 128 env steps in a rollout, minibatch 256, 4 epochs (32 "

@@ -118,7 +118,7 @@ def acting(kind: str) -> Callable[[Any], Any]:
     """CartPole observations [N, 4] to actions [N] for environments that come without a policy.
 
     `random`, or a 64-64 tanh network in torch that samples through torch's Categorical (`categorical`), as libraries do, or
-    by Gumbel noise (`mlp`), which takes half the time. `numpy` is that without torch, which is how aiorl acts.
+    by Gumbel noise (`mlp`), which takes less time. `numpy` is that without torch, which is how aiorl acts.
     """
     rng = np.random.default_rng(0)
     if kind == "random":
