@@ -13,7 +13,7 @@ Layers. A module imports only lower ones, or its own without a cycle (tests/test
     workers/                                                processes and shared memory         4
     preflight  assembly  checkpointing  loops  evaluation
         inference  watchdog                                            checks, set-up, the four coroutines 5
-    session  run  replay                                    wires and owns everything           6
+    session  telling  run  replay                           wires and owns everything           6
     __main__  cli/  testing/                                the edge: programs, the test kit    -
 """
 

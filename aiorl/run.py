@@ -59,7 +59,7 @@ class Run:
             raise RuntimeError("a Run can be entered once; make a new one")
         loop = asyncio.get_running_loop()
         ready: asyncio.Future[None] = loop.create_future()
-        self._own_events = self._session.broadcast.subscribe()
+        self._own_events = self._session.tell.broadcast.subscribe()
         # A task of our own: a TaskGroup entered here would cancel the host's task when one of ours fails.
         self._task = loop.create_task(self._session.main(ready), name="aiorl-run")
         try:
@@ -105,11 +105,11 @@ class Run:
 
         At most `keep` frequent events wait for a slow reader; of older ones it only learns the number (`Lagged`).
         """
-        return self._session.broadcast.subscribe(keep)
+        return self._session.tell.broadcast.subscribe(keep)
 
     def unsubscribe(self, subscription: Subscription) -> None:
         """A reader made by `events` has gone away."""
-        self._session.broadcast.unsubscribe(subscription)
+        self._session.tell.broadcast.unsubscribe(subscription)
 
     def status(self) -> Status:
         """The state of the run now; never waits."""
@@ -184,7 +184,7 @@ class Run:
         parts.pacer.paused = True
         parts.gate.wake()
         await self._while_going(parts.gate.wait_for(self._session.is_quiet))
-        self._session.emit(Paused(**self._session.now()))
+        self._session.tell.emit(Paused(**self._session.tell.now()))
 
     def resume(self) -> None:
         """Go on after `pause`."""
@@ -195,7 +195,7 @@ class Run:
             if self._session.made.dial is not None:
                 self._session.made.dial.forget_time()
             parts.gate.wake()
-            self._session.emit(Resumed(**self._session.now()))
+            self._session.tell.emit(Resumed(**self._session.tell.now()))
 
     async def checkpoint(self) -> Path:
         """Save now (between two updates) and return the checkpoint's directory. Raises OSError if it cannot be written."""
@@ -229,7 +229,7 @@ class Run:
             version = await self._while_going(parts.learner_thread.run(parts.trainer.set, changes))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"cannot set {', '.join(changes)}: {error}") from error
-        self._session.emit(SettingsChanged(**{**self._session.now(), "version": version}, changes=changes))
+        self._session.tell.emit(SettingsChanged(**{**self._session.tell.now(), "version": version}, changes=changes))
 
     async def _while_going(self, work: Coroutine[Any, Any, T]) -> T:
         """Await something that only happens while the run goes on; if the run ends first, raise its error."""

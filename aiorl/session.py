@@ -9,41 +9,24 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from aiorl import loops
-from aiorl.alarms import blame
 from aiorl.assembly import REAL, Assembly, Backends, assemble
 from aiorl.checkpointing import Checkpointer
 from aiorl.config import Config
 from aiorl.errors import AiorlError, ConfigError, TrainingError
 from aiorl.evaluation import Evaluator
-from aiorl.events import (
-    AnyEvent,
-    DegreeChanged,
-    EpisodeAborted,
-    Finished,
-    Progress,
-    Stalled,
-    Started,
-    Updated,
-    Warned,
-    WorkerGivenUp,
-    WorkerRestarted,
-)
+from aiorl.events import DegreeChanged, Finished, Progress
 from aiorl.faultpoints import fault_point
 from aiorl.inference import Inference
 from aiorl.learning import Outcome, params_sha256
-from aiorl.ledger import NOT_FINITE, Aborted
-from aiorl.metrics.broadcast import Broadcast
 from aiorl.metrics.directory import write_atomically
 from aiorl.metrics.lag import LagMeter
 from aiorl.pacing import RolloutPlan
 from aiorl.record import Record, record_line
 from aiorl.report import Report, Result
 from aiorl.segments import Array
+from aiorl.telling import Teller
 from aiorl.watchdog import LoopWatch, Row, View, cry, view_of, watch
-from aiorl.workers.supervision import GivenUp, Restart
 
 PROGRESS_INTERVAL_S = 0.25
 
@@ -60,7 +43,7 @@ class Session:
     ) -> None:
         self.config = config
         self.report = Report(config.stop_at, config.primary_suite)
-        self.broadcast = Broadcast()
+        self.tell = Teller(self.report)
         self.lag = LagMeter()
         self.made: Assembly | None = None
         self.parts: loops.Parts | None = None
@@ -73,7 +56,6 @@ class Session:
         self.final_evaluation = True
         self.state = "starting"
         self.when_stuck: Callable[[], object] | None = None
-        self._blamed: set[tuple[int, str]] = set()  # environments, and what they have been told off for
         self._resume_from, self._record, self._backends = resume, record, backends
 
     # -- life ------------------------------------------------------------------------------------------------------
@@ -86,6 +68,7 @@ class Session:
                 self.config, self.report, self._resume_from, self._record, self._backends
             )
             self.parts = made.parts
+            self.tell.about(made)
             self.config = made.checked.config
             await made.parts.workers.start()
             self._begin(made)
@@ -106,39 +89,22 @@ class Session:
 
     def _begin(self, made: Assembly) -> None:
         self.report.ready()
-        config, saved = self.config, made.checked.saved
-        self.checkpointer = Checkpointer(made, self.report, self.emit)
-        self.evaluator = Evaluator(made, self.report, self.checkpointer, self.emit)
+        self.checkpointer = Checkpointer(made, self.report, self.tell.emit)
+        self.evaluator = Evaluator(made, self.report, self.checkpointer, self.tell.emit)
         self.state = "training"
-        self.emit(
-            Started(
-                **self.now(),
-                env=made.env_name,
-                algo=made.checked.algorithm.name,
-                seed=config.seed,
-                envs=config.envs,
-                groups=config.groups,
-                workers=cast(int, config.workers),
-                off_policy_degree=config.off_policy_degree,
-                schedule=config.schedule,
-                total_steps=config.total_steps,
-                out=str(made.checked.directory),
-                start_seconds=time.perf_counter() - self.report.begun_s,
-                resumed_from=saved.manifest.version if saved else None,
-            )
-        )
+        self.tell.started()
         for message in (*made.checked.warnings, *_of_a_killed_session(made)):
-            self._warn(message)
+            self.tell.warned(message)
 
     async def _work(self, group: asyncio.TaskGroup, made: Assembly) -> None:
         parts, evaluator = made.parts, self.evaluator
         assert evaluator is not None
         background: list[Coroutine[Any, Any, None]] = [
-            parts.workers.watch(self._mended),
+            parts.workers.watch(self.tell.mended),
             loops.collect(parts),
             loops.drain(parts),
             self._tick(made),
-            watch(self.view, self.config.stall_limit_s, self._tell_stalled),
+            watch(self.view, self.config.stall_limit_s, self.tell.stalled),
         ]
         if parts.inference is not None:
             background.append(parts.inference.run())
@@ -158,7 +124,7 @@ class Session:
         if not self._backends.watch_loop:
             yield None
             return
-        watching = LoopWatch(self.lag, self.view, self.config.stall_limit_s, self._warn, self._loop_stuck)
+        watching = LoopWatch(self.lag, self.view, self.config.stall_limit_s, self.tell.warned, self._loop_stuck)
         try:
             yield watching.turned
         finally:
@@ -192,7 +158,7 @@ class Session:
             self.result = self._make_result(status, made, parts)
             await made.aclose()
         error = str(self.error) if self.error is not None else None
-        self.emit(Finished(**self.now(), status=status, error=error))
+        self.tell.emit(Finished(**self.tell.now(), status=status, error=error))
         if made is not None:
             await made.write_files(self.result, self.error)
 
@@ -208,13 +174,10 @@ class Session:
         report, config = self.report, self.config
         before = report.stored
         report.updated(plan, outcome, self.parts.trainer.ledger.return_mean_100)
-        self.emit(self._updated_event(plan, outcome, waited_s))
-        for message in outcome.alarms:
-            self.emit(Warned(**self.now(), message=message))
-        self._tell_aborted(outcome)
+        self.tell.updated(plan, outcome, waited_s)
         decision = self.made.dial.updated(plan, outcome, waited_s) if self.made.dial is not None else None
         if decision is not None:
-            self.emit(DegreeChanged(**self.now(), **decision._asdict()))
+            self.tell.emit(DegreeChanged(**self.tell.now(), **decision._asdict()))
         self.made.files.rollout(record_line(plan, outcome.fingerprint))
         if self.parts.pacer.finished:
             return  # the final evaluation and checkpoint follow
@@ -223,52 +186,6 @@ class Session:
         await self.checkpointer.look()
         if _is_due(config.checkpoint_every, before, report.stored):
             await self.checkpointer.save_periodic()
-
-    def _updated_event(self, plan: RolloutPlan, outcome: Outcome, waited_s: float) -> Updated:
-        assert self.parts is not None
-        ended = outcome.episodes
-        return Updated(
-            **self.now(),
-            rollout=plan.index,
-            behaviour_version=plan.behaviour_version,
-            staleness=plan.staleness,
-            staleness_in_queue=plan.staleness_in_queue,
-            off_policy_degree=self.parts.pacer.degree,
-            gradient_steps=outcome.gradient_steps,
-            collect_seconds=outcome.collect_seconds,
-            update_seconds=outcome.update_seconds,
-            waited_seconds=waited_s,
-            episodes=len(ended),
-            return_mean=float(np.mean([e.total for e in ended])) if ended else None,
-            length_mean=float(np.mean([e.length for e in ended])) if ended else None,
-            train_return_mean_100=self.report.return_mean_100,
-            metrics=outcome.metrics,
-            skipped=outcome.skipped,
-        )
-
-    def _tell_aborted(self, outcome: Outcome) -> None:
-        """Every episode that was given up is an event; the environment is blamed once."""
-        parts = self.parts
-        assert parts is not None
-        for env, episode, length, reason in outcome.aborted:
-            station = parts.workers.worker_of(env // cast(int, self.config.group_size))
-            worker = f"worker {station}" if self.config.workers else "this process"
-            self.emit(
-                EpisodeAborted(**self.now(), worker=worker, env=env, episode=episode, length=length, reason=reason)
-            )
-            if reason == NOT_FINITE:
-                self.report.drop(reason, 1)
-            if (env, reason) not in self._blamed:
-                self._blamed.add((env, reason))
-                log = f" (how: worker-{station}.log)" if self.config.workers else ""
-                self._warn(blame(Aborted(env, episode, length, reason), log))
-        self.report.aborted += len(outcome.aborted)
-
-    def _warn(self, message: str) -> None:
-        self.emit(Warned(**self.now(), message=message))
-
-    def _tell_stalled(self, table: str) -> None:
-        self.emit(Stalled(**self.now(), table=table))
 
     def _loop_stuck(self, text: str) -> None:
         """On the watchdog's thread, for the loop cannot: leave word, then do what whoever owns the process wants."""
@@ -279,33 +196,14 @@ class Session:
         if self.when_stuck is not None:
             self.when_stuck()
 
-    def _mended(self, done: Restart | GivenUp) -> None:
-        if isinstance(done, GivenUp):
-            self.report.given_up += 1
-            self.emit(WorkerGivenUp(**self.now(), **done._asdict()))
-        else:
-            self.report.restarts += 1
-            self.emit(WorkerRestarted(**self.now(), **done._asdict()))
-
     async def _tick(self, made: Assembly) -> None:
         """Progress for displays and files, until cancelled."""
         while True:
             await asyncio.sleep(PROGRESS_INTERVAL_S)
-            self.emit(Progress(**self.now(), status=self.status()))
+            self.tell.emit(Progress(**self.tell.now(), status=self.status()))
             problem = await made.flush_files()
             if problem is not None:
-                self.emit(Warned(**self.now(), message=f"the run directory cannot be written: {problem}"))
-
-    def emit(self, event: AnyEvent) -> None:
-        """Send an event to all readers and to the files."""
-        self.broadcast.emit(event)
-        if self.made is not None:
-            self.made.files.event(event)
-
-    def now(self) -> dict[str, Any]:
-        """The fields that every event carries."""
-        version = self.parts.pacer.commits if self.parts else 0
-        return {"seconds": self.report.seconds, "version": version, "env_steps": self.report.stored}
+                self.tell.warned(f"the run directory cannot be written: {problem}")
 
     # -- state -----------------------------------------------------------------------------------------------------
 
@@ -326,7 +224,7 @@ class Session:
         self.made.dial.turn(degree)
         now = self.parts.pacer.degree
         detail = "tunes itself from here on" if degree < 0 else f"set to {now}"
-        self.emit(DegreeChanged(**self.now(), degree=now, before=before, reason="asked", detail=detail))
+        self.tell.emit(DegreeChanged(**self.tell.now(), degree=now, before=before, reason="asked", detail=detail))
         self.parts.gate.wake()
 
     def is_quiet(self) -> bool:
