@@ -278,7 +278,9 @@ def resumed_config(path: str | Path, **changes: Any) -> Config:
 
 
 # A resumed run must agree in these with its checkpoint.
-_FIXED = ("env", "env_kwargs", "native_vector", "algo", "seed", "envs", "group_size", "segment_length", "schedule")
+_FIXED = (
+    "env", "env_kwargs", "native_vector", "algo", "seed", "envs", "group_size", "segment_length", "schedule", "inference",
+)  # fmt: skip
 
 
 def _check_fits(saved: Saved, config: Config, spaces: Spaces) -> None:
