@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import aiorl
@@ -30,3 +32,21 @@ async def until(predicate: Callable[[], Any]) -> None:
     async with asyncio.timeout(30):
         while not predicate():
             await asyncio.sleep(0.002)
+
+
+def mortal_runs(folder: Path, **fields: Any) -> Callable[..., aiorl.Config]:
+    """Makes configurations of runs in folders of their own. Given `deaths`, their environments go wrong as
+    `run_envs.Mortal` says."""
+    count = itertools.count()
+
+    def make(deaths: list[tuple[str, int]] | None = None, **changes: Any) -> aiorl.Config:
+        number = next(count)
+        made = {**fields, "out": str(folder / str(number))}
+        if deaths is not None:
+            marks = folder / f"marks {number}" / str(os.getpid())
+            marks.mkdir(parents=True)
+            made["env"] = "run_envs:Mortal"
+            made["env_kwargs"] = {"marks": str(marks), "deaths": [list(d) for d in deaths], "length": 20}
+        return aiorl.Config(**{**made, **changes})
+
+    return make

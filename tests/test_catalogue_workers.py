@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kills import kill, until, workers_of
+from kills import kill, mortal_runs, until, workers_of
 from sims import Folder
 from toys import Toy, ToyLearner
 
@@ -55,23 +55,12 @@ Make = Callable[..., aiorl.Config]
 @pytest.fixture
 def config(tmp_path: Path) -> Make:
     """The common set-up of the catalogue, a little shorter; with `deaths` the environments are `run_envs.Mortal`."""
-    count = iter(range(100))
-
-    def make(deaths: list[tuple[str, int]] | None = None, **changes: Any) -> aiorl.Config:
-        out = tmp_path / str(next(count))
-        fields: dict[str, Any] = {
-            "env": LEDGER_ENV, "algo": Recording.of(Mark()), "total_steps": 20_000, "envs": ENVS, "group_size": 2,
-            "segment_length": 32, "workers": WORKERS, "off_policy_degree": 2, "eval_every": 0, "eval_episodes": 4,
-            "checkpoint_every": 0, "out": str(out),
-        }  # fmt: skip
-        if deaths is not None:
-            marks = tmp_path / f"marks {out.name}" / str(os.getpid())
-            marks.mkdir(parents=True)
-            fields["env"] = "run_envs:Mortal"
-            fields["env_kwargs"] = {"marks": str(marks), "deaths": [list(d) for d in deaths], "length": 20}
-        return aiorl.Config(**{**fields, **changes})
-
-    return make
+    return mortal_runs(
+        tmp_path,
+        env=LEDGER_ENV, algo=Recording.of(Mark()), total_steps=20_000, envs=ENVS, group_size=2,
+        segment_length=32, workers=WORKERS, off_policy_degree=2, eval_every=0, eval_episodes=4,
+        checkpoint_every=0,
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -377,9 +366,10 @@ def test_f08_a_signal_to_the_parent_only(tmp_path: Path, number: int, code: int)
 def test_f07_ctrl_c_twice(tmp_path: Path) -> None:
     program = Program(tmp_path, "--progress", "none")
     descendants = list(_descendants(program.process.pid))
-    for _ in range(2):
-        os.killpg(program.process.pid, signal.SIGINT)
-        time.sleep(0.05)  # two signals of one kind at once are one
+    os.killpg(program.process.pid, signal.SIGINT)
+    assert program.process.stderr is not None
+    assert "again" in program.process.stderr.readline(), "two signals of one kind at once would be one"
+    os.killpg(program.process.pid, signal.SIGINT)
     code, lines, took_s = program.ended()
     assert (code, took_s <= 6.0, len(lines) <= 3) == (130, True, True), (took_s, lines)
     for pid in descendants:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kills import kill, until, workers_of
+from kills import kill, mortal_runs, until, workers_of
 from toys import Toy
 
 import aiorl
@@ -31,23 +31,12 @@ Make = Callable[..., aiorl.Config]
 @pytest.fixture
 def config(tmp_path: Path) -> Make:
     """A small run whose groups are single environments; with `deaths` they go wrong as `run_envs.Mortal` says."""
-    count = iter(range(1000))
-
-    def make(deaths: list[tuple[str, int]] | None = None, **changes: Any) -> aiorl.Config:
-        out = tmp_path / str(next(count))
-        fields: dict[str, Any] = {
-            "env": "run_envs:Counting", "env_kwargs": {"length": 20}, "algo": Toy(), "total_steps": 600, "envs": GROUPS,
-            "group_size": 1, "workers": 1, "off_policy_degree": 1, "eval_every": 0, "eval_episodes": 2,
-            "checkpoint_every": 0, "stepping": "threads", "out": str(out),
-        }  # fmt: skip
-        if deaths is not None:
-            marks = tmp_path / f"marks {out.name}" / str(os.getpid())
-            marks.mkdir(parents=True)
-            fields["env"] = "run_envs:Mortal"
-            fields["env_kwargs"] = {"marks": str(marks), "deaths": [list(d) for d in deaths], "length": 20}
-        return aiorl.Config(**{**fields, **changes})
-
-    return make
+    return mortal_runs(
+        tmp_path,
+        env="run_envs:Counting", env_kwargs={"length": 20}, algo=Toy(), total_steps=600, envs=GROUPS,
+        group_size=1, workers=1, off_policy_degree=1, eval_every=0, eval_episodes=2,
+        checkpoint_every=0, stepping="threads",
+    )  # fmt: skip
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kills import kill, until, workers_of
+from kills import kill, mortal_runs, until, workers_of
 from toys import Toy
 
 import aiorl
@@ -28,23 +28,12 @@ Make = Callable[..., aiorl.Config]
 @pytest.fixture
 def config(tmp_path: Path) -> Make:
     """A small run; with `deaths` its environments go wrong as `run_envs.Mortal` says."""
-    count = iter(range(1000))
-
-    def make(deaths: list[tuple[str, int]] | None = None, **changes: Any) -> aiorl.Config:
-        out = tmp_path / str(next(count))
-        fields: dict[str, Any] = {
-            "env": "run_envs:Counting", "env_kwargs": {"length": 20}, "algo": Toy(), "total_steps": 1200, "envs": 8,
-            "group_size": 2, "workers": 2, "off_policy_degree": 2, "eval_every": 0, "eval_episodes": 4,
-            "checkpoint_every": 0, "out": str(out),
-        }  # fmt: skip
-        if deaths is not None:
-            marks = tmp_path / f"marks {out.name}" / str(os.getpid())
-            marks.mkdir(parents=True)
-            fields["env"] = "run_envs:Mortal"
-            fields["env_kwargs"] = {"marks": str(marks), "deaths": [list(d) for d in deaths], "length": 20}
-        return aiorl.Config(**{**fields, **changes})
-
-    return make
+    return mortal_runs(
+        tmp_path,
+        env="run_envs:Counting", env_kwargs={"length": 20}, algo=Toy(), total_steps=1200, envs=8,
+        group_size=2, workers=2, off_policy_degree=2, eval_every=0, eval_episodes=4,
+        checkpoint_every=0,
+    )  # fmt: skip
 
 
 async def watched(config: aiorl.Config) -> tuple[aiorl.Result, list[aiorl.WorkerRestarted]]:
