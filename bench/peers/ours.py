@@ -94,7 +94,8 @@ def _collection(task: Task, way: str) -> dict[str, Any]:
         "1 worker": {"workers": 1, "group_size": ENVS},
     }
     acting = Collecting(acting=task.variant.split(" / ")[1])
-    return {"env": "CartPole-v1", "envs": ENVS, "algo": acting, "total_steps": ENDLESS, **ways[way]}
+    shape = {"env": "CartPole-v1", "envs": ENVS, "segment_length": 512, "schedule": "eager", "off_policy_degree": 3}
+    return {**shape, "algo": acting, "total_steps": ENDLESS, **ways[way]}
 
 
 def _ppo(task: Task, way: str) -> dict[str, Any]:
