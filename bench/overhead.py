@@ -1,6 +1,6 @@
-"""What asynchrony costs: handing a segment over, publishing weights, starting workers, event-loop lag, importing.
+"""What asynchrony costs: handing a segment over, publishing weights, starting workers, event-loop lag, pausing, importing.
 
-    python -m bench.overhead [--only handoff publish start lag import] [--workers 1 8 32] [--json FILE]
+    python -m bench.overhead [--only handoff publish start lag pause import] [--workers 1 8 32] [--json FILE]
 
 Lag and latency are of this machine as it is: other programs on its cores show in the maxima.
 """
@@ -132,6 +132,30 @@ async def lag() -> dict[str, Any]:
     return figures
 
 
+LEARNERS = {"ppo": "LunarLander-v3", "dqn": "CartPole-v1", "sac": "Pendulum-v1", "td3": "Pendulum-v1"}
+
+
+async def pausing(times: int = 10) -> dict[str, Any]:
+    """From `pause()` in the middle of learning until nothing moves: the running update is finished, and so are segments."""
+    figures: dict[str, Any] = {}
+    for algo, env in LEARNERS.items():
+        took_ms: list[float] = []
+        with tempfile.TemporaryDirectory() as out:
+            config = aiorl.Config.preset(env, algo, total_steps=10**9, workers=2, eval_every=0, out=f"{out}/run")
+            async with aiorl.Run(config) as run:
+                await anext(e async for e in run.events() if isinstance(e, aiorl.Updated) and e.gradient_steps)
+                for number in range(times):
+                    await asyncio.sleep(0.05 + 0.013 * number)  # at any moment of an update
+                    asked = time.perf_counter()
+                    await run.pause()
+                    took_ms.append((time.perf_counter() - asked) * 1e3)
+                    run.resume()
+                run.stop(final_evaluation=False)
+        figures[f"{algo} {env}"] = {"p50_ms": percentile(took_ms, 50), "max_ms": max(took_ms)}
+        print(f"pausing {algo} on {env}: p50 {percentile(took_ms, 50):.0f} ms, longest {max(took_ms):.0f} ms", flush=True)
+    return figures
+
+
 async def importing() -> dict[str, Any]:
     """`import aiorl` and `python -m aiorl --help` as new processes, less an empty one."""
     figures: dict[str, Any] = {}
@@ -164,7 +188,7 @@ def private_mib(pid: int) -> float:
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("handoff", "publish", "start", "lag", "import")
+    parts = ("handoff", "publish", "start", "lag", "pause", "import")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--json", help="write the figures to this file")
@@ -175,6 +199,7 @@ async def main() -> None:
         "publish": publish,
         "start": lambda: start(options.workers),
         "lag": lag,
+        "pause": pausing,
         "import": importing,
     }
     write_json(options.json, {part: await measure[part]() for part in options.only})

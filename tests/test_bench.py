@@ -196,6 +196,7 @@ async def test_overhead_measures(no_leaks: None):
     assert (await overhead.handoff())["latency_us"]["p50"] > 0
     assert (await overhead.publish(megabytes=1))["on_loop_ms"] >= 0
     assert set(await overhead.start([2])) == {"forkserver 2", "spawn 2"}
+    assert set(await overhead.pausing(1)) == {f"{algo} {env}" for algo, env in overhead.LEARNERS.items()}
 
 
 def test_functions_are_timed_in_turns() -> None:
