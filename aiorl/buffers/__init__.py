@@ -1,4 +1,10 @@
 """Stores of past experience that learners sample from.
 
-replay   a ring of the newest transitions, sampled uniformly, with n-step returns
+replay         a ring of the newest transitions: uniform and prioritised, n-step returns, sequences; what learners use
+batch          what is sampled
+observations   each observation stored once, stacks of frames rebuilt
+marks          what can be sampled, found without looking at everything
+priorities     a sum tree
+storage        memory or disk
+turn           one thread at a time
 """

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from fractions import Fraction
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from aiorl.buffers.batch import Batch, Sequences
+from aiorl.buffers.marks import Marks
+from aiorl.buffers.observations import Observations, alike
+from aiorl.buffers.priorities import Priorities, SumTree
+from aiorl.buffers.storage import Rows, Storage
+from aiorl.buffers.turn import Turn
 from aiorl.envs.spaces import Spaces
 from aiorl.returns import n_step
-from aiorl.segments import Array, Column, Rollout
+from aiorl.segments import Array, Rollout
 from aiorl.trees import check_tree
+
+# What is known of a row, as bits of one byte.
+VALID = np.uint8(1)  # it is a transition
+TERMINATED, TRUNCATED = np.uint8(2), np.uint8(4)
+SEAM = np.uint8(8)  # what lies behind it did not happen after it
+FOLLOWS = np.uint8(16)  # its observation is the one after the step of the row before
+STOPS = TERMINATED | TRUNCATED | SEAM
+GOES_ON = 1.0 - (np.arange(256) & TERMINATED != 0)  # by a row's byte: whether anything comes after it
 
 
 def gradient_steps_owed(env_steps: int, warmup: int, update_ratio: float) -> int:
@@ -23,144 +38,333 @@ def gradient_steps_owed(env_steps: int, warmup: int, update_ratio: float) -> int
     return max(0, env_steps - warmup) * Fraction(str(update_ratio)) // 1
 
 
-@dataclass(frozen=True)
-class Batch:
-    """n-step transitions: the target of `action` in `obs` is returns + discounts * V(next_obs)."""
-
-    obs: dict[str, Array]
-    """Observation leaves [N, …] as the environment gave them."""
-    action: Array
-    """[N, …]"""
-    returns: Array
-    """[N] float64: discounted rewards of the steps that count."""
-    discounts: Array
-    """[N] float64: gamma to the number of those steps, or 0 after termination."""
-    next_obs: dict[str, Array]
-    """[N, …] what the last of those steps led to."""
-
-
 class Replay:
     """The newest rows of experience, [rows, B]; B environments side by side, time running on from rollout to rollout.
 
-    Each row keeps the observation its step led to as well, so nothing needs to be known about its neighbours, and an
-    n-step window that may not go on is cut short and bootstraps where it was cut. It may not go on past an episode's end,
-    past the newest row, or into a row that does not follow: one that is not valid, or a rollout that does not begin where
-    this column's last one ended. Rows that are not valid are never sampled.
+    An n-step window that may not go on is cut short and bootstraps where it was cut. It may not go on past an episode's
+    end, past the newest row, or into a row that does not follow: one that is not valid, or a rollout that does not begin
+    where this column's last one ended. Rows that are not valid are never sampled, nor are those whose stack of frames is
+    not held any more: at most stack - 1 of the oldest rows, for which the ring is that much longer.
+
+    One thread at a time: rows are added and sampled by the learner alone, within its update, so no batch ever sees half of
+    a rollout. That it is so is checked (InvariantError).
     """
 
-    def __init__(self, spaces: Spaces, envs: int, capacity: int) -> None:
-        """`capacity` is in transitions, rounded down to whole rows (one at least)."""
-        self.envs, self.rows = envs, max(1, capacity // envs)
+    def __init__(
+        self, spaces: Spaces, envs: int, capacity: int, *, stack: int | None = None, priority_exponent: float = 0.0,
+        storage: Storage = "memory", directory: str | Path | None = None, learned: Callable[[Array], Array] | None = None,
+    ) -> None:  # fmt: skip
+        """`capacity` is in transitions, rounded down to whole rows (one at least). Observations of a `stack` of frames
+        (None: as `spaces` says) have them on the first axis of each leaf; every frame is stored once.
+
+        With a `priority_exponent` rows are sampled by their priorities raised to it, else uniformly. With storage "disk"
+        the observations lie in `directory`, in files without a name which vanish with `close` or the process. Raises
+        ConfigError if there is no room for them, or a leaf is no such stack. `learned` makes of rewards as they were what
+        is sampled, each for itself.
+        """
+        self.stack = spaces.stack if stack is None else stack
+        self.envs, self.rows = envs, _rows(envs, capacity, self.stack)
         self.env_steps = 0  # valid transitions ever added
         self._size = self._head = 0  # rows in use; where the next one goes
-        columns = {"action": spaces.action_column, "reward": Column((), "float64")}
-        columns |= dict.fromkeys(("terminated", "cut", "valid"), Column((), "bool"))
-        self._columns = {name: self._empty(column) for name, column in columns.items()}
-        self._obs = {name: self._empty(column) for name, column in spaces.obs_columns.items()}
-        self._next_obs = {name: self._empty(column) for name, column in spaces.obs_columns.items()}
+        self._round = 0  # how often the head has come round
+        self._learned = learned
+        places = self.rows * envs
+        make = partial(Rows, storage=storage, directory=directory)
+        self._obs = Observations(spaces.obs_columns, self.rows, envs, self.stack, make)
+        action = spaces.action_column
+        self._action = np.zeros((places, *action.shape), action.dtype)
+        self._reward, self._flags = np.zeros(places), np.zeros(places, np.uint8)
         self._follows = np.full(envs, -1)  # which environment each column of the newest row came from
-        self._sampleable = np.zeros(0, np.int64)
+        self._marks = Marks(places)  # what can be sampled
+        self._priorities = Priorities(places, priority_exponent) if priority_exponent else None
+        self._turn = Turn("replay")
 
-    def _empty(self, column: Column) -> Array:
-        return np.zeros((self.rows, self.envs, *column.shape), column.dtype)
+    @staticmethod
+    def nbytes_for(
+        spaces: Spaces, envs: int, capacity: int, *, stack: int | None = None, priority_exponent: float = 0.0,
+        storage: Storage = "memory",
+    ) -> int:  # fmt: skip
+        """Bytes of memory that a buffer takes once it is full, but for the last observations of episodes."""
+        stack = spaces.stack if stack is None else stack
+        rows = _rows(envs, capacity, stack)
+        frames, links = Observations.nbytes_for(spaces.obs_columns, rows, envs, stack)
+        places = rows * envs
+        tree = SumTree.nbytes_for(places) if priority_exponent else 0
+        columns = places * (spaces.action_column.nbytes + 8 + 1)
+        return (frames if storage == "memory" else 0) + links + columns + Marks.nbytes_for(places) + tree
 
     def __len__(self) -> int:
         """Transitions that can be sampled."""
-        return len(self._sampleable)
+        return len(self._marks)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays, those on disk included."""
+        arrays = self._obs.nbytes + self._action.nbytes + self._reward.nbytes + self._flags.nbytes + self._marks.nbytes
+        return arrays + (self._priorities.nbytes if self._priorities else 0)
+
+    def close(self) -> None:
+        """Give memory and disk back now; of no use afterwards."""
+        with self._turn.of("close"):
+            self._obs.close()
+            self._size, self._marks = 0, Marks(1)
+
+    # -- adding ------------------------------------------------------------------------------------------------------
 
     def add(self, rollout: Rollout) -> None:
-        """Store a rollout [T, B] over the oldest rows. Of one longer than the ring, the end is kept."""
-        obs, next_obs = rollout.obs, rollout.next_obs()
-        columns = {name: rollout.column(name) for name in ("action", "reward", "terminated", "valid")}
-        columns["cut"] = columns["terminated"] | rollout.column("truncated")
-        self._join(rollout, obs)
-        kept = slice(max(0, rollout.steps - self.rows), rollout.steps)
-        at = (self._head + np.arange(kept.stop - kept.start)) % self.rows
-        for name, ring in self._columns.items():
-            ring[at] = columns[name][kept]
-        for name in self._obs:
-            self._obs[name][at] = obs[name][:-1][kept]
-            self._next_obs[name][at] = next_obs[name][kept]
-        self._head = (self._head + len(at)) % self.rows
-        self._size = min(self.rows, self._size + len(at))
+        """Store a rollout [T, B] over the oldest rows. Of one longer than the ring, the end is kept. Raises EnvError if
+        observations are no stacks of the frames before them (a few are looked at)."""
+        with self._turn.of("add"):
+            self._add(rollout)
+
+    def _add(self, rollout: Rollout) -> None:
+        obs, valid, steps = rollout.obs, rollout.column("valid"), rollout.steps
+        t, b, final = rollout.finals()
+        follows = np.empty(valid.shape, bool)
+        follows[0] = self._join(rollout, obs)
+        follows[1:] = valid[:-1]
+        inner = t < steps - 1
+        follows[t[inner] + 1, b[inner]] = False
+        kept = slice(max(0, steps - self.rows), steps)
+        if steps >= self.rows:
+            follows[kept.start] = False  # the row before is overwritten
+        flags = valid * VALID | rollout.column("terminated") * TERMINATED | rollout.column("truncated") * TRUNCATED
+        flags |= follows * FOLLOWS
+
+        rows = (self._head + np.arange(kept.stop - kept.start)) % self.rows
+        places = rows[:, None] * self.envs + np.arange(self.envs)
+        self._obs.put(rows, {name: leaf[kept] for name, leaf in obs.items()}, follows[kept], valid[kept])
+        self._action[places] = rollout.column("action")[kept]
+        self._reward[places] = rollout.column("reward")[kept]
+        self._flags[places] = flags[kept]
+        self._advance(places, valid[kept])
         self._follows = np.array(rollout.envs)
         self.env_steps += rollout.env_steps
-        self._index()
+        # What the newest row led to is kept aside like the last observation of an episode, until a row shows it.
+        shown_last = valid[-1].copy()
+        shown_last[b[~inner]] = False
+        ends = t >= kept.start
+        self._keep_next(places[t[ends] - kept.start, b[ends]], {name: leaf[ends] for name, leaf in final.items()})
+        self._keep_next(places[-1][shown_last], {name: leaf[-1][shown_last] for name, leaf in obs.items()})
+        if self.stack > 1:  # one row is looked at as well, another one each time
+            row = rollout.index % len(rows)
+            whole = self._marks.has(places[row])
+            seen = {name: leaf[kept][row][whole] for name, leaf in obs.items()}
+            self._obs.compare(seen, self._obs.take(places[row][whole]))
 
-    def _join(self, rollout: Rollout, obs: Mapping[str, Array]) -> None:
-        """Cut the newest row's windows where this rollout does not go on from it."""
-        if not self._size:
+    def _keep_next(self, places: Array, leaves: Mapping[str, Array]) -> None:
+        if not len(places):
             return
-        newest = self._head - 1
-        goes_on = (self._follows == rollout.envs) & ~rollout.aborted
-        for name, leaf in obs.items():
-            same = self._next_obs[name][newest] == leaf[0]
-            goes_on &= same.reshape(self.envs, -1).all(1)
-        self._columns["cut"][newest] |= ~goes_on
+        self._obs.keep_next(places, leaves)
+        if self.stack > 1:
+            whole = self._marks.has(places)
+            seen = {name: leaf[whole] for name, leaf in leaves.items()}
+            self._obs.compare(seen, self._obs.take_next(places[whole]))
 
-    def _index(self) -> None:
-        self._sampleable = np.flatnonzero(self._columns["valid"][: self._size])
+    def _join(self, rollout: Rollout, obs: Mapping[str, Array]) -> Array:
+        """[B] bool: which environments go on from what the newest row led to. Windows do not pass the others' seams."""
+        if not self._size:
+            return np.zeros(self.envs, bool)
+        newest = (self._head - 1) % self.rows * self.envs + np.arange(self.envs)
+        flags = self._flags[newest]
+        may = (self._follows == rollout.envs) & ~rollout.aborted
+        goes_on = may & (flags & VALID != 0)
+        for name, leaf in self._obs.take_next(newest).items():
+            goes_on &= alike(leaf, obs[name][0])
+        ended = flags & (TERMINATED | TRUNCATED) != 0
+        self._flags[newest] |= ~(may & (goes_on | ended)) * SEAM
+        self._obs.join(newest[goes_on])
+        return goes_on
 
-    def sample(self, rng: np.random.Generator, size: int, *, n: int = 1, gamma: float = 1.0) -> Batch:
-        """`size` transitions, uniformly and with repetition, with returns over at most `n` steps."""
-        return self.gather(self._sampleable[rng.integers(len(self._sampleable), size=size)], n, gamma)
+    def _advance(self, places: Array, valid: Array) -> None:
+        """The rows at `places` [T, B] are the newest now; those that are `valid` can be sampled."""
+        count = len(places)
+        before_wrap = min(count, self.rows - self._head)
+        self._marks.put(self._head * self.envs, valid[:before_wrap].reshape(-1))
+        if before_wrap < count:
+            self._marks.put(0, valid[before_wrap:].reshape(-1))
+        if self._priorities is not None:
+            self._priorities.renew(places.reshape(-1), valid.reshape(-1))
+        rounds, self._head = divmod(self._head + count, self.rows)
+        self._round += rounds
+        self._size = min(self.rows, self._size + count)
+        self._withdraw()
+
+    def _withdraw(self) -> None:
+        """Of the oldest rows those cannot be sampled whose stack goes back to rows that have been overwritten."""
+        if self._size < self.rows:
+            return
+        whole = np.zeros(self.envs, bool)
+        for row in (self._head + np.arange(min(self.stack - 1, self.rows))) % self.rows:
+            places = row * self.envs + np.arange(self.envs)
+            flags = self._flags[places]
+            whole |= flags & FOLLOWS == 0
+            can_be = whole & (flags & VALID != 0)
+            self._marks.put(places[0], can_be)
+            if self._priorities is not None:
+                self._priorities.withdraw(places[~can_be])
+
+    # -- sampling ----------------------------------------------------------------------------------------------------
+
+    def sample(self, rng: np.random.Generator, size: int, *, n: int = 1, gamma: float = 1.0, beta: float = 1.0) -> Batch:
+        """`size` transitions, with repetition, with returns over at most `n` steps: uniformly, or by priority and with
+        importance weights to the power `beta` (1: sampling by priority makes no difference to the expected gradient)."""
+        with self._turn.of("sample"):
+            if self._priorities is None:
+                return self._gather(self._draw(rng, size), n, gamma, np.ones(size))
+            held = self._held()
+            index = self._priorities.sample(rng, size)
+            return self._gather(index, n, gamma, self._priorities.weights(index, held, beta))
+
+    def _draw(self, rng: np.random.Generator, size: int) -> Array:
+        return self._marks.nth(rng.integers(self._held(), size=size))
+
+    def _held(self) -> int:
+        count = len(self._marks)
+        if not count:
+            raise ValueError("replay: nothing to sample from: it is empty, or closed")
+        return count
 
     def gather(self, index: Array, n: int, gamma: float) -> Batch:
         """The n-step transitions that begin at `index` [N] (row * B + column)."""
-        columns = {name: ring.reshape(-1, *ring.shape[2:]) for name, ring in self._columns.items()}
-        if n == 1:  # each row knows what it led to
-            end, returns = index, columns["reward"].take(index)
-            discounts = gamma * ~columns["terminated"].take(index)
+        if len(index) and not 0 <= index.min() <= index.max() < self.rows * self.envs:
+            raise IndexError(f"replay: an index of {index.min()} to {index.max()}, there are {self.rows * self.envs} places")
+        with self._turn.of("gather"):
+            return self._gather(index, n, gamma, np.ones(len(index)))
+
+    def _gather(self, index: Array, n: int, gamma: float, weights: Array) -> Batch:
+        if n == 1:
+            end, returns = index, self._rewards(index)
+            discounts = gamma * GOES_ON.take(self._flags.take(index, mode="clip"))
         else:
-            end, returns, discounts = self._windows(index, n, gamma, columns)
+            end, returns, discounts = self._windows(index, n, gamma)
         return Batch(
-            obs={name: _rows(ring, index) for name, ring in self._obs.items()},
-            action=columns["action"].take(index, 0),
+            obs=self._obs.take(index),
+            action=self._action.take(index, 0, mode="clip"),
             returns=returns,
             discounts=discounts,
-            next_obs={name: _rows(ring, end) for name, ring in self._next_obs.items()},
+            next_obs=self._obs.take_next(end),
+            index=index,
+            generation=self._generation(index),
+            weights=weights,
         )
 
-    def _windows(self, index: Array, n: int, gamma: float, columns: Mapping[str, Array]) -> tuple[Array, Array, Array]:
-        """Where the windows of at most `n` steps that begin at `index` [N] end, their returns and discounts, [N] each."""
+    def _rewards(self, index: Array) -> Array:
+        rewards = self._reward.take(index, mode="clip")
+        return rewards if self._learned is None else self._learned(rewards)
+
+    def _generation(self, index: Array) -> Array:
+        """How often the rows at `index` [N] have been overwritten."""
+        return self._round - (index >= self._head * self.envs)
+
+    def _rows_from(self, index: Array, count: int) -> tuple[Array, Array]:
+        """(index, whether it is in the newest row) of the rows from `index` [N] on, [count, N] both."""
         row, env = np.divmod(index, self.envs)
-        window = (row + np.arange(n)[:, None]) % self.rows
-        at = window * self.envs + env
-        last = columns["cut"].take(at) | (window == (self._head - 1) % self.rows)
-        last[:-1] |= ~columns["valid"].take(at[1:])
-        returns, discounts, steps = n_step(columns["reward"].take(at), columns["terminated"].take(at), last, gamma=gamma)
+        rows = (row + np.arange(count)[:, None]) % self.rows
+        return rows * self.envs + env, rows == (self._head - 1) % self.rows
+
+    def _windows(self, index: Array, n: int, gamma: float) -> tuple[Array, Array, Array]:
+        """Where the windows of at most `n` steps that begin at `index` [N] end, their returns and discounts, [N] each."""
+        at, newest = self._rows_from(index, n)
+        flags = self._flags.take(at)
+        last = newest | (flags & STOPS != 0)
+        last[:-1] |= flags[1:] & VALID == 0
+        returns, discounts, steps = n_step(self._rewards(at), flags & TERMINATED != 0, last, gamma=gamma)
         return at[steps - 1, np.arange(len(index))], returns, discounts
+
+    def sequences(self, rng: np.random.Generator, size: int, length: int) -> Sequences:
+        """`size` sequences of at most `length` rows, which begin at transitions drawn uniformly. They go on over ends of
+        episodes, but not past the newest row, nor into a row that is not valid or did not happen after the one before."""
+        with self._turn.of("sequences"):
+            at, newest = self._rows_from(self._draw(rng, size), length)
+            flags = self._flags.take(at)
+            mask = np.ones(at.shape, bool)
+            goes_on = ~newest[:-1] & (flags[:-1] & SEAM == 0) & (flags[1:] & VALID != 0)
+            np.logical_and.accumulate(goes_on, axis=0, out=mask[1:])
+            held = np.minimum(np.arange(length)[:, None], mask.sum(0) - 1)
+            at, flags = (np.take_along_axis(x, held, 0) for x in (at, flags))
+            first = np.ones(at.shape, bool)
+            first[1:] = mask[1:] & (flags[:-1] & (TERMINATED | TRUNCATED) != 0)
+            obs, next_obs = (
+                {name: leaf.reshape(*at.shape, *leaf.shape[1:]) for name, leaf in leaves.items()}
+                for leaves in (self._obs.take(at.reshape(-1)), self._obs.take_next(at.reshape(-1)))
+            )
+            return Sequences(
+                obs, self._action.take(at, 0), self._rewards(at), flags & TERMINATED != 0, flags & TRUNCATED != 0,
+                next_obs, first, mask,
+            )  # fmt: skip
+
+    # -- priorities --------------------------------------------------------------------------------------------------
+
+    def reprioritise(self, batch: Batch, td_errors: Array) -> int:
+        """Rows of a batch turned out to have these errors [N]. How many were ignored, because the row was overwritten
+        since, or can be sampled no more. Raises NonFiniteError."""
+        with self._turn.of("reprioritise"):
+            known = (batch.generation == self._generation(batch.index)) & self._marks.has(batch.index)
+            if self._priorities is not None:
+                self._priorities.update(batch.index[known], td_errors[known])
+            return int(np.count_nonzero(~known))
+
+    def chances(self, batch: Batch) -> Array:
+        """How likely each row of a batch is to be drawn now, [N] float64."""
+        if self._priorities is None:
+            return np.full(len(batch.index), 1 / max(1, len(self)))
+        return self._priorities.chances(batch.index)
+
+    def priority_entropy(self) -> float:
+        """Of the chances of all rows to be sampled, in nats: log(len(self)) where all have the same."""
+        if self._priorities is None:
+            return float(np.log(max(1, len(self))))
+        return self._priorities.entropy(self._size * self.envs)
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def _columns(self) -> dict[str, Array]:
+        """What is kept of each row besides observations, [rows, B, …] views."""
+        flat = {"action": self._action, "reward": self._reward, "flags": self._flags}
+        return {name: column.reshape(self.rows, self.envs, *column.shape[1:]) for name, column in flat.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """All rows in use, as copies."""
-        used = slice(self._size)
-        return {
-            "rows": self.rows, "size": self._size, "head": self._head, "env_steps": self.env_steps,
-            "follows": self._follows.copy(),
-            "columns": {name: ring[used].copy() for name, ring in self._columns.items()},
-            "obs": {name: ring[used].copy() for name, ring in self._obs.items()},
-            "next_obs": {name: ring[used].copy() for name, ring in self._next_obs.items()},
-        }  # fmt: skip
+        used = self._size * self.envs
+        with self._turn.of("state_dict"):
+            return {
+                "rows": self.rows, "stack": self.stack, "size": self._size, "head": self._head, "round": self._round,
+                "env_steps": self.env_steps, "follows": self._follows.copy(),
+                "columns": {name: column[: self._size].copy() for name, column in self._columns().items()},
+                "obs": self._obs.state_dict(self._size),
+                "priorities": {} if self._priorities is None else self._priorities.state_dict(used),
+            }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any], path: str = "replay") -> None:
         """Raises ValueError naming the first mismatch; the ring must have as many rows as the one saved."""
+        with self._turn.of("load_state_dict"):
+            self._load(state, path)
+
+    def _load(self, state: Mapping[str, Any], path: str) -> None:
         size, head = state.get("size"), state.get("head")
-        if state.get("rows") != self.rows:
-            raise ValueError(f"{path}.rows: this ring has {self.rows}, the one saved {state.get('rows')}")
+        for name, mine in (("rows", self.rows), ("stack", self.stack)):
+            if state.get(name) != mine:
+                raise ValueError(f"{path}.{name}: this ring has {mine}, the one saved {state.get(name)}")
         if not isinstance(size, int) or not isinstance(head, int) or not 0 <= head < self.rows or not 0 <= size <= self.rows:
             raise ValueError(f"{path}: size {size} and head {head} do not fit {self.rows} rows")
-        groups = {"columns": self._columns, "obs": self._obs, "next_obs": self._next_obs}
-        like = {"rows": 0, "size": 0, "head": 0, "env_steps": 0, "follows": self._follows}
-        like |= {group: {name: ring[:size] for name, ring in rings.items()} for group, rings in groups.items()}
-        check_tree(state, like, path)
-        for group, rings in groups.items():
-            for name, ring in rings.items():
-                ring[:size] = state[group][name]
-        self._size, self._head, self.env_steps = size, head, state["env_steps"]
+        used = size * self.envs
+        like = {"rows": 0, "stack": 0, "size": 0, "head": 0, "round": 0, "env_steps": 0, "follows": self._follows}
+        like["columns"] = {name: column[:size] for name, column in self._columns().items()}
+        like["priorities"] = {} if self._priorities is None else self._priorities.state_dict(used)
+        check_tree({key: value for key, value in state.items() if key != "obs"}, like, path)
+        flags = state["columns"]["flags"].reshape(-1)
+        self._obs.load_state_dict(state.get("obs", {}), size, flags & FOLLOWS != 0, f"{path}.obs")
+        for name, column in self._columns().items():
+            column[:size] = state["columns"][name]
+        self._size, self._head, self._round, self.env_steps = size, head, state["round"], state["env_steps"]
         self._follows = np.array(state["follows"])
-        self._index()
+        self._marks = Marks(self.rows * self.envs)
+        self._marks.put(0, flags & VALID != 0)
+        if self._priorities is not None:
+            self._priorities.load_state_dict(state["priorities"])
+        self._withdraw()
 
 
-def _rows(ring: Array, at: Array) -> Array:
-    """Rows [N, …] of a ring [rows, B, …], by row * B + column."""
-    return ring.reshape(-1, *ring.shape[2:]).take(at, 0)
+def _rows(envs: int, capacity: int, stack: int) -> int:
+    return max(1, capacity // envs) + stack - 1

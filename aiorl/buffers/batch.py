@@ -1,0 +1,48 @@
+"""What is sampled from a replay buffer. All arrays are copies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aiorl.segments import Array
+
+
+@dataclass(frozen=True)
+class Batch:
+    """n-step transitions: the target of `action` in `obs` is returns + discounts * V(next_obs)."""
+
+    obs: dict[str, Array]
+    """Observation leaves [N, …] as the environment gave them."""
+    action: Array
+    """[N, …]"""
+    returns: Array
+    """[N] float64: discounted rewards of the steps that count."""
+    discounts: Array
+    """[N] float64: gamma to the number of those steps, or 0 after termination."""
+    next_obs: dict[str, Array]
+    """[N, …] what the last of those steps led to."""
+    index: Array
+    """[N] int64: where they begin (row * B + column)."""
+    generation: Array
+    """[N] int64: how often that row had been overwritten."""
+    weights: Array
+    """[N] float64: importance weights, the largest of them 1; all 1 where sampling is uniform."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Rows that followed each other in one environment, [L, N, …]. Beyond its end each sequence repeats its last row."""
+
+    obs: dict[str, Array]
+    action: Array
+    reward: Array
+    """[L, N] float64"""
+    terminated: Array
+    truncated: Array
+    """[L, N] bool both"""
+    next_obs: dict[str, Array]
+    """What each step led to, true at episode ends too."""
+    first: Array
+    """[L, N] bool: nothing is to be carried over from the row before: the sequence, or another episode, begins."""
+    mask: Array
+    """[L, N] bool: False beyond the end."""
