@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
+from aiorl.convolution import Convolutions
 from aiorl.envs.spaces import Leaf
 from aiorl.segments import Array
 
@@ -60,6 +62,51 @@ class MLP:
             if activate is not None:
                 activate(x, x)
         return x
+
+
+class ConvNet:
+    """Forward pass of `networks.ConvNet`: each convolution is one matrix product over the patches that it looks at.
+
+    On one core that is as quick as torch for grids of 10 x 10, and takes half as long again for images of 84 x 84.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Array], name: str, activation: str, plan: Convolutions, *, activate_last: bool = False
+    ) -> None:
+        parts = [(weights[f"{name}.conv.{i}.weight"], weights[f"{name}.conv.{i}.bias"]) for i in range(len(plan.layers))]
+        self._filters = [(weight.reshape(len(weight), -1).T, bias) for weight, bias in parts]
+        self._plan, self._dense = plan, MLP(weights, f"{name}.dense", activation, activate_last=activate_last)
+
+    def __call__(self, x: Array) -> Array:
+        """[N, features] to [N, out], float32; a new array. Threads may call at the same time."""
+        image, n = np.ascontiguousarray(self._plan.images(x)), len(x)
+        for (weight, bias), (filters, kernel, stride) in zip(self._filters, self._plan.layers, strict=True):
+            patches = _patches(image, kernel, stride)
+            height, width = patches.shape[1:3]
+            y = np.dot(patches.reshape(n * height * width, -1), weight)
+            np.add(y, bias, y)
+            image = relu(y, y).reshape(n, height, width, filters)
+        flat, rest = image.reshape(n, -1), self._plan.rest(x)
+        return self._dense(np.concatenate([flat, *rest], axis=1) if rest else flat)
+
+
+def _patches(image: Array, kernel: int, stride: int) -> Array:
+    """What a convolution looks at: [N, H, W, C] to a view [N, h, w, kernel, kernel, C]."""
+    n, height, width, channels = image.shape
+    across = (height - kernel) // stride + 1, (width - kernel) // stride + 1
+    per_image, per_row, per_pixel, per_channel = image.strides
+    steps = per_image, per_row * stride, per_pixel * stride, per_row, per_pixel, per_channel
+    return as_strided(image, (n, *across, kernel, kernel, channels), steps, writeable=False)
+
+
+def make_network(
+    weights: Mapping[str, Array], name: str, activation: str, *, activate_last: bool = False,
+    plan: Convolutions | None = None,
+) -> MLP | ConvNet:  # fmt: skip
+    """The acting half of `networks.make_network`."""
+    if plan is None:
+        return MLP(weights, name, activation, activate_last=activate_last)
+    return ConvNet(weights, name, activation, plan, activate_last=activate_last)
 
 
 class Categorical:

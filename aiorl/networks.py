@@ -1,10 +1,7 @@
 """Networks of the learning half, their parameters as one vector, and Adam on it. Only the learner imports this module.
 
-Parameter names are those that `acting` looks up: `{name}.{i}.weight` [out, in], `{name}.{i}.bias` [out].
-
-The modules work with autograd as usual. The learners go another way: `trace` keeps what a forward pass saw, and `backward`
-sets the gradients from it (sets, not adds). For networks this small the graph costs more than the arithmetic. What comes
-after the last layer is computed in NumPy unless it is on a GPU, for the same reason (`losses.near`).
+They go without autograd, as their layers do (`layers`). What comes after the last layer is computed in NumPy unless it is on
+a GPU, for the same reason (`losses.near`).
 """
 
 from __future__ import annotations
@@ -12,112 +9,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from aiorl.acting import LOG_2PI
+from aiorl.convolution import Convolutions
 from aiorl.envs.spaces import Leaf
+from aiorl.layers import MLP, apply_mlp, apply_network, grad_of, make_network
 from aiorl.losses import Values, library_of, near, tensor
 from aiorl.segments import Array
 from aiorl.trees import check_tree
 
+T = TypeVar("T")
+R = TypeVar("R")
 
-class MLP(nn.ModuleList):
-    """Linear layers of the given sizes; the activation follows each but the last (or each one, if `activate_last`).
-
-    Weights are orthogonal with gain sqrt(2), the last layer's with `last_gain`; biases are 0. `rng` is the only source of
-    randomness.
-    """
-
-    def __init__(
-        self, sizes: Sequence[int], activation: str, rng: torch.Generator, *, last_gain: float, activate_last: bool = False
-    ) -> None:
-        super().__init__()
-        self._layers: list[tuple[nn.Parameter, nn.Parameter]] = []  # reading a module's attribute takes a microsecond
-        for i, (inputs, outputs) in enumerate(pairwise(sizes)):
-            layer: Any = nn.utils.skip_init(nn.Linear, inputs, outputs)
-            gain = last_gain if i == len(sizes) - 2 else math.sqrt(2)
-            nn.init.orthogonal_(layer.weight, gain, generator=rng)
-            nn.init.zeros_(layer.bias)
-            self._layers.append((layer.weight, layer.bias))
-            self.append(layer)
-        self._activation = activation
-        self._activated = len(self) - (0 if activate_last else 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, in] to [N, out]."""
-        activate = torch.tanh if self._activation == "tanh" else torch.relu
-        for i, (weight, bias) in enumerate(self._layers):
-            x = F.linear(x, weight, bias)
-            if i < self._activated:
-                x = activate(x)
-        return x
-
-    def trace(self, x: Tensor) -> list[Tensor]:
-        """What goes into each layer, and the output last. To be called without gradients."""
-        seen = [x]
-        for i, (weight, bias) in enumerate(self._layers):
-            x = F.linear(x, weight, bias)
-            if i < self._activated:
-                _activate_(x, self._activation)
-            seen.append(x)
-        return seen
-
-    def backward(self, seen: Sequence[Tensor], grad: Tensor, *, to_input: bool = False) -> Tensor | None:
-        """Set the parameters' gradients from the output's [N, out]; returns the input's [N, in] if asked for."""
-        for i in reversed(range(len(self._layers))):
-            (weight, bias), x = self._layers[i], seen[i]
-            if i < self._activated:
-                grad = _activation_backward(grad, seen[i + 1], self._activation)
-            torch.sum(grad, 0, out=bias.grad)
-            # The narrow matrix goes first, which MKL multiplies up to four times as fast.
-            if grad.shape[1] <= x.shape[1]:
-                torch.mm(grad.t(), x, out=weight.grad)
-            else:
-                _grad(weight).copy_((x.t() @ grad).t())
-            if i > 0 or to_input:
-                grad = grad @ weight
-        return grad if to_input else None
-
-
-def _grad(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None, "the module's parameters belong to no FlatParameters"
-    return parameter.grad
-
-
-def _activate_(x: Tensor, activation: str) -> None:
-    """In place. NumPy's float32 tanh is several times as fast as torch's, and the same that acting uses."""
-    if activation == "relu":
-        x.relu_()
-    elif x.is_cuda:
-        x.tanh_()
-    else:
-        array = x.numpy()
-        np.tanh(array, out=array)
-
-
-def _activation_backward(grad: Tensor, y: Tensor, activation: str) -> Tensor:
-    if activation == "tanh":
-        return torch.ops.aten.tanh_backward(grad, y)
-    return torch.ops.aten.threshold_backward(grad, y, 0)
-
-
-def apply_mlp(
-    weights: Mapping[str, Tensor], name: str, activation: str, x: Tensor, *, activate_last: bool = False
-) -> Tensor:
-    """As an `MLP` of that name whose parameters are in `weights`. To be called without gradients."""
-    depth = sum(key.startswith(f"{name}.") for key in weights) // 2
-    for i in range(depth):
-        x = F.linear(x, weights[f"{name}.{i}.weight"], weights[f"{name}.{i}.bias"])
-        if i < depth - (not activate_last):
-            _activate_(x, activation)
-    return x
-
+__all__ = [
+    "MLP", "ActorCritic", "Adam", "Categorical", "Evaluation", "FlatParameters", "Gaussian", "MultiCategorical", "QNetwork",
+    "apply_mlp", "apply_network", "make_network", "torch_rng",
+]  # fmt: skip
 
 # -- policies ----------------------------------------------------------------------------------------------------------
 
@@ -189,12 +101,13 @@ class ActorCritic(nn.Module):
     """Separate networks for the policy and the value. `log_std` exists for Box actions only."""
 
     def __init__(
-        self, features: int, action: Leaf, hidden: Sequence[int], activation: str, rng: torch.Generator, log_std: float = 0.0
-    ) -> None:
+        self, features: int, action: Leaf, hidden: Sequence[int], activation: str, rng: torch.Generator,
+        log_std: float = 0.0, plan: Convolutions | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         outputs = action.size if action.kind == "box" else sum(action.nvec)
-        self.actor = MLP([features, *hidden, outputs], activation, rng, last_gain=0.01)
-        self.critic = MLP([features, *hidden, 1], activation, rng, last_gain=1.0)
+        self.actor = make_network(features, [*hidden, outputs], activation, rng, last_gain=0.01, plan=plan)
+        self.critic = make_network(features, [*hidden, 1], activation, rng, last_gain=1.0, plan=plan)
         self.log_std = nn.Parameter(torch.full((action.size,), log_std)) if action.kind == "box" else None
         self._nvec = action.nvec
 
@@ -232,7 +145,7 @@ class Evaluation:
         self.net.actor.backward(self.actor, tensor(self.distribution.backward(d_log_prob, d_entropy)))
         if isinstance(self.distribution, Gaussian):
             assert self.net.log_std is not None
-            _grad(self.net.log_std).copy_(tensor(self.distribution.d_log_std))
+            grad_of(self.net.log_std).copy_(tensor(self.distribution.d_log_std))
         self.net.critic.backward(self.critic, tensor(d_value[:, None]))
 
 
@@ -243,10 +156,12 @@ class QNetwork(nn.Module):
     """Action values of a discrete space; with `dueling`, as state value plus advantage (Wang et al. 2016, 1511.06581)."""
 
     def __init__(
-        self, features: int, actions: int, hidden: Sequence[int], activation: str, rng: torch.Generator, *, dueling: bool
-    ) -> None:
+        self, features: int, actions: int, hidden: Sequence[int], activation: str, rng: torch.Generator, *, dueling: bool,
+        plan: Convolutions | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.torso = MLP([features, *hidden], activation, rng, last_gain=math.sqrt(2), activate_last=True)
+        gain = math.sqrt(2)
+        self.torso = make_network(features, hidden, activation, rng, last_gain=gain, activate_last=True, plan=plan)
         self.advantage = MLP([hidden[-1], actions], activation, rng, last_gain=1.0)
         self.state_value = MLP([hidden[-1], 1], activation, rng, last_gain=1.0) if dueling else None
 
@@ -302,6 +217,17 @@ class FlatParameters:
     def is_finite(self) -> bool:
         """Whether all parameters are (the sum tells, unless it overflows)."""
         return math.isfinite(float(self.vector.sum())) or bool(torch.isfinite(self.vector).all())
+
+    def mean_grad(self, parts: Sequence[T], gradient: Callable[[T], R]) -> list[R]:
+        """Call `gradient`, which sets the gradient, for each part, and leave the mean of them all."""
+        if len(parts) == 1:
+            return [gradient(parts[0])]
+        total, found = torch.zeros_like(self.grad), list[R]()
+        for part in parts:
+            found.append(gradient(part))
+            total.add_(self.grad, alpha=1 / len(parts))
+        self.grad.copy_(total)
+        return found
 
     def clip_grad(self, max_norm: float) -> Tensor:
         """Scale the gradient down to `max_norm` if it is longer, and return the norm that it had."""

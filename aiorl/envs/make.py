@@ -40,13 +40,13 @@ def make_env(spec: EnvSpec) -> gymnasium.Env[Any, Any]:
 
     An async one is made usable like any other; it then needs to be closed.
     """
-    made = _single(spec, _make(spec, None))
+    made = _stacked(spec, _single(spec, _make(spec, None)))
     return cast("Any", AsFunctions(made)) if is_async(made) else made
 
 
 def make_async_env(spec: EnvSpec) -> AsyncEnv:
     """A new async environment. Raises EnvError."""
-    made = _single(spec, _make(spec, None))
+    made = _stacked(spec, _single(spec, _make(spec, None)))
     if not is_async(made):
         raise EnvError(f"{spec.name} made an environment with coroutines when it was looked at, and now one without")
     return made
@@ -83,7 +83,37 @@ def make_vector(spec: EnvSpec, n: int) -> gymnasium.vector.VectorEnv[Any, Any, A
             f"{spec.name} made a vector of {made.num_envs} environments, expected {n}\n"
             "  let it take the keyword num_envs"
         )
-    return made
+    if spec.stack == 1:
+        return made
+    from aiorl.envs.stacking import VectorStacked
+
+    return VectorStacked(made, spec.stack, autoreset_mode(made))
+
+
+def _stacked(spec: EnvSpec, made: Any) -> Any:
+    if spec.stack == 1:
+        return made
+    from aiorl.envs.stacking import stacked
+
+    return stacked(made, spec.stack)
+
+
+def own_stack(made: Any) -> int:
+    """How many observations of its own an environment shows as one, in the way that `frame_stack` does; 1 if none.
+
+    gymnasium's FrameStackObservation does, if it repeats the first one and nothing around it changes observations.
+    """
+    from gymnasium import wrappers
+
+    harmless = (
+        wrappers.OrderEnforcing, wrappers.PassiveEnvChecker, wrappers.RecordEpisodeStatistics, wrappers.TimeLimit,
+        wrappers.TransformReward,
+    )  # fmt: skip
+    while isinstance(made, harmless):
+        made = cast("Any", made).env
+    if not isinstance(made, wrappers.FrameStackObservation) or made.padding_type != "reset":
+        return 1
+    return int(made.stack_size)
 
 
 def _make(spec: EnvSpec, n: int | None) -> Any:
@@ -91,10 +121,11 @@ def _make(spec: EnvSpec, n: int | None) -> Any:
     import gymnasium
 
     try:
-        if spec.registration is None:
-            target = spec.target if callable(spec.target) else _named(cast("str", spec.target))
+        if spec.target is not None:
+            target = spec.target if callable(spec.target) else _named(spec.target)
             sized = {} if n is None or "num_envs" not in _parameters(target) else {"num_envs": n}
-            return target(**{**spec.kwargs, **sized})
+            about = () if spec.registration is None else (spec.registration,)
+            return target(*about, **{**spec.kwargs, **sized})
         if n is None:
             return gymnasium.make(spec.registration, disable_env_checker=True, **spec.kwargs)
         mode = gymnasium.VectorizeMode.VECTOR_ENTRY_POINT
@@ -210,7 +241,10 @@ def _probe_single(spec: EnvSpec) -> Probe | None:
     made = _single(spec, made)
     coroutines = is_async(made)
     try:
-        spaces = _spaces(spec, made, "observation_space", "action_space")
+        own, made = own_stack(made), _stacked(spec, made)
+        if own > 1 and spec.stack > 1:
+            raise ConfigError(f"{spec.name} stacks {own} observations already\n  leave out frame_stack = {spec.stack}")
+        spaces = _spaces(spec, made, "observation_space", "action_space", max(own, spec.stack))
         known = getattr(made, "spec", None)
     finally:
         _close(spec, AsFunctions(made) if coroutines else made)
@@ -230,7 +264,7 @@ def _needs_num_envs(spec: EnvSpec) -> bool:
 def _probe_vector(spec: EnvSpec, n: int) -> Probe:
     made = make_vector(spec, n)
     try:
-        spaces = _spaces(spec, made, "single_observation_space", "single_action_space")
+        spaces = _spaces(spec, made, "single_observation_space", "single_action_space", spec.stack)
         mode = autoreset_mode(made)
         known = made.spec
     finally:
@@ -263,10 +297,11 @@ def _close(spec: EnvSpec, made: Any) -> None:
         raise crashed(spec.name, "closing it", error) from error
 
 
-def _spaces(spec: EnvSpec, made: Any, observation: str, action: str) -> Spaces:
+def _spaces(spec: EnvSpec, made: Any, observation: str, action: str, stack: int) -> Spaces:
     try:
-        return spaces_of(getattr(made, observation), getattr(made, action))
+        return spaces_of(getattr(made, observation), getattr(made, action)).with_stack(stack)
     except AttributeError as error:
         raise EnvError(f"{spec.name} has no {error.name}\n  set it in __init__") from None
     except ConfigError as error:
         raise ConfigError(f"{spec.name}: {error}") from None
+

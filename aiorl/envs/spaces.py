@@ -33,7 +33,8 @@ class Leaf(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     `name` is "obs" for a space that is not nested, else "obs.KEY…"; `path` leads to the leaf (str: key of a Dict, int:
     place in a Tuple). `nvec` and `start` are the sizes and first values of a discrete (length 1) or multi-discrete
     space, flat. `low` and `high` bound a box, flat, of length 1 when all are equal, None where unbounded; observations
-    keep them only when they are uniform.
+    keep them only when they are uniform. `stack` observations of the environment, the newest last, lie on the first axis of
+    `shape`; at 1 there is no such axis.
     """
 
     name: str
@@ -45,12 +46,15 @@ class Leaf(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     start: tuple[int, ...] = ()
     low: tuple[float | None, ...] = ()
     high: tuple[float | None, ...] = ()
+    stack: int = 1
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise ValueError(f"{self.name}: dtype {self.dtype!r} is not supported")
         if any(size < 0 for size in self.shape) or any(n < 1 for n in self.nvec) or len(self.nvec) != len(self.start):
             raise ValueError(f"{self.name}: shape {self.shape}, nvec {self.nvec}, start {self.start} do not fit")
+        if self.stack < 1 or (self.stack > 1 and self.shape[:1] != (self.stack,)):
+            raise ValueError(f"{self.name}: shape {self.shape} does not begin with the stack of {self.stack}")
 
     @property
     def size(self) -> int:
@@ -117,6 +121,25 @@ class Spaces(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if self.action.kind == "discrete":
             return Column((), "int64")
         return Column((self.action.size,), "float32" if self.action.kind == "box" else "int64")
+
+    @property
+    def stack(self) -> int:
+        """How many observations of the environment each of these holds (see `Leaf`): the same for all leaves."""
+        return self.observation[0].stack if self.observation else 1
+
+    def with_stack(self, k: int) -> Spaces:
+        """The same, the first axis of each observation leaf known as a stack of `k`."""
+        leaves = tuple(msgspec.structs.replace(leaf, stack=k) for leaf in self.observation)
+        return self if k == self.stack else Spaces(observation=leaves, action=self.action)
+
+    @cached_property
+    def single(self) -> Spaces:
+        """Without the axis of the stack. Of the observation leaves only names, paths, shapes and dtypes are right."""
+        leaves = tuple(
+            Leaf(name=leaf.name, path=leaf.path, kind="box", dtype=leaf.dtype, shape=leaf.shape[leaf.stack > 1 :])
+            for leaf in self.observation
+        )
+        return Spaces(observation=leaves, action=self.action)
 
     @cached_property
     def features(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import functools
 import importlib
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiorl.envs.contract import CRASHES, crashed
 from aiorl.errors import ConfigError
@@ -23,9 +24,29 @@ _NEEDS = {
     "gymnasium.envs.mujoco": ("mujoco", "mujoco"),
     "aiorl.envs.hockey": ("Box2D", "hockey"),
 }
-_EXTRAS = {"Box2D": "box2d", "mujoco": "mujoco", "ale_py": "atari", "cv2": "atari", "pygame": "classic-control"}
-# Namespaces that appear once a package is imported.
-_REGISTERED_BY = {"ALE": ("ale_py", "atari"), "aiorl": ("aiorl.envs.hockey", "hockey")}
+_EXTRAS = {
+    "Box2D": "box2d", "mujoco": "mujoco", "ale_py": "atari", "cv2": "atari", "minatar": "minatar", "minigrid": "minigrid",
+    "pygame": "classic-control",
+}  # fmt: skip
+_LICENCES = {"atari": "ale-py is GPL-2.0", "minatar": "MinAtar is GPL-3.0"}
+
+
+class _Family(NamedTuple):
+    """Ids that appear once `needs[0]` is imported or `register` called; `maker` (see `families`) makes what they name."""
+
+    extra: str
+    needs: tuple[str, ...]
+    register: str = ""
+    maker: str = ""
+
+
+_FAMILIES = {  # by how the ids begin
+    "ALE/": _Family("atari", ("ale_py", "cv2"), maker="aiorl.envs.families:atari"),
+    "MinAtar/": _Family("minatar", ("minatar",), "minatar.gym:register_envs", "aiorl.envs.families:minatar"),
+    "MiniGrid-": _Family("minigrid", ("minigrid",), maker="aiorl.envs.families:minigrid"),
+    "BabyAI-": _Family("minigrid", ("minigrid",), maker="aiorl.envs.families:minigrid"),
+    "aiorl/": _Family("hockey", ("aiorl.envs.hockey",)),
+}
 _OWN = {"hockey": "aiorl/Hockey-v0"}  # short names of aiorl's own environments
 
 
@@ -34,8 +55,9 @@ class EnvSpec:
     """A resolved environment. Pickled into workers, which need nothing else to make it.
 
     `name` is what `config.toml` records. `registration` is gymnasium's record for a registered id; otherwise `target`
-    is `module:callable`, or the callable itself where everything runs in one process. `native`: groups use a vector
-    environment. `vector_only`: there is no single environment. `coroutines`: it is an `AsyncEnv`; known to a probe only.
+    is `module:callable`, or the callable itself where everything runs in one process. With both, `target` is a maker of
+    `aiorl.envs.families`. `native`: groups use a vector environment. `vector_only`: there is no single environment.
+    `coroutines`: it is an `AsyncEnv`; known to a probe only. `stack` observations are shown as one.
     """
 
     name: str
@@ -45,6 +67,7 @@ class EnvSpec:
     native: bool = False
     vector_only: bool = False
     coroutines: bool = False
+    stack: int = 1
 
     def with_kwargs(self, **kwargs: Any) -> EnvSpec:
         """The same environment with other keyword arguments on top, e.g. `render_mode="rgb_array"`."""
@@ -52,25 +75,34 @@ class EnvSpec:
 
 
 def resolve_env(
-    env: str | Callable[..., Any], kwargs: Mapping[str, Any] | None = None, *, in_process: bool, native: bool = True
-) -> EnvSpec:
+    env: str | Callable[..., Any], kwargs: Mapping[str, Any] | None = None, *, in_process: bool, native: bool = True,
+    frame_stack: int = 1,
+) -> EnvSpec:  # fmt: skip
     """Find an environment: a gymnasium id, `module:callable`, `module:EnvId`, or a callable.
 
     `in_process`: the environments run in this process, so any callable will do; workers need one that they can import.
     `native`: use an environment's own vector implementation if it has one. Raises ConfigError, before anything is made.
     """
-    kwargs = dict(kwargs or {})
+    return replace(_find(env, dict(kwargs or {}), in_process, native), stack=frame_stack)
+
+
+def _find(env: str | Callable[..., Any], kwargs: dict[str, Any], in_process: bool, native: bool) -> EnvSpec:
     if not isinstance(env, str):
         if not callable(env):
             raise ConfigError(f"env = {env!r} is a {type(env).__name__}\n  {_FORMS}")
         return _from_callable(env, kwargs, in_process, native)
-    env = _OWN.get(env, env)
+    env = full_id(env)
     if ":" in env:
         module, _, attribute = env.partition(":")
         found = _import(module, env)
         if not _is_registered(attribute):
             return _from_name(env, found, attribute, kwargs, native)
     return _from_id(env, kwargs, in_process, native)
+
+
+def full_id(env: str) -> str:
+    """The id that a short name stands for; any other name as it is."""
+    return _OWN.get(env, env)
 
 
 _FORMS = 'give a gymnasium id ("CartPole-v1"), "module:callable", or a callable that makes an environment'
@@ -89,19 +121,24 @@ def _from_id(env: str, kwargs: dict[str, Any], in_process: bool, native: bool) -
     import gymnasium
 
     name = env.rpartition(":")[2]
-    namespace = name.partition("/")[0]
-    if "/" in name and namespace in _REGISTERED_BY and not _is_registered(name):
-        module, extra = _REGISTERED_BY[namespace]
-        if importlib.util.find_spec(module) is None:
-            raise _missing(env, module, extra)
-        _import(module, env)
+    prefix = next((prefix for prefix in _FAMILIES if name.startswith(prefix)), "")
+    family = _FAMILIES.get(prefix)
+    if family is not None:
+        _register(env, prefix, family)
     registration = gymnasium.registry.get(name)
     if registration is None:
         raise ConfigError(_unknown_id(env, list(gymnasium.registry)))
     _check_packages(env, registration)
     entry, vector_entry = registration.entry_point, registration.vector_entry_point
+    known = {"max_episode_steps", "render_mode"}
+    if family is not None and family.maker and entry is not None:
+        own = inspect.signature(_load(env, family.maker)).parameters
+        known |= own.keys() - {"registration", "num_envs"}
+        # A vector is used if it is asked for: it does not show just what the wrappers around a single environment do.
+        wants_vector = "num_envs" in own and bool(kwargs.pop("vector", False)) and native
+        _check_kwargs(env, _load(env, entry), {**registration.kwargs, **kwargs}, known)
+        return EnvSpec(env, kwargs, family.maker, registration, native=wants_vector, vector_only=wants_vector)
     if entry is not None:
-        known = {"max_episode_steps", "render_mode"}
         _check_kwargs(env, _load(env, entry), {**registration.kwargs, **kwargs}, known)
     for target in (entry, vector_entry):
         if callable(target) and not in_process:
@@ -110,6 +147,30 @@ def _from_id(env: str, kwargs: dict[str, Any], in_process: bool, native: bool) -
         env, kwargs, registration=registration,
         native=vector_entry is not None and (native or entry is None), vector_only=entry is None,
     )  # fmt: skip
+
+
+def _register(env: str, prefix: str, family: _Family) -> None:
+    """Have the ids of a family registered. Raises ConfigError for what is not installed."""
+    import gymnasium
+
+    for module in family.needs:
+        if importlib.util.find_spec(module) is None:
+            raise _missing(env, module, family.extra)
+    if any(known.startswith(prefix) for known in gymnasium.registry):
+        return
+    _import(family.needs[0], env)
+    if family.register:
+        _load(env, family.register)()
+
+
+def installed() -> Mapping[str, Any]:
+    """gymnasium's registry with the families whose packages are there."""
+    import gymnasium
+
+    for prefix, family in _FAMILIES.items():
+        with contextlib.suppress(ConfigError):
+            _register(prefix, prefix, family)
+    return gymnasium.registry
 
 
 def _unknown_id(env: str, registry: list[str]) -> str:
@@ -122,7 +183,7 @@ def _unknown_id(env: str, registry: list[str]) -> str:
         seen = f"{env} has no version" if family == env else f"there is no version {version} of {family}"
         return f"{seen} — did you mean {newest}?\n  installed: {', '.join(versions)}"
     same = [i for i in registry if i.lower() == env.lower()]
-    near = same or difflib.get_close_matches(env, registry, 1, 0.6)
+    near = same or difflib.get_close_matches(env, [*_OWN, *registry], 1, 0.6)
     near = near or [i for i in registry if i.lower().startswith(env.lower())][-1:]
     hint = f" — did you mean {near[0]}?" if near else ""
     return f'unknown environment {env!r}{hint}\n  an environment of your own: "module:callable"'
@@ -144,7 +205,7 @@ def _load(env: str, entry: str | Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _missing(env: str, module: str, extra: str) -> ConfigError:
-    note = " (ale-py is GPL-2.0)" if extra == "atari" else ""
+    note = f" ({_LICENCES[extra]})" if extra in _LICENCES else ""
     return ConfigError(f'{env} needs {module}, which is not installed\n  pip install "aiorl[{extra}]"{note}')
 
 
