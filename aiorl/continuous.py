@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,12 +68,15 @@ class Ensemble(nn.Module):
             self.bias.append(fan_in_uniform_(nn.Parameter(torch.empty(count, size)), rng, fan_in))
         self._layers = list(zip(self.weight, self.bias, strict=True))
         self._tanh = activation == "tanh"
-        self._count = count
 
-    def trace(self, x: Tensor) -> list[Tensor]:
-        """What goes into each layer, each [count, N, in], and the values last, [count, N, 1]. Without gradients."""
-        seen = [x.expand(self._count, *x.shape)]
-        for weight, bias in self._layers:
+    def trace(self, x: Tensor, count: int | None = None) -> list[Tensor]:
+        """What goes into each layer, each [count, N, in], and the values last, [count, N, 1]. Without gradients.
+
+        Of the first `count` networks; of all by default.
+        """
+        layers = self._layers if count is None else [(weight[:count], bias[:count]) for weight, bias in self._layers]
+        seen = [x.expand(len(layers[0][0]), *x.shape)]
+        for weight, bias in layers:
             if len(seen) > 1:
                 seen[-1].tanh_() if self._tanh else seen[-1].relu_()
             seen.append(torch.baddbmm(bias.unsqueeze(1), seen[-1], weight.transpose(1, 2)))
@@ -90,10 +93,10 @@ class Ensemble(nn.Module):
 
     def input_gradient(self, seen: Sequence[Tensor], grad: Tensor, first: int) -> Tensor:
         """Gradient of the inputs from column `first` on, [N, in - first], given the values' [count, N]."""
-        grad = grad.unsqueeze(2)
+        count, grad = len(grad), grad.unsqueeze(2)
         for (weight, _), y in zip(self._layers[:0:-1], seen[-2:0:-1], strict=True):
-            grad = self._through(grad, weight, y)
-        return torch.bmm(grad, self._layers[0][0][:, :, first:]).sum(0)
+            grad = self._through(grad, weight[:count], y)
+        return torch.bmm(grad, self._layers[0][0][:count, :, first:]).sum(0)
 
     def _through(self, grad: Tensor, weight: Tensor, y: Tensor) -> Tensor:
         """Back through a layer and the activation before it, whose output was `y`."""
@@ -101,6 +104,15 @@ class Ensemble(nn.Module):
         if self._tanh:
             return torch.ops.aten.tanh_backward.grad_input(grad, y, grad_input=grad)
         return torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=grad)
+
+
+class Goal(NamedTuple):
+    """What critics are fitted to: observations [N, features], actions [N, k], targets [N] and factors on the losses [N]."""
+
+    obs: Tensor
+    action: Tensor
+    targets: Tensor
+    weight: Tensor | None = None
 
 
 class TwinCritics:
@@ -121,15 +133,21 @@ class TwinCritics:
         """The smaller of the targets' values [N]."""
         return self.target.trace(torch.cat([obs, action], 1))[-1].squeeze(2).amin(0)
 
-    def fit(self, obs: Tensor, action: Tensor, targets: Tensor, rate: float) -> dict[str, Tensor]:
-        """One gradient step towards `targets` [N]; returns metrics."""
-        seen = self.online.trace(torch.cat([obs, action], 1))
-        values = seen[-1].squeeze(2)
-        loss, error = twin_loss(values, targets)
-        self.online.backward(seen, error / len(targets))
+    def fit(self, parts: Sequence[Goal], rate: float) -> list[dict[str, Tensor]]:
+        """One gradient step of the mean loss; returns what each part says of itself, with the norm of the gradient."""
+        found = self.parameters.mean_grad(parts, self._fit)
         norm = self.parameters.clip_grad(self._max_norm)
         self.adam.step(rate)
-        return {"critic_loss": loss, "q_mean": values.mean(), "td_error": error.abs().mean(), "grad_norm": norm}
+        return [part | {"grad_norm": norm} for part in found]
+
+    def _fit(self, goal: Goal) -> dict[str, Tensor]:
+        """Set the gradient of a batch's loss."""
+        seen = self.online.trace(torch.cat([goal.obs, goal.action], 1))
+        values = seen[-1].squeeze(2)
+        loss, error = twin_loss(values, goal.targets, goal.weight)
+        slope = error if goal.weight is None else error * goal.weight
+        self.online.backward(seen, slope / len(goal.targets))
+        return {"critic_loss": loss, "q": values, "td_error": error}
 
     def smaller(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """The smaller of the two values [N], and its gradient by the action [N, k]."""
@@ -140,20 +158,13 @@ class TwinCritics:
 
     def first(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """The first of the two values [N], and its gradient by the action [N, k]."""
-        seen = self.online.trace(torch.cat([obs, action], 1))
-        chosen = torch.zeros_like(seen[-1].squeeze(2))
-        chosen[0] = 1.0
-        return seen[-1][0].squeeze(1), self.online.input_gradient(seen, chosen, self._features)
+        seen = self.online.trace(torch.cat([obs, action], 1), count=1)
+        value = seen[-1].squeeze(2)
+        return value[0], self.online.input_gradient(seen, torch.ones_like(value), self._features)
 
     def follow(self, tau: float) -> None:
         """Move the targets by a share `tau` of the way."""
         self.target_parameters.vector.lerp_(self.parameters.vector, tau)
-
-    def drift(self) -> float:
-        """Distance of the targets from what they follow, as a share of its length."""
-        online = self.parameters.vector
-        distance = torch.linalg.vector_norm(self.target_parameters.vector - online)
-        return float(distance / torch.linalg.vector_norm(online))
 
     def undo(self) -> Callable[[], None]:
         """What takes everything back to where it is now."""
@@ -179,11 +190,15 @@ class TwinCritics:
         self.adam.load_state_dict(state["optimizer"], f"{path}.optimizer")
 
 
-def twin_loss(values: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Half the mean squared error of each critic, added up, and all errors: `values` [2, N], `targets` [N]."""
-    check_shapes(targets=targets, values=values[0])
+def twin_loss(values: Tensor, targets: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Half the mean squared error of each critic, added up, and all errors: `values` [2, N], `targets` [N].
+
+    `weight` [N] is a factor on each transition's part.
+    """
+    check_shapes(targets=targets, values=values[0], weight=weight)
     error = values - targets
-    return 0.5 * error.square().mean(1).sum(), error
+    square = error.square() if weight is None else error.square() * weight
+    return 0.5 * square.mean(1).sum(), error
 
 
 # -- policies ----------------------------------------------------------------------------------------------------------

@@ -35,20 +35,25 @@ def tensor(x: Values) -> torch.Tensor:
     return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
 
 
+def array(x: Values) -> Array:
+    """`x` in main memory."""
+    return x if isinstance(x, np.ndarray) else x.cpu().numpy()
+
+
 def choose(x: Values, index: Values) -> Values:
-    """x[i, index[i]] for each row of `x` [N, A]."""
-    if isinstance(x, np.ndarray):
-        return x[np.arange(len(x)), index]
-    return x.gather(1, index.unsqueeze(1)).squeeze(1)
+    """x[i, index[i]] for each row of `x` [N, A, …]."""
+    return x[_places(x), index]
 
 
 def spread(values: Values, index: Values, like: Values) -> Values:
-    """Zeros like [N, A], with values[i] at [i, index[i]]."""
-    if isinstance(values, np.ndarray):
-        result = np.zeros_like(like)
-        result[np.arange(len(result)), index] = values
-        return result
-    return torch.zeros_like(like).scatter_(1, index.unsqueeze(1), values.unsqueeze(1))
+    """Zeros like [N, A, …], with values[i] at [i, index[i]]."""
+    result = library_of(like).zeros_like(like)
+    result[_places(like), index] = values
+    return result
+
+
+def _places(x: Values) -> Values:
+    return np.arange(len(x)) if isinstance(x, np.ndarray) else torch.arange(len(x), device=x.device)
 
 
 def mean(x: Values) -> Values:
@@ -145,14 +150,62 @@ def q_targets(
         return returns + discounts * choose(next_q_target, chooser.argmax(1))
 
 
-def q_loss(
-    q: Values, actions: Values, targets: Values, huber_delta: float | None = 1.0
-) -> tuple[Values, Values]:
-    """Error of the chosen actions' values: `q` [N, A] (and its derivative), int64 `actions`, `targets`.
-
-    Huber (quadratic up to `huber_delta`, linear beyond), or half the mean squared error if that is None.
-    """
+def td_error(q: Values, actions: Values, targets: Values) -> Values:
+    """How much the values `q` [N, A] of int64 `actions` exceed their targets."""
     check_shapes(q=q[:, 0], actions=actions, targets=targets)
-    error = choose(q, actions) - targets
-    slope = error if huber_delta is None else error.clip(-huber_delta, huber_delta)
-    return mean(slope * (error - 0.5 * slope)), spread(slope / len(error), actions, q)
+    return choose(q, actions) - targets
+
+
+def huber(error: Values, delta: float = 1.0, weight: Values | None = None) -> tuple[Values, Values]:
+    """Mean of what is quadratic up to `delta` and linear beyond: half the mean squared error if that is infinite.
+
+    `weight` is a factor on each error's part.
+    """
+    check_shapes(error=error, weight=weight)
+    slope = error.clip(-delta, delta)
+    part = slope * (error - 0.5 * slope)
+    if weight is not None:
+        part, slope = part * weight, slope * weight
+    return mean(part), slope / len(error)
+
+
+def quantile_targets(
+    returns: Values, discounts: Values, next_target: Values, next_online: Values | None = None
+) -> Values:
+    """Targets [N, K] for quantiles: returns + discounts * those of the next action. Without gradients.
+
+    `next_target` and `next_online` are [N, A, K]. The action has the greatest mean by the target network (Dabney et al.
+    2018, arXiv 1710.10044), or by the online one if given. `discounts` is 0 after termination.
+    """
+    check_shapes(returns=returns, discounts=discounts, next_target=next_target[:, 0, 0])
+    check_shapes(next_target=next_target, next_online=next_online)
+    with torch.no_grad():
+        best = (next_target if next_online is None else next_online).mean(2).argmax(1)
+        return returns[:, None] + discounts[:, None] * choose(next_target, best)
+
+
+def quantile_huber(
+    quantiles: Values, targets: Values, kappa: float = 1.0, weight: Values | None = None
+) -> tuple[Values, Values]:
+    """Quantile regression of `quantiles` [N, K] (and the derivative) to each of `targets` [N, M], with a Huber loss.
+
+    Quantile i stands for the share (i + 1/2) / K. Summed over the quantiles, the mean over targets and N (Dabney et al.
+    2018, arXiv 1710.10044, equation 10 and algorithm 1). `weight` [N] is a factor on each row's part.
+    """
+    check_shapes(quantiles=quantiles[:, 0], targets=targets[:, 0], weight=weight)
+    n, k = quantiles.shape
+    error = targets[:, None, :] - quantiles[:, :, None]
+    slope = error.clip(-kappa, kappa)
+    part = slope * (error - 0.5 * slope)
+    # tau where a target lies above its quantile, 1 - tau below
+    above = error > 0
+    tau = (library_of(error).arange(k, **_like(error)) + 0.5)[:, None] / k
+    share = library_of(error).where(above, tau, 1 - tau)
+    part, slope = (part * share).mean(2).sum(1), (slope * share).mean(2)
+    if weight is not None:
+        part, slope = part * weight, slope * weight[:, None]
+    return mean(part), slope / -n
+
+
+def _like(x: Values) -> dict[str, Any]:
+    return {"dtype": x.dtype} if isinstance(x, np.ndarray) else {"dtype": x.dtype, "device": x.device}

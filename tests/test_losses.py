@@ -13,6 +13,12 @@ from torch import tensor
 from aiorl import losses
 
 
+def q_loss(q: Any, actions: Any, targets: Any, huber_delta: float = 1.0, weight: Any = None) -> tuple[Any, Any]:
+    """As a learner puts it together."""
+    loss, slope = losses.huber(losses.td_error(q, actions, targets), huber_delta, weight)
+    return loss, losses.spread(slope, actions, q)
+
+
 def test_surrogate_of_the_same_policy_is_minus_the_mean_advantage_and_its_gradient_the_policy_gradient():
     log_ratio = torch.zeros(3, requires_grad=True)
     advantage = tensor([1.0, -2.0, 4.0])
@@ -61,8 +67,11 @@ def test_value_loss():
         (lambda x, a, b: losses.clipped_surrogate(x, a, 0.2, b.exp()), (50,)),
         (lambda x, a, b: losses.value_loss(x, a), (50,)),
         (lambda x, a, b: losses.value_loss(x, a, b, 0.5), (50,)),
-        (lambda x, a, b: losses.q_loss(x, (b > 0).long(), a), (50, 3)),
-        (lambda x, a, b: losses.q_loss(x, (b > 0).long(), a, None), (50, 3)),
+        (lambda x, a, b: q_loss(x, (b > 0).long(), a), (50, 3)),
+        (lambda x, a, b: q_loss(x, (b > 0).long(), a, math.inf), (50, 3)),
+        (lambda x, a, b: q_loss(x, (b > 0).long(), a, 0.5, abs(b)), (50, 3)),
+        (lambda x, a, b: losses.quantile_huber(x, torch.stack([a, b], 1)), (50, 3)),
+        (lambda x, a, b: losses.quantile_huber(x, torch.stack([a, b, a + b], 1), 0.3, abs(b)), (50, 7)),
     ],
 )
 def test_derivatives_are_those_of_autograd(loss: Any, shape: tuple[int, ...]):
@@ -80,8 +89,11 @@ def test_derivatives_are_those_of_autograd(loss: Any, shape: tuple[int, ...]):
         lambda a, b, c, q, i: losses.clipped_surrogate(a, b, 0.2, abs(c)),
         lambda a, b, c, q, i: losses.value_loss(a, b),
         lambda a, b, c, q, i: losses.value_loss(a, b, c, 0.5),
-        lambda a, b, c, q, i: losses.q_loss(q, i, a),
-        lambda a, b, c, q, i: losses.q_loss(q, i, a, None),
+        lambda a, b, c, q, i: q_loss(q, i, a),
+        lambda a, b, c, q, i: q_loss(q, i, a, math.inf),
+        lambda a, b, c, q, i: q_loss(q, i, a, 0.5, abs(c)),
+        lambda a, b, c, q, i: losses.quantile_huber(q, q[:, :2] + a[:, None], 0.5, abs(c)),
+        lambda a, b, c, q, i: [losses.quantile_targets(a, b, q[:, :, None] * a[0], x) for x in (None, -q[:, :, None])],
         lambda a, b, c, q, i: [losses.q_targets(a, b, q), losses.q_targets(a, b, q, -q)],
         lambda a, b, c, q, i: [losses.standardise(a), losses.approximate_kl(a), losses.clipped_share(a, 0.2)],
         lambda a, b, c, q, i: [losses.joined([a, b]), losses.choose(q, i), losses.spread(a, i, q)],
@@ -128,19 +140,71 @@ def test_q_targets_choose_with_the_online_network_and_evaluate_with_the_target()
 def test_q_loss():
     q = tensor([[1.0, 9.0], [9.0, 2.0]])
     actions, targets = tensor([0, 1]), tensor([1.5, 5.0])
-    assert losses.q_loss(q, actions, targets, huber_delta=1.0)[0].item() == pytest.approx((0.5 * 0.25 + 2.5) / 2)
-    assert losses.q_loss(q, actions, targets, huber_delta=None)[0].item() == pytest.approx((0.5 * 0.25 + 4.5) / 2)
+    assert q_loss(q, actions, targets, huber_delta=1.0)[0].item() == pytest.approx((0.5 * 0.25 + 2.5) / 2)
+    assert q_loss(q, actions, targets, huber_delta=math.inf)[0].item() == pytest.approx((0.5 * 0.25 + 4.5) / 2)
+
+
+def test_weights_are_factors_on_each_transition():
+    q, actions, targets = torch.zeros(2, 2), tensor([0, 1]), tensor([0.5, 3.0])
+    weighted, slope = q_loss(q, actions, targets, weight=tensor([2.0, 0.5]))
+    assert weighted.item() == pytest.approx((2 * 0.125 + 0.5 * 2.5) / 2)
+    assert slope.tolist() == [[-0.5, 0.0], [0.0, -0.25]]
+
+
+@pytest.mark.parametrize("kappa", [0.2, 1.0, 3.0])
+def test_quantile_huber_is_the_papers_double_sum(kappa: float):
+    """Equation 10 and algorithm 1 of Dabney et al. 2018, pair by pair."""
+    draw = np.random.default_rng(1)
+    quantiles, targets, weight = draw.normal(size=(6, 5)) * 2, draw.normal(size=(6, 4)) * 2, draw.random(6)
+    total = 0.0
+    for n in range(6):
+        for i in range(5):
+            tau = (2 * i + 1) / 10
+            for j in range(4):
+                u = targets[n, j] - quantiles[n, i]
+                huber = 0.5 * u * u if abs(u) <= kappa else kappa * (abs(u) - 0.5 * kappa)
+                total += weight[n] * abs(tau - (u < 0)) * huber / 4 / 6
+    loss, slope = losses.quantile_huber(quantiles, targets, kappa, weight)
+    assert float(loss) == pytest.approx(total)
+    step = 1e-6
+    for n, i in np.ndindex(6, 5):
+        moved = quantiles.copy()
+        moved[n, i] += step
+        rise = (losses.quantile_huber(moved, targets, kappa, weight)[0] - loss) / step
+        assert slope[n, i] == pytest.approx(rise, abs=1e-5)
+
+
+def test_quantile_regression_finds_the_quantiles():
+    """Of the numbers 0 to 99, all at once, with a loss that is linear almost everywhere."""
+    quantiles, targets = np.full((1, 4), 50.0), np.arange(100.0)[None]
+    for step in range(4000):
+        quantiles -= 200 / (1 + step / 100) * losses.quantile_huber(quantiles, targets, 0.1)[1]
+    np.testing.assert_allclose(quantiles[0], [12, 37, 62, 87], atol=1.5)
+
+
+def test_quantile_targets_are_those_of_the_action_with_the_greatest_mean():
+    returns, discounts = tensor([1.0, 1.0]), tensor([0.9, 0.0])
+    target = tensor([[[0.0, 9.0], [4.0, 4.0]], [[1.0, 1.0], [2.0, 0.0]]])  # means 4.5 and 4; 1 and 1
+    online = -target
+    assert losses.quantile_targets(returns, discounts, target).tolist() == [pytest.approx([1, 9.1]), [1, 1]]
+    double = losses.quantile_targets(returns, discounts, target, online)
+    assert double.tolist() == [pytest.approx([4.6, 4.6]), [1, 1]]
+    assert not losses.quantile_targets(returns, discounts, target.requires_grad_()).requires_grad
 
 
 @pytest.mark.parametrize(
     "call",
     [
+        lambda: losses.huber(torch.zeros(4), weight=torch.zeros(4, 1)),
+        lambda: losses.quantile_huber(torch.zeros(4, 3), torch.zeros(1, 3)),
+        lambda: losses.quantile_huber(torch.zeros(4, 3), torch.zeros(4, 3), 1.0, torch.zeros(4, 1)),
+        lambda: losses.quantile_targets(torch.zeros(4), torch.zeros(4), torch.zeros(4, 2, 3), torch.zeros(4, 2, 1)),
         lambda: losses.clipped_surrogate(torch.zeros(4), torch.zeros(4, 1), 0.2),
         lambda: losses.clipped_surrogate(torch.zeros(4), torch.zeros(4), 0.2, torch.zeros(1)),
         lambda: losses.value_loss(torch.zeros(4, 1), torch.zeros(4)),
         lambda: losses.q_targets(torch.zeros(4), torch.zeros(1), torch.zeros(4, 2)),
         lambda: losses.q_targets(torch.zeros(4), torch.zeros(4), torch.zeros(4, 2), torch.zeros(1, 2)),
-        lambda: losses.q_loss(torch.zeros(4, 2), torch.zeros(4).long(), torch.zeros(4, 1)),
+        lambda: q_loss(torch.zeros(4, 2), torch.zeros(4).long(), torch.zeros(4, 1)),
     ],
 )
 def test_shapes_that_would_broadcast_are_refused(call):

@@ -112,7 +112,8 @@ def batch_of(n: int, seed: int = 0) -> Batch:
     rng = np.random.default_rng(seed)
     obs, next_obs = ({"obs": rng.normal(size=(n, 3)).astype(np.float32)} for _ in range(2))
     discounts = np.where(rng.random(n) < 0.3, 0.0, 0.9)
-    return Batch(obs, rng.uniform(LOW, HIGH, (n, 2)).astype(np.float32), rng.normal(size=n), discounts, next_obs)
+    action, returns, place = rng.uniform(LOW, HIGH, (n, 2)).astype(np.float32), rng.normal(size=n), np.arange(n)
+    return Batch(obs, action, returns, discounts, next_obs, index=place, generation=place, weights=np.ones(n))
 
 
 def mlp(parameters: dict[str, torch.Tensor], obs: torch.Tensor) -> torch.Tensor:
@@ -145,7 +146,7 @@ def first_step_of_adam(parameter: torch.Tensor, rate: float) -> None:
 
 def test_one_step_is_what_autograd_makes_of_the_papers_losses():
     """Gradients of critics, actor and temperature, and Adam's and Polyak's steps in their order."""
-    config = SAC(**SMALL, alpha=0.4, reward_scale=2.0, tau=0.1, target_entropy=-1.5, learning_rate=0.01)
+    config = SAC(**SMALL, alpha=0.4, tau=0.1, target_entropy=-1.5, learning_rate=0.01)
     one = learner(config)
     before = one.state_dict()
     actor, critic = (tensors(s["parameters"], learned=True) for s in (before, before["critics"]))
@@ -166,7 +167,7 @@ def test_one_step_is_what_autograd_makes_of_the_papers_losses():
     with torch.no_grad():
         next_action, next_log_prob = act(next_obs, noise[16:])
         soft = critics(target, next_obs, next_action).amin(0) - 0.4 * next_log_prob
-        targets = torch.from_numpy(2.0 * batch.returns + batch.discounts * soft.numpy()).float()
+        targets = torch.from_numpy(batch.returns + batch.discounts * soft.numpy()).float()
     unit = torch.from_numpy((batch.action - [0, 0.5]) / [2, 0.5]).float()
     loss = sum(0.5 * F.mse_loss(q, targets) for q in critics(critic, obs, unit))
     assert metrics["critic_loss"] == pytest.approx(loss.item(), rel=1e-4)

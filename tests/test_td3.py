@@ -44,7 +44,8 @@ def batch_of(n: int, seed: int = 0) -> Batch:
     rng = np.random.default_rng(seed)
     obs, next_obs = ({"obs": rng.normal(size=(n, 3)).astype(np.float32)} for _ in range(2))
     discounts = np.where(rng.random(n) < 0.3, 0.0, 0.9)
-    return Batch(obs, rng.uniform(LOW, HIGH, (n, 2)).astype(np.float32), rng.normal(size=n), discounts, next_obs)
+    action, returns, place = rng.uniform(LOW, HIGH, (n, 2)).astype(np.float32), rng.normal(size=n), np.arange(n)
+    return Batch(obs, action, returns, discounts, next_obs, index=place, generation=place, weights=np.ones(n))
 
 
 def test_it_follows_the_protocols_and_needs_finite_bounds():
@@ -70,7 +71,7 @@ def test_smoothing_is_limited_twice():
 
 
 def test_one_step_is_what_autograd_makes_of_the_papers_losses():
-    config = TD3(**SMALL, policy_delay=1, target_noise=0.8, target_noise_clip=0.3, tau=0.1, reward_scale=2.0)
+    config = TD3(**SMALL, policy_delay=1, target_noise=0.8, target_noise_clip=0.3, tau=0.1)
     one = learner(config)
     one._target_parameters.vector.mul_(1.5)
     before = one.state_dict()
@@ -85,7 +86,7 @@ def test_one_step_is_what_autograd_makes_of_the_papers_losses():
     with torch.no_grad():
         next_action = (mlp(target_actor, next_obs).tanh() + noise.clamp(-0.3, 0.3)).clamp(-1, 1)
         value = critics(target, next_obs, next_action).amin(0)
-        targets = torch.from_numpy(2.0 * batch.returns + batch.discounts * value.numpy()).float()
+        targets = torch.from_numpy(batch.returns + batch.discounts * value.numpy()).float()
     unit = torch.from_numpy((batch.action - [0, 0.5]) / [2, 0.5]).float()
     loss = sum(0.5 * F.mse_loss(q, targets) for q in critics(critic, obs, unit))
     assert metrics["critic_loss"] == pytest.approx(loss.item(), rel=1e-4)

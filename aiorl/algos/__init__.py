@@ -11,7 +11,9 @@ from aiorl.errors import ConfigError
 ALGORITHMS: dict[str, str] = {
     "ppo": "aiorl.algos.ppo:PPO",
     "dqn": "aiorl.algos.dqn:DQN",
+    "qrdqn": "aiorl.algos.qrdqn:QRDQN",
     "sac": "aiorl.algos.sac:SAC",
+    "selfplay": "aiorl.algos.selfplay:SelfPlay",
     "td3": "aiorl.algos.td3:TD3",
 }
 """Short name -> where its configuration class is (imported when asked for)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -71,13 +71,16 @@ class RandomStart:
         return rollout < self.rollouts
 
 
-def action_shift(rollout: Rollout, spaces: Spaces, mean: Callable[[Array], Array]) -> float:
+def action_shift(
+    rollout: Rollout, encode: Callable[[Mapping[str, Array]], Array], mean: Callable[[Array], Array]
+) -> float:
     """Root mean square difference of the deterministic action then (the column `mean`) and now, in units of the bounds.
 
-    `mean` maps encoded observations [N, features] to actions [N, k] of the policy as it is. 0 for the newest version.
+    `encode` maps observation leaves [N, …] to what the network sees, and `mean` that, [N, features], to actions [N, k] of
+    the policy as it is. 0 for the newest version.
     """
     valid = rollout.column("valid")
     if rollout.behaviour_version == rollout.index or not valid.any():
         return 0.0
-    obs = spaces.encode({name: leaf[:-1][valid] for name, leaf in rollout.obs.items()})
+    obs = encode({name: leaf[:-1][valid] for name, leaf in rollout.obs.items()})
     return math.sqrt(float(np.square(mean(obs) - rollout.column("mean")[valid]).mean()))

@@ -2,7 +2,8 @@
 
 Departures: the temperature's step follows the gradient by its logarithm without the factor alpha, as in the authors' later
 code; `update_ratio` gradient steps for each env step stored after warm-up, exactly, done rollout by rollout; uniform random
-actions at first; n-step returns leave out the entropy of the steps between. Nothing else differs with the default settings.
+actions at first; n-step returns leave out the entropy of the steps between; the weights that make up for priorities are
+factors on the critics' losses alone. Nothing else differs with the default settings.
 
 Which version acted does not matter to one-step targets, so any staleness is sound; n-step returns leave it uncorrected, as
 they do for everything else in the buffer.
@@ -11,16 +12,15 @@ they do for everything else in the buffer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 
-import msgspec
 import numpy as np
 from msgspec import Meta
 
 from aiorl.acting import LOG_STD_MAX, LOG_STD_MIN, MLP, NoiseTape
 from aiorl.algos.base import Forward, LearnerContext, StateTree, Weights
 from aiorl.algos.bounded import ActionRange, RandomStart, action_shift, check_bounded
-from aiorl.algos.practice import Practice, Results
+from aiorl.algos.practice import Practice, ReplaySettings, Results, encode, standing, together
 from aiorl.buffers.replay import Batch
 from aiorl.envs.spaces import Spaces
 from aiorl.lazy import LazyModule
@@ -35,44 +35,24 @@ else:
     torch, continuous, networks = LazyModule("torch"), LazyModule("aiorl.continuous"), LazyModule("aiorl.networks")
 
 INIT = 0  # what a learner's random numbers are for
-Positive = Annotated[float, Meta(gt=0)]
 
 
-class SAC(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SAC(ReplaySettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of SAC. After every gradient step, target += tau * (online - target)."""
 
     name: ClassVar[str] = "sac"
     default_segment_length: ClassVar[int] = 8
     default_error_target: ClassVar[float] = 0.2  # mean actions, in units of the bounds: see `action_shift`
 
-    learning_rate: Annotated[float, Meta(description="Adam's step size, for critics, actor and temperature", gt=0)] = 3e-4
-    anneal: Annotated[bool, Meta(description="let the learning rate fall linearly to 0 over the run")] = False
-    batch_size: Annotated[int, Meta(description="transitions per gradient step", ge=1)] = 256
-    capacity: Annotated[int, Meta(description="transitions in the replay buffer", ge=1)] = 1_000_000
-    warmup: Annotated[int, Meta(description="env steps stored before the first gradient step", ge=0)] = 1_000
     random_steps: Annotated[
         int, Meta(description="env steps with uniform random actions at first (whole rollouts)", ge=0)
     ] = 1_000
-    update_ratio: Annotated[float, Meta(description="gradient steps per env step after warm-up", ge=0)] = 1.0
-    gamma: Annotated[float, Meta(description="discount per step", ge=0, le=1)] = 0.99
-    n_step: Annotated[int, Meta(description="rewards summed before bootstrapping", ge=1)] = 1
     tau: Annotated[float, Meta(description="share taken over by each target update", gt=0, le=1)] = 0.005
     alpha: Annotated[float, Meta(description="temperature: weight of the entropy (at first, if tuned)", gt=0)] = 1.0
     tune_alpha: Annotated[bool, Meta(description="adjust the temperature to the target entropy")] = True
     target_entropy: Annotated[
         float | None, Meta(description="entropy of the actions, in units of their bounds (default: minus their number)")
     ] = None
-    reward_scale: Annotated[float, Meta(description="factor on rewards", gt=0)] = 1.0
-    max_grad_norm: Annotated[
-        Positive | None, Meta(description="longest gradient, of the critics and of the actor (default: no limit)")
-    ] = None
-    hidden: Annotated[tuple[int, ...], Meta(description="sizes of the hidden layers", min_length=1)] = (256, 256)
-    activation: Annotated[Literal["tanh", "relu"], Meta(description="after each hidden layer")] = "relu"
-    adam_eps: Annotated[float, Meta(description="Adam's epsilon", gt=0)] = 1e-8
-
-    @property
-    def corrects_staleness(self) -> bool:
-        return True
 
     def check(self, spaces: Spaces) -> None:
         """Raise ConfigError unless the action space is a Box with finite bounds."""
@@ -107,6 +87,7 @@ class SACPolicy:
 
     def begin(self, weights: Weights, rollout: int, rng: np.random.Generator | None, steps: int) -> None:
         self._actor = MLP(weights, "actor", self._config.activation)
+        self._weights = weights
         self._random = RandomStart.of_weights(weights).covers(rollout)
         self._explore = rng is not None
         self._noise.rewind(rng, steps)
@@ -120,7 +101,7 @@ class SACPolicy:
         return self.choose(self._actor(self.features(obs, first)))
 
     def features(self, obs: Mapping[str, Array], first: Array) -> Array:
-        return self._spaces.encode(obs)
+        return encode(self._spaces, obs, self._weights)
 
     def choose(self, outputs: Array) -> tuple[Array, Mapping[str, Array]]:
         k = self._spaces.action.size
@@ -131,6 +112,14 @@ class SACPolicy:
         noise = self._noise.next(len(mean))
         unit = noise if self._random else np.tanh(mean + np.exp(log_std.clip(LOG_STD_MIN, LOG_STD_MAX)) * noise)
         return self._range.stored(unit), {"mean": greedy}
+
+
+class View(NamedTuple):
+    """A batch as critics and actor see it: what the critics are fitted to, what the actor saw and what it would do."""
+
+    goal: continuous.Goal
+    seen: list[torch.Tensor]
+    chosen: continuous.SquashedGaussian
 
 
 class SACLearner:
@@ -157,9 +146,10 @@ class SACLearner:
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         with torch.no_grad():  # gradients are written out
-            shift = 0.0 if self._start.covers(rollout.index) else action_shift(rollout, self._spaces, self._mean)
+            shift = 0.0 if self._start.covers(rollout.index) else action_shift(rollout, self._practice.encode, self._mean)
             metrics = self._practice.update(rollout, self._step, self._undo, self._is_finite)
-        return metrics | {"off_policy_error": shift, "target_drift": self._critics.drift()}
+            metrics |= standing(self._critics.parameters, self._critics.target_parameters)
+        return metrics | {"off_policy_error": shift}
 
     def _undo(self) -> Callable[[], None]:
         undo_policy, undo_critics = self._adam.undo(), self._critics.undo()
@@ -183,35 +173,49 @@ class SACLearner:
 
     def _step(self, batch: Batch, rate: float, rng: np.random.Generator) -> Results:
         """One step of the critics, the actor, the temperature and the targets, in this order."""
-        n = len(batch.returns)
-        # One pass for both, as the actor changes after the critics.
-        both = self._tensor(np.concatenate([self._spaces.encode(leaves) for leaves in (batch.obs, batch.next_obs)]))
-        obs, next_obs = both.split(n)
-        seen = self._policy.actor.trace(both)
-        noise = self._tensor(rng.standard_normal((2 * n, self._spaces.action.size), np.float32))
-        chosen = continuous.SquashedGaussian(seen[-1][:n], noise[:n])
-        following = continuous.SquashedGaussian(seen[-1][n:], noise[n:])
         alpha = self._policy.log_alpha.exp()
-        soft_value = self._critics.target_value(next_obs, following.action) - alpha * following.log_prob
-        targets = self._tensor(batch.returns * self._config.reward_scale) + self._tensor(batch.discounts) * soft_value
-        found = self._critics.fit(obs, self._tensor(self._range.unit(batch.action)), targets, rate)
-
-        value, d_action = self._critics.smaller(obs, chosen.action)
-        entropy = -chosen.log_prob.mean()
-        self._policy.actor.backward([x[:n] for x in seen], chosen.backward(d_action / -n, alpha / n))
+        views = [self._view(part, alpha, rng) for part in self._practice.parts(batch)]
+        found = together(self._critics.fit([view.goal for view in views], rate))
+        improved = self._parameters.mean_grad(views, lambda view: self._improve(view, alpha))
+        entropy, value = (torch.stack(column).mean() for column in zip(*improved, strict=True))
         self._log_alpha_grad.zero_()  # it has no part in the norm
         found["actor_grad_norm"] = self._parameters.clip_grad(self._config.max_grad_norm or np.inf)
         if self._config.tune_alpha:
             self._log_alpha_grad.copy_(entropy - self._target_entropy)
         self._adam.step(rate)
         self._critics.follow(self._config.tau)
-        return found | {"actor_loss": -(alpha * entropy + value.mean()), "entropy": entropy, "alpha": alpha}
+        actor_loss = -(alpha * entropy + value)
+        return found | {"actor_loss": actor_loss.squeeze(0), "entropy": entropy, "alpha": alpha.squeeze(0)}
+
+    def _view(self, batch: Batch, alpha: torch.Tensor, rng: np.random.Generator) -> View:
+        n = len(batch.returns)
+        # One pass for both, as the actor changes after the critics.
+        both = self._tensor(np.concatenate([self._practice.encode(leaves) for leaves in (batch.obs, batch.next_obs)]))
+        obs, next_obs = both.split(n)
+        seen = self._policy.actor.trace(both)
+        noise = self._tensor(rng.standard_normal((2 * n, self._spaces.action.size), np.float32))
+        chosen = continuous.SquashedGaussian(seen[-1][:n], noise[:n])
+        following = continuous.SquashedGaussian(seen[-1][n:], noise[n:])
+        soft_value = self._critics.target_value(next_obs, following.action) - alpha * following.log_prob
+        targets = self._tensor(batch.returns) + self._tensor(batch.discounts) * soft_value
+        importance = self._practice.importance(batch)
+        weight = None if importance is None else self._tensor(importance)
+        goal = continuous.Goal(obs, self._tensor(self._range.unit(batch.action)), targets, weight)
+        return View(goal, [x[:n] for x in seen], chosen)
+
+    def _improve(self, view: View, alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Set the gradient of the actor's loss; returns the mean entropy and value."""
+        n, chosen = len(view.goal.targets), view.chosen
+        value, d_action = self._critics.smaller(view.goal.obs, chosen.action)
+        self._policy.actor.backward(view.seen, chosen.backward(d_action / -n, alpha / n))
+        return -chosen.log_prob.mean(), value.mean()
 
     # -- state -----------------------------------------------------------------------------------------------------
 
     def weights(self) -> Weights:
         arrays = self._parameters.arrays(copy=False)
-        return {name: array for name, array in arrays.items() if name != "log_alpha"} | self._start.weights()
+        acting = {name: array for name, array in arrays.items() if name != "log_alpha"}
+        return acting | self._practice.weights() | self._start.weights()
 
     def _own_state(self) -> StateTree:
         return {

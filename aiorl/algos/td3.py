@@ -1,7 +1,7 @@
 """Twin delayed deterministic policy gradients, TD3 (Fujimoto et al. 2018, arXiv 1802.09477).
 
 Departures: layers and batches as in the authors' later code; `update_ratio` gradient steps for each env step stored after
-warm-up, exactly, done rollout by rollout.
+warm-up, exactly, done rollout by rollout. The weights that make up for priorities are factors on the critics' losses alone.
 
 Which version acted does not matter to one-step targets, so any staleness is sound; n-step returns leave it uncorrected, as
 they do for everything else in the buffer.
@@ -9,17 +9,16 @@ they do for everything else in the buffer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import msgspec
 import numpy as np
 from msgspec import Meta
 
 from aiorl.acting import MLP, NoiseTape
 from aiorl.algos.base import Forward, LearnerContext, StateTree, Weights
 from aiorl.algos.bounded import ActionRange, RandomStart, action_shift, check_bounded
-from aiorl.algos.practice import Practice, Results
+from aiorl.algos.practice import Practice, Rate, ReplaySettings, Results, encode, standing, together
 from aiorl.buffers.replay import Batch
 from aiorl.envs.spaces import Spaces
 from aiorl.lazy import LazyModule
@@ -34,43 +33,24 @@ else:
     torch, continuous, networks = LazyModule("torch"), LazyModule("aiorl.continuous"), LazyModule("aiorl.networks")
 
 INIT = 0  # what a learner's random numbers are for
-Positive = Annotated[float, Meta(gt=0)]
 
 
-class TD3(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class TD3(ReplaySettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of TD3. Every `policy_delay` steps of the critics the actor takes one and the targets move by `tau`."""
 
     name: ClassVar[str] = "td3"
     default_segment_length: ClassVar[int] = 8
     default_error_target: ClassVar[float] = 0.2  # actions without noise, in units of the bounds: see `action_shift`
 
-    learning_rate: Annotated[float, Meta(description="Adam's step size, for critics and actor", gt=0)] = 1e-3
-    anneal: Annotated[bool, Meta(description="let the learning rate fall linearly to 0 over the run")] = False
-    batch_size: Annotated[int, Meta(description="transitions per gradient step", ge=1)] = 256
-    capacity: Annotated[int, Meta(description="transitions in the replay buffer", ge=1)] = 1_000_000
-    warmup: Annotated[int, Meta(description="env steps stored before the first gradient step", ge=0)] = 1_000
+    learning_rate: Rate = 1e-3
     random_steps: Annotated[
         int, Meta(description="env steps with uniform random actions at first (whole rollouts)", ge=0)
     ] = 1_000
-    update_ratio: Annotated[float, Meta(description="gradient steps per env step after warm-up", ge=0)] = 1.0
-    gamma: Annotated[float, Meta(description="discount per step", ge=0, le=1)] = 0.99
-    n_step: Annotated[int, Meta(description="rewards summed before bootstrapping", ge=1)] = 1
     tau: Annotated[float, Meta(description="share taken over by each target update", gt=0, le=1)] = 0.005
     policy_delay: Annotated[int, Meta(description="steps of the critics for each of the actor", ge=1)] = 2
     noise: Annotated[float, Meta(description="deviation of acting, in units of the bounds", ge=0)] = 0.1
     target_noise: Annotated[float, Meta(description="deviation of the target's action", ge=0)] = 0.2
     target_noise_clip: Annotated[float, Meta(description="and its limit", ge=0)] = 0.5
-    reward_scale: Annotated[float, Meta(description="factor on rewards", gt=0)] = 1.0
-    max_grad_norm: Annotated[
-        Positive | None, Meta(description="longest gradient, of the critics and of the actor (default: no limit)")
-    ] = None
-    hidden: Annotated[tuple[int, ...], Meta(description="sizes of the hidden layers", min_length=1)] = (256, 256)
-    activation: Annotated[Literal["tanh", "relu"], Meta(description="after each hidden layer")] = "relu"
-    adam_eps: Annotated[float, Meta(description="Adam's epsilon", gt=0)] = 1e-8
-
-    @property
-    def corrects_staleness(self) -> bool:
-        return True
 
     def check(self, spaces: Spaces) -> None:
         """Raise ConfigError unless the action space is a Box with finite bounds."""
@@ -105,6 +85,7 @@ class TD3Policy:
 
     def begin(self, weights: Weights, rollout: int, rng: np.random.Generator | None, steps: int) -> None:
         self._actor = MLP(weights, "actor", self._config.activation)
+        self._weights = weights
         self._random = RandomStart.of_weights(weights).covers(rollout)
         self._explore = rng is not None
         self._noise.rewind(rng, steps)
@@ -120,7 +101,7 @@ class TD3Policy:
         return self.choose(self._actor(self.features(obs, first)))
 
     def features(self, obs: Mapping[str, Array], first: Array) -> Array:
-        return self._spaces.encode(obs)
+        return encode(self._spaces, obs, self._weights)
 
     def choose(self, outputs: Array) -> tuple[Array, Mapping[str, Array]]:
         greedy = np.tanh(outputs)
@@ -156,9 +137,10 @@ class TD3Learner:
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         with torch.no_grad():  # gradients are written out
-            shift = 0.0 if self._start.covers(rollout.index) else action_shift(rollout, self._spaces, self._mean)
+            shift = 0.0 if self._start.covers(rollout.index) else action_shift(rollout, self._practice.encode, self._mean)
             metrics = self._practice.update(rollout, self._step, self._undo, self._is_finite)
-        return metrics | {"off_policy_error": shift, "target_drift": self._critics.drift()}
+            metrics |= standing(self._critics.parameters, self._critics.target_parameters)
+        return metrics | {"off_policy_error": shift}
 
     def _undo(self) -> Callable[[], None]:
         undo_policy, undo_critics = self._adam.undo(), self._critics.undo()
@@ -183,34 +165,46 @@ class TD3Learner:
 
     def _step(self, batch: Batch, rate: float, rng: np.random.Generator) -> Results:
         """One step of the critics; of the actor and the targets, when it is their turn."""
+        goals = [self._goal(part, rng) for part in self._practice.parts(batch)]
+        found = together(self._critics.fit(goals, rate))
+        if (self._practice.steps + 1) % self._config.policy_delay == 0:
+            found |= self._improve([goal.obs for goal in goals], rate)
+        return found
+
+    def _goal(self, batch: Batch, rng: np.random.Generator) -> continuous.Goal:
+        """What the critics are fitted to."""
         config = self._config
-        obs, next_obs = (self._tensor(self._spaces.encode(leaves)) for leaves in (batch.obs, batch.next_obs))
+        obs, next_obs = (self._tensor(self._practice.encode(leaves)) for leaves in (batch.obs, batch.next_obs))
         noise = rng.standard_normal((len(next_obs), self._spaces.action.size), np.float32) * config.target_noise
         following = self._target.actor.trace(next_obs)[-1].tanh()
         following = continuous.smoothed(following, self._tensor(noise), config.target_noise_clip)
         value = self._critics.target_value(next_obs, following)
-        targets = self._tensor(batch.returns * config.reward_scale) + self._tensor(batch.discounts) * value
-        found = self._critics.fit(obs, self._tensor(self._range.unit(batch.action)), targets, rate)
-        if (self._practice.steps + 1) % config.policy_delay == 0:
-            found |= self._improve(obs, rate)
-        return found
+        targets = self._tensor(batch.returns) + self._tensor(batch.discounts) * value
+        importance = self._practice.importance(batch)
+        weight = None if importance is None else self._tensor(importance)
+        return continuous.Goal(obs, self._tensor(self._range.unit(batch.action)), targets, weight)
 
-    def _improve(self, obs: torch.Tensor, rate: float) -> dict[str, torch.Tensor]:
+    def _improve(self, parts: Sequence[torch.Tensor], rate: float) -> dict[str, torch.Tensor]:
         """One step of the actor, uphill on the first critic, and all targets after it."""
-        seen = self._policy.actor.trace(obs)
-        action = seen[-1].tanh()
-        value, d_action = self._critics.first(obs, action)
-        self._policy.actor.backward(seen, d_action * (1 - action * action) / -len(obs))
+        values = self._parameters.mean_grad(parts, self._climb)
         norm = self._parameters.clip_grad(self._config.max_grad_norm or np.inf)
         self._adam.step(rate)
         self._critics.follow(self._config.tau)
         self._target_parameters.vector.lerp_(self._parameters.vector, self._config.tau)
-        return {"actor_loss": -value.mean(), "actor_grad_norm": norm}
+        return {"actor_loss": -torch.stack(values).mean(), "actor_grad_norm": norm}
+
+    def _climb(self, obs: torch.Tensor) -> torch.Tensor:
+        """Set the gradient of the actor's loss; returns the mean value of what it would do."""
+        seen = self._policy.actor.trace(obs)
+        action = seen[-1].tanh()
+        value, d_action = self._critics.first(obs, action)
+        self._policy.actor.backward(seen, d_action * (1 - action * action) / -len(obs))
+        return value.mean()
 
     # -- state -----------------------------------------------------------------------------------------------------
 
     def weights(self) -> Weights:
-        return self._parameters.arrays(copy=False) | self._start.weights()
+        return self._parameters.arrays(copy=False) | self._practice.weights() | self._start.weights()
 
     def _own_state(self) -> StateTree:
         return {
