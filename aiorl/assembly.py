@@ -102,6 +102,7 @@ class Assembly:
     async def aclose(self) -> None:
         """End workers and learner and give the shared memory back."""
         parts = self.parts
+        parts.trainer.abandon()
         await parts.workers.aclose()
         parts.rollouts.close()
         if parts.inference is not None:

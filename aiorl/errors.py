@@ -56,6 +56,10 @@ class NonFiniteError(TrainingError):
     """
 
 
+class AbandonedError(AiorlError):
+    """The run is being ended at once, so the learner has given up its update: nobody is waiting for it."""
+
+
 class StalledError(AiorlError):
     """Nothing has moved for too long; `detail` is the table of who waits for whom."""
 

@@ -7,7 +7,7 @@ import threading
 import time
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ class Outcome:
 
 
 class Trainer:
-    """Learner and ledger of one run. Made and used on the learner thread only, one call at a time (but `where`)."""
+    """Learner and ledger of one run. Used on the learner thread only, one call at a time, but for `where` and `abandon`."""
 
     def __init__(
         self,
@@ -77,8 +77,13 @@ class Trainer:
         self._settings = settings or {}
         self._threads = threads
         self._restore_threads = _set_torch_threads(threads)
-        self.learner: Learner = algorithm.learner(spaces, context)
+        self._abandoned = threading.Event()
+        self.learner: Learner = algorithm.learner(spaces, replace(context, abandoned=self._abandoned.is_set))
         self._fingerprint = fingerprint(self.learner.weights())
+
+    def abandon(self) -> None:
+        """Let an update that is under way end as soon as it can: the run ends without it. For any thread."""
+        self._abandoned.set()
 
     def update(self, plan: RolloutPlan, segments: tuple[Segment, ...]) -> Outcome:
         """Enter a rollout in the books and let the learner do all it owes for it.

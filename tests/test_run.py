@@ -441,3 +441,33 @@ async def test_the_host_is_left_as_it_was(config: Make) -> None:
     assert dict(os.environ) == environment
     assert torch.get_num_threads() == threads
     assert states == (random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes())
+
+
+ENDLESS_UPDATES = {
+    "ppo": aiorl.PPO(hidden=(8,), epochs=10**9),
+    "dqn": aiorl.DQN(hidden=(8,), batch_size=4, warmup=8, update_ratio=1e9),
+}
+
+
+@pytest.mark.parametrize("algo", ENDLESS_UPDATES)
+@pytest.mark.parametrize("workers", [0, 1])
+async def test_leaving_in_the_middle_of_an_update_that_takes_for_ever(
+    tmp_path: Path, no_leaks: None, algo: str, workers: int
+) -> None:
+    """The learner gives it up: its thread ends, so that nothing computes while the process goes down."""
+    config = aiorl.Config(
+        env="CartPole-v1", algo=ENDLESS_UPDATES[algo], total_steps=10**6, envs=2, segment_length=8, workers=workers,
+        eval_every=0, out=str(tmp_path),
+    )  # fmt: skip
+
+    async def host() -> None:
+        async with aiorl.Run(config) as run:
+            parts = run._session.parts
+            assert parts is not None
+            async for _ in run.events():
+                if parts.updating:
+                    raise KeyError("the host's own trouble")
+
+    async with asyncio.timeout(60):
+        with pytest.raises(KeyError):
+            await host()

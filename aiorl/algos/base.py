@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_c
 import numpy as np
 
 from aiorl.envs.spaces import Spaces
+from aiorl.errors import AbandonedError
 from aiorl.seeding import ACT, ENV, EVAL_ACT, EVAL_ENV, LEARNER
 from aiorl.segments import Array, Column, Rollout
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ACT", "ENV", "EVAL_ACT", "EVAL_ENV", "LEARNER", "Algorithm", "CentralAlgorithm", "Forward", "Learner",
-    "LearnerContext", "Policy", "SplitPolicy", "StateTree", "Weights",
+    "LearnerContext", "Policy", "Remembering", "SplitPolicy", "StateTree", "Weights",
 ]  # fmt: skip
 
 Weights = Mapping[str, Array]
@@ -48,6 +49,17 @@ class LearnerContext:
     off_policy_degree: int
     warmup: int | None = None
     device: str = "cpu"
+    abandoned: Callable[[], bool] = lambda: False
+    """Whether the run is being ended at once. For any thread."""
+
+    def go_on(self) -> None:
+        """To be called between gradient steps; raises AbandonedError if there is no more point in the update.
+
+        An update without it is waited for when a run is left, for half a second, and a thread that is still computing when
+        the process ends may make it abort.
+        """
+        if self.abandoned():
+            raise AbandonedError("the run was ended in the middle of an update")
 
     @property
     def env_steps_per_rollout(self) -> int:
@@ -141,6 +153,18 @@ class Algorithm(Protocol):
 
     def learner(self, spaces: Spaces, context: LearnerContext) -> Learner:
         """A new learning half (called on the learner thread)."""
+        ...
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """What an `Algorithm` has besides if its learner keeps experience; `capacity` is how many transitions."""
+
+    @property
+    def capacity(self) -> int: ...
+
+    def experience_bytes(self, spaces: Spaces, envs: int, transitions: int) -> int:
+        """Memory that so many of them take in the learner's process."""
         ...
 
 

@@ -25,8 +25,9 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from aiorl.acting import MLP, Gaussian, NoiseTape, distribution
+from aiorl.acting import Gaussian, NoiseTape, distribution, make_network
 from aiorl.algos.base import Forward, LearnerContext, StateTree, Weights
+from aiorl.convolution import NETWORK, Network, convolutions_of
 from aiorl.envs.spaces import Spaces
 from aiorl.errors import ConfigError, NonFiniteError
 from aiorl.lazy import LazyModule
@@ -72,6 +73,7 @@ class PPO(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Positive | None, Meta(description="end the update after an epoch with a larger KL divergence (default: never)")
     ] = None
     hidden: Annotated[tuple[int, ...], Meta(description="sizes of the hidden layers", min_length=1)] = (64, 64)
+    network: Annotated[Network, NETWORK] = "auto"
     activation: Annotated[Literal["tanh", "relu"], Meta(description="after each hidden layer")] = "tanh"
     log_std: Annotated[float, Meta(description="initial log standard deviation of Box actions", ge=-10, le=3)] = 0.0
     normalise_obs: Annotated[bool, Meta(description="standardise observations by running statistics")] = False
@@ -91,6 +93,7 @@ class PPO(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         for what, size in (("observation", spaces.features), ("action", spaces.action.features)):
             if size == 0:
                 raise ConfigError(f"ppo: the {what} space is empty (shape with a 0): there is nothing to learn")
+        convolutions_of(spaces, self.network)
 
     def columns(self, spaces: Spaces) -> dict[str, Column]:
         return {"log_prob": Column((), "float32")}
@@ -99,8 +102,10 @@ class PPO(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         return PPOPolicy(self, spaces)
 
     def forward(self, spaces: Spaces) -> Forward:
+        plan = convolutions_of(spaces, self.network)
+
         def apply(weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-            return networks.apply_mlp(weights, "actor", self.activation, x)
+            return networks.apply_network(weights, "actor", self.activation, x, plan=plan)
 
         return Forward(spaces.features, distribution(spaces.action).size, apply)
 
@@ -113,11 +118,12 @@ class PPOPolicy:
 
     def __init__(self, config: PPO, spaces: Spaces) -> None:
         self._config, self._spaces = config, spaces
+        self._plan = convolutions_of(spaces, config.network)
         self._distribution = distribution(spaces.action)
         self._noise = NoiseTape(self._distribution.noise)
 
     def begin(self, weights: Weights, rollout: int, rng: np.random.Generator | None, steps: int) -> None:
-        self._actor = MLP(weights, "actor", self._config.activation)
+        self._actor = make_network(weights, "actor", self._config.activation, plan=self._plan)
         self._weights = weights
         if isinstance(self._distribution, Gaussian):
             self._distribution.load(weights["log_std"])
@@ -170,8 +176,9 @@ class PPOLearner:
         self._config, self._spaces, self._context = config, spaces, context
         rng = networks.torch_rng(context.rng(INIT))
         self._net = networks.ActorCritic(
-            spaces.features, spaces.action, config.hidden, config.activation, rng, config.log_std
-        )
+            spaces.features, spaces.action, config.hidden, config.activation, rng, config.log_std,
+            convolutions_of(spaces, config.network),
+        )  # fmt: skip
         self._parameters = networks.FlatParameters(self._net, context.device)
         self._adam = networks.Adam(self._parameters, eps=config.adam_eps)
         self._obs_moments = RunningMoments((spaces.features,))
@@ -301,6 +308,7 @@ class PPOLearner:
         for epoch in range(config.epochs):
             order = self._context.rng(PERMUTE, rollout, epoch).permutation(count)
             for minibatch in experience.select(order).split(sizes):
+                self._context.go_on()
                 row, log_ratio = self._step(minibatch, rate)
                 seen.append(row)
                 log_ratios.append(log_ratio)
