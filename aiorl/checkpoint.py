@@ -18,7 +18,7 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, cast
+from typing import Annotated, Any, BinaryIO, Literal, cast
 
 import msgspec
 import numpy as np
@@ -43,6 +43,7 @@ _DTYPES = {
 }  # fmt: skip
 
 Tree = dict[str, Any]
+Which = Literal["best", "final", "latest"]
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -102,6 +103,22 @@ def encode_manifest(manifest: Manifest) -> bytes:
     text = msgspec.json.format(msgspec.json.encode(blank))
     head, _, tail = text.rpartition(_ZEROS.encode())  # it is the last field
     return head + hashlib.sha256(text).hexdigest().encode() + tail
+
+
+def find(path: Path, which: Which | None = None) -> Path:
+    """The checkpoint meant by a run directory or by a checkpoint directory itself."""
+    if (path / MANIFEST).is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"there is no run or checkpoint at {path}")
+    for kind in (which,) if which else ("best", "final", "latest"):
+        if kind == "latest":
+            found = complete_checkpoints(path / "checkpoints")
+            if found:
+                return found[-1]
+        elif (path / str(kind) / MANIFEST).is_file():
+            return path / str(kind)
+    raise CheckpointError(f"{path} holds no {which + ' ' if which else ''}checkpoint yet")
 
 
 def load(path: Path, parts: tuple[str, ...] = ()) -> tuple[Manifest, dict[str, Tree]]:

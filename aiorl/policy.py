@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -11,17 +11,18 @@ import numpy as np
 from aiorl import checkpoint
 from aiorl.algos import algorithm_class
 from aiorl.algos.base import Algorithm, Weights
+from aiorl.checkpoint import Which, find
 from aiorl.envs.spaces import Spaces
 from aiorl.errors import CheckpointError, ConfigError
+from aiorl.frames import Stack
 from aiorl.segments import Array
 from aiorl.structs import convert
-
-Which = Literal["best", "final", "latest"]
 
 
 class LoadedPolicy:
     """`policy(obs) -> action` for one observation as the environment gives it; deterministic.
 
+    Where training stacked the newest observations, single ones are stacked here: say with `reset` that an episode begins.
     `config` is the run's configuration as plain data, `spaces` what it observes and does, `version` the number of updates
     it had, `notes` what was recorded with it (for a best policy its evaluation).
     """
@@ -41,14 +42,26 @@ class LoadedPolicy:
         self._policy = algorithm.policy(spaces)
         self._policy.begin(self.weights, 0, None, 0)
         self._first = np.ones(1, np.bool_)
+        stacked = [leaf for leaf in spaces.observation if leaf.stack > 1]
+        self._stacks = {leaf.name: Stack(leaf.stack, leaf.shape[1:], leaf.dtype) for leaf in stacked}
 
     def reset(self) -> None:
-        """An episode begins (only policies with memory care)."""
+        """An episode begins (only policies with memory or stacked observations care)."""
         self._first[:] = True
+
+    def _leaves(self, obs: Any) -> dict[str, Array]:
+        """Of one observation, stacked if it is a single one."""
+        if not self._stacks:
+            return self.spaces.flatten_obs(obs)
+        leaves = self.spaces.single.flatten_obs(obs)
+        if any(leaves[leaf.name].shape == leaf.shape for leaf in self.spaces.observation):
+            return self.spaces.flatten_obs(obs)
+        put = Stack.begin if self._first[0] else Stack.push
+        return {name: put(stack, leaves[name]) for name, stack in self._stacks.items()}
 
     def __call__(self, obs: Any) -> Any:
         """The action for one observation, in the form `env.step` takes."""
-        leaves = {name: np.asarray(leaf)[None] for name, leaf in self.spaces.flatten_obs(obs).items()}
+        leaves = {name: np.asarray(leaf)[None] for name, leaf in self._leaves(obs).items()}
         action, _ = self._policy.act(leaves, self._first)
         self._first[:] = False
         return self.spaces.env_action(action[0])
@@ -76,22 +89,6 @@ def load(path: str | Path, *, which: Which | None = None, algo: type[Any] | None
         return make()  # another one: acting may have left a trace in the first
     except Exception as error:  # there is no end of what wrong contents may lead to
         raise CheckpointError(f"{path} does not fit its own description: {error!r}") from error
-
-
-def find(path: Path, which: Which | None = None) -> Path:
-    """The checkpoint meant by a run directory or by a checkpoint directory itself."""
-    if (path / checkpoint.MANIFEST).is_file():
-        return path
-    if not path.is_dir():
-        raise CheckpointError(f"there is no run or checkpoint at {path}")
-    for kind in (which,) if which else ("best", "final", "latest"):
-        if kind == "latest":
-            found = checkpoint.complete_checkpoints(path / "checkpoints")
-            if found:
-                return found[-1]
-        elif (path / str(kind) / checkpoint.MANIFEST).is_file():
-            return path / str(kind)
-    raise CheckpointError(f"{path} holds no {which + ' ' if which else ''}checkpoint yet")
 
 
 def algorithm_of(manifest: checkpoint.Manifest, algo: type[Any] | None = None) -> Algorithm:

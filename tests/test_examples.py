@@ -20,7 +20,16 @@ import pytest
 import aiorl
 from aiorl.offload import OffloadThread
 from aiorl.testing import check_env
-from examples import custom_algorithm, custom_env, log_to_tensorboard, pause_and_tune, quickstart, two_runs, websocket_env
+from examples import (
+    custom_algorithm,
+    custom_env,
+    hockey_selfplay,
+    log_to_tensorboard,
+    pause_and_tune,
+    quickstart,
+    two_runs,
+    websocket_env,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -104,6 +113,16 @@ def test_custom_env_and_algorithm_on_the_command_line():
     )
     summary = json.loads(Path("run/summary.json").read_text())
     assert (summary["status"], summary["algo"]) == ("completed", "reinforce")
+
+
+async def test_hockey_selfplay(capsys: pytest.CaptureFixture[str]):
+    result = await hockey_selfplay.main(
+        total_steps=2_500, envs=8, workers=1, segment_length=32, eval_every=0, eval_episodes=2
+    )
+    assert (result.status, result.dropped) == ("completed", {})
+    printed = capsys.readouterr().out
+    for words in ("against weak", "against strong", "snapshot 1"):
+        assert words in printed
 
 
 async def test_websocket_env(monkeypatch: pytest.MonkeyPatch):
