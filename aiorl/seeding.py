@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-LEARNER, ENV, ACT, EVAL_ENV, EVAL_ACT, REEVAL_ENV = 1, 2, 3, 4, 5, 6
-"""First elements of all spawn keys: what the randomness is for. REEVAL_ENV: the last word on which snapshot is best."""
+LEARNER, ENV, ACT, EVAL_ENV, EVAL_ACT, REEVAL_ENV, MATCH = 1, 2, 3, 4, 5, 6, 7
+"""First elements of all spawn keys: what the randomness is for. REEVAL_ENV: the last word on which snapshot is best.
+MATCH: games between two players that nobody learns from."""
 
 
 def env_seed(root: int, *key: int) -> int:

@@ -1,19 +1,21 @@
-"""`python -m aiorl play RUN`: a trained policy in a window, in a video, or as text in the terminal."""
+"""`python -m aiorl play`: a trained policy in a window, in a video, as text in the terminal, or against others."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 
+from aiorl.cli import versus
 from aiorl.cli.flags import field_value
 from aiorl.cli.policies import policy_parser, read_policy
+from aiorl.cli.record import STRIP_FRAMES, Recorder, check_recording
 from aiorl.cli.text import number, plural
 from aiorl.envs.episodes import run_episodes
 from aiorl.envs.make import make_env
@@ -22,6 +24,7 @@ from aiorl.policy import LoadedPolicy
 
 EPISODES = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
 SEED = Annotated[int, msgspec.Meta(ge=0)]
+FRAMES = Annotated[int, msgspec.Meta(ge=1, le=100)]
 FPS = Annotated[float, msgspec.Meta(gt=0, le=1000)]
 DEFAULT_FPS = 30.0
 
@@ -32,27 +35,39 @@ Show = Callable[[Any], None]
 def main(argv: Sequence[str]) -> int:
     parser = policy_parser(
         "play",
-        "Watch a trained policy, or record it. Text environments are drawn in the terminal.",
-        "RUN [--episodes N] [--record FILE.gif|FILE.mp4] [--fps X]",
+        "Watch a trained policy, or record it; with --versus, let policies and bots play games against each other. Text "
+        "environments are drawn in the terminal.",
+        "RUN [--episodes N] [--record FILE]\n"
+        "       python -m aiorl play --versus PLAYER PLAYER… [--games N] [--record FILE]",
     )
-    parser.add_argument("--episodes", metavar="N", help="how many episodes (default: 1)")
-    parser.add_argument("--seed", metavar="N", help="seed of the episodes (default: the run's)")
-    parser.add_argument("--record", metavar="FILE", help="write a .gif or .mp4 instead of opening a window")
+    parser.add_argument("--episodes", metavar="N", help="how many episodes to show, of each match (default: 1)")
+    parser.add_argument("--seed", metavar="N", help="seed of the episodes (default: the run's; 0 with --versus)")
+    parser.add_argument(
+        "--record", metavar="FILE", help="write a video (.gif, .mp4) or a strip of frames (.png) instead of opening a window"
+    )
+    parser.add_argument("--frames", metavar="N", help=f"frames in a strip (default: {STRIP_FRAMES})")
     parser.add_argument("--fps", metavar="X", help="frames per second (default: the environment's)")
+    versus.add_arguments(parser)
     given = parser.read(argv)
     if given.pop("help", False):
         print(parser.format_help(), end="")
         return 0
-    episodes = field_value("episodes", given.get("episodes", "1"), EPISODES)
+    frames = field_value("frames", given.get("frames", str(STRIP_FRAMES)), FRAMES)
     fps = field_value("fps", given["fps"], FPS) if "fps" in given else None
     record = Path(given["record"]) if "record" in given else None
+    if "frames" in given and (record is None or record.suffix.lower() != ".png"):
+        raise ConfigError("--frames is for a strip of frames\n  for example: --record strip.png --frames 6")
+    if "versus" in given:
+        return versus.main(given, record, fps, frames)
+    refuse_without_versus(given)
+    episodes = field_value("episodes", given.get("episodes", "1"), EPISODES)
     check_recording(record)
     policy, spec, _ = read_policy(given, "play")
     seed = field_value("seed", str(given.get("seed", policy.config.get("seed", 0))), SEED)
     env, mode = open_env(spec, record)
     try:
         fps = fps or float(env.metadata.get("render_fps") or DEFAULT_FPS)
-        returns, lengths = play(policy, env, episodes, seed, mode, Recorder(record, fps) if record else None, fps)
+        returns, lengths = play(policy, env, episodes, seed, mode, Recorder(record, fps, frames) if record else None, fps)
     finally:
         env.close()
     for index, (total, steps) in enumerate(zip(returns, lengths, strict=True), 1):
@@ -60,6 +75,12 @@ def main(argv: Sequence[str]) -> int:
     if record:
         print(record)
     return 0
+
+
+def refuse_without_versus(given: Mapping[str, Any]) -> None:
+    for name in ("games", "save", "json"):
+        if name in given:
+            raise ConfigError(f"--{name} is for tournaments\n  for example: play --versus weak strong --games 100")
 
 
 def play(
@@ -71,22 +92,6 @@ def play(
     with recorder or nullcontext(_screen(mode, fps)) as show:
         returns, lengths = run_episodes([env], policy.spaces, acting, episodes, seed, 1, on_frame=show)
     return returns.tolist(), lengths.tolist()
-
-
-def check_recording(record: Path | None) -> None:
-    """Find out before the first episode whether a video can be written. Raises ConfigError."""
-    if record is None:
-        return
-    if record.suffix.lower() not in (".gif", ".mp4"):
-        raise ConfigError(f"--record {record}: expected a file that ends in .gif or .mp4")
-    if not record.parent.is_dir():
-        raise ConfigError(f"--record {record}: there is no directory {record.parent}")
-    needed = ["imageio", "PIL"] if record.suffix.lower() == ".gif" else ["imageio", "imageio_ffmpeg"]
-    from importlib.util import find_spec
-
-    missing = [name for name in needed if find_spec(name) is None]
-    if missing:
-        raise ConfigError(f'--record {record} needs {" and ".join(missing)}, not installed\n  pip install "aiorl[video]"')
 
 
 def open_env(spec: Any, record: Path | None) -> tuple[Any, str]:
@@ -127,26 +132,3 @@ def _screen(mode: str, fps: float) -> Show:
             time.sleep(1 / fps)
 
     return show_text
-
-
-class Recorder:
-    """Writes one frame after the other, so that a long episode does not have to fit into memory."""
-
-    def __init__(self, path: Path, fps: float) -> None:
-        self._path, self._fps = path, fps
-
-    def __enter__(self) -> Recorder:
-        import imageio.v2 as imageio
-
-        gif = self._path.suffix.lower() == ".gif"
-        options: dict[str, Any] = (
-            {"duration": 1000 / self._fps, "loop": 0} if gif else {"fps": self._fps, "macro_block_size": 2}
-        )
-        self._writer = imageio.get_writer(str(self._path), **options)
-        return self
-
-    def __call__(self, env: Any) -> None:
-        self._writer.append_data(env.render())
-
-    def __exit__(self, *_: object) -> None:
-        self._writer.close()

@@ -9,8 +9,9 @@ from typing import Any
 from aiorl.algos import algorithm_class
 from aiorl.checkpoint import load_manifest
 from aiorl.cli.envs import spaces_text
-from aiorl.cli.flags import Parser
+from aiorl.cli.flags import Parser, field_value
 from aiorl.config import EvalSuite
+from aiorl.envs.games import TWINS
 from aiorl.envs.make import probe
 from aiorl.envs.spec import EnvSpec, resolve_env
 from aiorl.errors import CheckpointError, ConfigError
@@ -25,38 +26,31 @@ def policy_parser(verb: str, description: str, usage: str) -> Parser:
     parser = Parser(verb, description, usage)
     parser.add_argument("run", nargs="?", metavar="RUN", help="run directory, or one of its checkpoints")
     parser.add_argument("--which", metavar="|".join(WHICH), help="which one of a run (default: the first there is)")
-    parser.add_argument("--suite", metavar="NAME", help="one of the run's evaluation suites, with its environment")
+    parser.add_argument("--suite", metavar="NAME", help="which evaluation suite's environment (default: the run's first)")
     parser.add_argument("--env", metavar="ENV", help="another environment, or the trusted name of the recorded one")
+    parser.add_argument(
+        "--env-kwargs", nargs="+", action="extend", metavar="KEY=VALUE", help="its arguments, over the recorded ones"
+    )
     parser.add_argument("--algo", metavar="NAME", help="pkg.mod:Class of an algorithm that is not part of aiorl")
     return parser
 
 
 def read_policy(given: Mapping[str, Any], verb: str) -> tuple[LoadedPolicy, EnvSpec, str]:
-    """The policy, its environment (not made yet) and the path it came from. Raises ConfigError.
-
-    Neither an algorithm nor an environment is imported because a file says so: names that are not in a registry have to
-    be given on the command line.
-    """
+    """The policy, its environment (not made yet) and the path it came from. Raises ConfigError."""
     if "run" not in given:
         raise ConfigError(f"no run given\n  for example: python -m aiorl {verb} runs/CartPole-v1-ppo-0")
-    which = given.get("which")
-    if which is not None and which not in WHICH:
-        raise ConfigError(f"--which {which}: expected one of {', '.join(WHICH)}")
-    path = find(Path(given["run"]), which)
-    recorded = str(load_manifest(path).config.get("algo", ""))
-    if ":" in recorded and "algo" not in given:
-        raise _untrusted(f"the policy was trained with {recorded}, which is not part of aiorl", f"--algo {recorded}")
-    policy = load(path, algo=algorithm_class(given["algo"]) if "algo" in given else None)
-    env, kwargs = policy.config.get("env"), policy.config.get("env_kwargs", {})
-    if "suite" in given:
-        env, kwargs = find_suite(policy.config, given["suite"]).environment(env, kwargs)
+    policy, path = load_policy(given["run"], given)
+    suite = suite_of(given, policy.config)
+    env, kwargs = environment(policy.config, suite)
     if "env" in given:
         kwargs = kwargs if given["env"] == env else {}
         env = given["env"]
-    elif not isinstance(env, str) or ":" in env:
-        plays = f"suite {given['suite']} plays" if "suite" in given else "the policy was trained on"
-        raise _untrusted(f"{plays} {env}, which is not an id of gymnasium's", f"--env {env}")
-    found = probe(resolve_env(env, kwargs, in_process=True, native=False))
+    else:
+        env = without_import(env, f"suite {suite} plays" if suite else "the policy was trained on")
+    kwargs = {**kwargs, **field_value("env_kwargs", given.get("env_kwargs", []), dict[str, Any])}
+    found = probe(resolve_env(
+        env, kwargs, in_process=True, native=False, frame_stack=policy.config.get("frame_stack", 1)
+    ))  # fmt: skip
     if found.spaces != policy.spaces:
         raise CheckpointError(
             f"{path} was made for other spaces than {env} has\n"
@@ -65,12 +59,53 @@ def read_policy(given: Mapping[str, Any], verb: str) -> tuple[LoadedPolicy, EnvS
     return policy, found.spec, str(path)
 
 
-def find_suite(config: Mapping[str, Any], name: str) -> EvalSuite:
-    """An evaluation suite from a recorded configuration. Raises ConfigError if there is none of that name."""
+def load_policy(run: str, given: Mapping[str, Any]) -> tuple[LoadedPolicy, Path]:
+    """A run's policy, the one that `--which` and `--algo` in `given` mean, and its path. Raises ConfigError.
+
+    No algorithm is imported because a file says so: names that are not in a registry have to be given on the command line.
+    """
+    which = given.get("which")
+    if which is not None and which not in WHICH:
+        raise ConfigError(f"--which {which}: expected one of {', '.join(WHICH)}")
+    path = find(Path(run), which)
+    recorded = str(load_manifest(path).config.get("algo", ""))
+    if ":" in recorded and "algo" not in given:
+        raise _untrusted(f"the policy was trained with {recorded}, which is not part of aiorl", f"--algo {recorded}")
+    return load(path, algo=algorithm_class(given["algo"]) if "algo" in given else None), path
+
+
+def without_import(env: Any, what: str) -> str:
+    """A recorded environment, if using it imports nothing but what is known here. Raises CheckpointError."""
+    if not isinstance(env, str) or (":" in env and env not in TWINS):
+        raise _untrusted(f"{what} {env}, which is not an id of gymnasium's", f"--env {env}")
+    return env
+
+
+def suite_of(given: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """The suite that is meant: the one asked for, else the first, unless another environment than that is asked for."""
+    first = primary_suite(config)
+    other = "env" in given and given["env"] != environment(config, first)[0]
+    return given.get("suite", "" if other else first)
+
+
+def primary_suite(config: Mapping[str, Any]) -> str:
+    """The first evaluation suite of a recorded configuration, "" if it has none."""
+    return next(iter(config.get("eval_suites", {})), "")
+
+
+def environment(config: Mapping[str, Any], suite: str) -> tuple[Any, dict[str, Any]]:
+    """The environment of one of the recorded evaluation suites, and its arguments; of training where `suite` is "".
+
+    Raises ConfigError if there is no suite of that name.
+    """
+    env, kwargs = config.get("env"), config.get("env_kwargs", {})
+    if not suite:
+        return env, kwargs
     suites: Mapping[str, Any] = config.get("eval_suites", {})
-    if name not in suites:
-        raise ConfigError(f"--suite {name}: expected {' or '.join(suites) or 'none, the run has no suites'}")
-    return convert(suites[name], EvalSuite, "checkpoint", f"eval_suites.{name}.")
+    if suite not in suites:
+        raise ConfigError(f"--suite {suite}: expected {' or '.join(suites) or 'none, the run has no suites'}")
+    found: EvalSuite = convert(suites[suite], EvalSuite, "checkpoint", f"eval_suites.{suite}.")
+    return found.environment(env, kwargs)
 
 
 def _untrusted(what: str, say: str) -> CheckpointError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from gymnasium.utils import seeding
 from pettingzoo import ParallelEnv
 
 from aiorl.envs.hockey import rules
+from aiorl.envs.hockey.bots import BOTS, Act
 from aiorl.envs.hockey.env import action_space, begin, chosen, observation_space, observed
 from aiorl.envs.hockey.game import Game, reward
 from aiorl.envs.hockey.render import Painter, checked_mode
@@ -36,6 +38,14 @@ class HockeyParallelEnv(ParallelEnv[str, Array, Any]):
         self._discrete = discrete
         self._rng: np.random.Generator | None = None
         self._painter = Painter()
+
+    @property
+    def bots(self) -> dict[str, Callable[[np.random.Generator], Act]]:
+        """Scripted players by name, made for one game each; they act as players of this environment do."""
+        return {name: lambda rng, make=make: self._fitted(make(rng)) for name, make in BOTS.items()}
+
+    def _fitted(self, act: Act) -> Act:
+        return act if self.game.keep_mode else lambda obs: act(obs)[:3]
 
     def observation_space(self, agent: str) -> spaces.Space[Any]:
         return self.observation_spaces[agent]
@@ -73,7 +83,7 @@ class HockeyParallelEnv(ParallelEnv[str, Array, Any]):
 
     def render(self) -> Array | None:
         """uint8 [480, 600, 3] in render mode "rgb_array"; the window of "human" draws itself."""
-        return self._painter.frame(self.game.world) if self.render_mode == "rgb_array" else None
+        return self._painter.frame(self.game) if self.render_mode == "rgb_array" else None
 
     def close(self) -> None:
         self._painter.close()
@@ -86,4 +96,4 @@ class HockeyParallelEnv(ParallelEnv[str, Array, Any]):
 
     def _show(self) -> None:
         if self.render_mode == "human":
-            self._painter.show(self.game.world)
+            self._painter.show(self.game)
