@@ -18,6 +18,7 @@ import numpy as np
 from aiorl import checkpoint
 from aiorl.assembly import Assembly
 from aiorl.checkpointing import Checkpointer, Snapshot
+from aiorl.envs.episodes import shares
 from aiorl.errors import CheckpointError, ConfigError
 from aiorl.events import AnyEvent, Evaluated, EvaluationSkipped, Reevaluated, Warned
 from aiorl.report import Report
@@ -244,13 +245,14 @@ class Evaluator:
 
     async def _measure(self, snapshot: Snapshot, episodes: int, suite: int, *, fresh: bool = False) -> dict[str, Any]:
         begun_s = time.perf_counter()
-        returns, lengths = await self._parts.workers.evaluate(snapshot.buffer, episodes, suite, fresh=fresh)
+        played = await self._parts.workers.evaluate(snapshot.buffer, episodes, suite, fresh=fresh)
         return {
             "seconds": self._report.seconds,
-            "episodes": len(returns),
-            "mean_return": float(np.mean(returns)),
-            "std_return": float(np.std(returns)),
-            "mean_length": float(np.mean(lengths)),
+            "episodes": len(played.returns),
+            "mean_return": float(np.mean(played.returns)),
+            "std_return": float(np.std(played.returns)),
+            "mean_length": float(np.mean(played.lengths)),
+            **shares(played.outcomes),
             "eval_seconds": time.perf_counter() - begun_s,
         }
 

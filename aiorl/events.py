@@ -82,7 +82,8 @@ class Progress(Event, frozen=True, kw_only=True, tag="progress"):
 class Evaluated(Event, frozen=True, kw_only=True, tag="evaluated"):
     """An evaluation of version `version` (snapshot taken at `env_steps`) has ended. `best`: it is the best so far.
 
-    `suite` is its name, "" without suites; `primary`: it is the suite that `best/` and `stop_at` go by.
+    `suite` is its name, "" without suites; `primary`: it is the suite that `best/` and `stop_at` go by. `wins` and
+    `losses` are shares of the episodes, None where the environment does not tell how they ended (see `outcome_of`).
     """
 
     episodes: int
@@ -94,6 +95,8 @@ class Evaluated(Event, frozen=True, kw_only=True, tag="evaluated"):
     eval_seconds: float
     suite: str = ""
     primary: bool = True
+    wins: float | None = None
+    losses: float | None = None
 
 
 class EvaluationSkipped(Event, frozen=True, kw_only=True, tag="evaluation_skipped"):
@@ -103,7 +106,10 @@ class EvaluationSkipped(Event, frozen=True, kw_only=True, tag="evaluation_skippe
 
 
 class Reevaluated(Event, frozen=True, kw_only=True, tag="reevaluated"):
-    """One of the best versions has played again at the end, with fresh episodes. `best`: none before it did as well."""
+    """One of the best versions has played again at the end, with fresh episodes. `best`: none before it did as well.
+
+    `wins` and `losses` as in `Evaluated`.
+    """
 
     episodes: int
     mean_return: float
@@ -111,6 +117,8 @@ class Reevaluated(Event, frozen=True, kw_only=True, tag="reevaluated"):
     mean_length: float
     best: bool
     eval_seconds: float
+    wins: float | None = None
+    losses: float | None = None
 
 
 class Checkpointed(Event, frozen=True, kw_only=True, tag="checkpointed"):

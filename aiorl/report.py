@@ -19,7 +19,7 @@ LIBRARIES = ("torch", "numpy", "gymnasium", "aiomultiprocess", "uvloop", "msgspe
 
 
 class EvaluationRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One evaluation as in summary.json. `seconds` is when it ended, since the start."""
+    """One evaluation as in summary.json. `seconds` is when it ended, since the start; the rest as in `Evaluated`."""
 
     version: int
     env_steps: int
@@ -28,6 +28,8 @@ class EvaluationRecord(msgspec.Struct, frozen=True, kw_only=True):
     mean_return: float
     std_return: float
     suite: str = ""
+    wins: float | None = None
+    losses: float | None = None
 
     @classmethod
     def of(cls, event: Evaluated | Reevaluated, suite: str) -> EvaluationRecord:
@@ -39,6 +41,8 @@ class EvaluationRecord(msgspec.Struct, frozen=True, kw_only=True):
             mean_return=event.mean_return,
             std_return=event.std_return,
             suite=suite,
+            wins=event.wins,
+            losses=event.losses,
         )
 
 

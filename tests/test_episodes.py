@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aiorl.envs.episodes import run_episodes
+from aiorl.envs.checked import outcome_of
+from aiorl.envs.episodes import run_episodes, shares
 from aiorl.envs.make import make_env, make_vector, probe
 from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import EnvSpec, resolve_env
@@ -49,6 +50,56 @@ def test_each_episode_is_the_one_of_its_seed(width: int):
     assert lengths.tolist() == [n for _, n in expected]
     assert len(set(returns.tolist())) == 8
     assert (returns.dtype, lengths.dtype) == (np.float64, np.int64)
+
+
+class Contest(Walk):
+    """Tells how it ended, in one of two ways or in none, by the episode's first observation."""
+
+    def __init__(self, key: str, kind: type = float) -> None:
+        super().__init__(seeded=True)
+        self._key, self._kind, self.ended = key, kind, list[float]()
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        obs, info = super().reset(seed=seed, options=options)
+        self._result = self._kind(evaluation_result(obs))
+        return obs, info
+
+    def step(self, action: Any) -> Any:
+        obs, reward, terminated, truncated, info = super().step(action)
+        return obs, reward, terminated, truncated, info | {self._key: self._result if terminated or truncated else 7}
+
+
+def evaluation_result(obs: Any) -> int:
+    return int(float(np.asarray(obs).sum()) * 1000) % 3 - 1
+
+
+@pytest.mark.parametrize(("key", "kind"), [("outcome", float), ("outcome", np.float32), ("is_success", bool)])
+def test_how_episodes_ended_is_what_their_last_info_says(key: str, kind: type):
+    spec, spaces = found(lambda: Contest(key, kind))
+    expected: list[float] = []
+    for episode in range(9):
+        env = Walk(seeded=True)
+        expected.append(float(kind(evaluation_result(env.reset(seed=evaluation_seed(4, episode))[0]))))
+    outcomes = np.empty(9)
+    run_episodes(spec, spaces, Alike(spaces), 9, 4, 4, outcomes=outcomes)
+    assert outcomes.tolist() == expected
+    assert len(set(expected)) > 1
+    won, lost = ([value > 0 for value in expected], [value < 0 for value in expected])
+    assert shares(outcomes) == {"wins": np.mean(won), "losses": np.mean(lost)}
+
+
+@pytest.mark.parametrize("info", [{}, {"outcome": "won"}, {"outcome": None}, {"outcome": [1, 2]}, None, 3])
+def test_what_an_info_does_not_tell_is_not_known(info: Any):
+    assert np.isnan(outcome_of(info))
+    assert shares(np.array([np.nan])) == {"wins": None, "losses": None}
+    assert shares(np.array([np.nan, 1.0, -1.0, 0.0, 0.0])) == {"wins": 0.25, "losses": 0.25}
+
+
+def test_a_vector_environment_tells_no_outcomes():
+    spec, spaces = found(WalkVector, 3)
+    outcomes = np.zeros(4)
+    run_episodes(spec, spaces, ByObs(spaces), 4, 1, 3, outcomes=outcomes)
+    assert np.isnan(outcomes).all()
 
 
 def test_the_policy_always_sees_the_whole_batch():

@@ -117,8 +117,8 @@ async def test_evaluation_is_a_function_of_weights_and_seed(build: Build, proces
         second = await workers.evaluate(0, 5)
     finally:
         await workers.aclose()
-    assert first[0].tolist() == second[0].tolist()
-    assert first[1].tolist() == [7] * 5
+    assert first.returns.tolist() == second.returns.tolist()
+    assert first.lengths.tolist() == [7] * 5
 
 
 async def test_a_killed_worker_is_noticed_at_once_and_its_steps_are_known(build: Build, no_leaks: None) -> None:

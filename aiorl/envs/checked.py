@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+import math
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from aiorl.envs.contract import (
     CRASHES,
@@ -34,7 +35,7 @@ AsyncLimit = AbstractAsyncContextManager[Any]
 
 
 class Checked:
-    """One environment, where it is, and the checks on what it returns.
+    """One environment, where it is, and the checks on what it returns. `outcome` is that of the episode that ended last.
 
     Observations are written to place `i` of `rows`, one array [n, …] for each leaf, so it does not matter whether the
     environment uses its buffers again.
@@ -43,6 +44,7 @@ class Checked:
     def __init__(self, env: Any, spaces: Spaces, index: int) -> None:
         self.env, self.index = env, index
         self.episode, self.steps = -1, 0
+        self.outcome = math.nan
         self._write = ObsReader(spaces.observation).write
 
     @property
@@ -61,7 +63,7 @@ class Checked:
         try:
             if type(result) is not tuple or len(result) != 5:
                 result = step_parts(result)
-            obs, reward, terminated, truncated, _ = result
+            obs, reward, terminated, truncated, info = result
             if type(reward) is not float:
                 reward = real(reward)
             if terminated is not False:
@@ -71,7 +73,22 @@ class Checked:
             self._write(obs, rows, i)
         except BrokenContract as error:
             raise EnvError(f"{self.where}: {error}") from None
+        if terminated or truncated:
+            self.outcome = outcome_of(info)
         return reward, terminated, truncated
+
+
+def outcome_of(info: Any) -> float:
+    """How an episode ended, from the `info` of its last step: more than 0 is won, less is lost, NaN if that is not told.
+
+    It is told by a number or truth value under `outcome`, or under `is_success` as some environments have it.
+    """
+    told = cast("Mapping[Any, Any]", info) if isinstance(info, Mapping) else {}
+    value = told.get("outcome", told.get("is_success"))
+    try:
+        return float(value) if not isinstance(value, str) else math.nan  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return math.nan
 
 
 class CheckedEnv(Checked):

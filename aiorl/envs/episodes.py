@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ def run_episodes(
     threads: bool = False,
     on_step: Callable[[int], None] | None = None,
     on_frame: Callable[[Any], None] | None = None,
+    outcomes: Array | None = None,
 ) -> tuple[Array, Array]:
     """Run `episodes` episodes, `width` at a time; returns (returns float64, lengths int64), each [episodes].
 
@@ -43,7 +45,8 @@ def run_episodes(
 
     `envs` is made from a spec and closed, or given: `width` single environments, or a vector environment.
     `policy.begin` has been called. `on_step(t)` follows each step of the batch and may raise to stop; `on_frame(env)`
-    follows each reset and step of slot 0, and each step of a vector environment. Raises EnvError.
+    follows each reset and step of slot 0, and each step of a vector environment. `outcomes` [episodes] is filled with how
+    each ended (see `outcome_of`; NaN in a vector environment). Raises EnvError.
 
     Async environments of a spec step at the same time, on a thread with an event loop of its own; with `threads` ordinary
     ones do, too, each on its own.
@@ -52,7 +55,17 @@ def run_episodes(
     run = run_apart if waits else at_once
     return run(
         run_episodes_async(
-            envs, spaces, policy, episodes, seed, width, fresh=fresh, threads=threads, on_step=on_step, on_frame=on_frame
+            envs,
+            spaces,
+            policy,
+            episodes,
+            seed,
+            width,
+            fresh=fresh,
+            threads=threads,
+            on_step=on_step,
+            on_frame=on_frame,
+            outcomes=outcomes,
         )
     )
 
@@ -60,10 +73,13 @@ def run_episodes(
 async def run_episodes_async(
     envs: EnvSpec | Sequence[Any] | Any, spaces: Spaces, policy: Policy, episodes: int, seed: int, width: int, *,
     fresh: bool = False, threads: bool = False, on_step: Callable[[int], None] | None = None,
-    on_frame: Callable[[Any], None] | None = None,
+    on_frame: Callable[[Any], None] | None = None, outcomes: Array | None = None,
 ) -> tuple[Array, Array]:  # fmt: skip
     """As `run_episodes`, on the running event loop. It waits only where environments step at the same time."""
     tally = _Tally(episodes, width)
+    if outcomes is not None:
+        outcomes[:] = np.nan
+        tally.outcomes = outcomes
 
     def seed_of(episode: int) -> int:
         return evaluation_seed(seed, episode, fresh=fresh)
@@ -92,6 +108,15 @@ async def run_episodes_async(
     return tally.returns, tally.lengths
 
 
+def shares(outcomes: Array) -> dict[str, float | None]:
+    """`wins` and `losses` as shares of the episodes that tell how they ended; None if none does."""
+    told = outcomes[~np.isnan(outcomes)]
+    return {
+        "wins": float(np.mean(told > 0)) if len(told) else None,
+        "losses": float(np.mean(told < 0)) if len(told) else None,
+    }
+
+
 def _make(spec: EnvSpec, threads: bool) -> Any:
     if spec.coroutines:
         return make_async_env(spec)
@@ -104,14 +129,16 @@ class _Tally:
     def __init__(self, episodes: int, width: int) -> None:
         self.returns = np.zeros(episodes)
         self.lengths = np.zeros(episodes, np.int64)
+        self.outcomes = np.full(episodes, np.nan)
         self.episode = np.arange(width)
         self.active = self.episode < episodes
 
-    def add(self, slot: int, reward: float, ended: bool) -> None:
+    def add(self, slot: int, reward: float, ended: bool, outcome: float = math.nan) -> None:
         episode = self.episode[slot]
         self.returns[episode] += reward
         self.lengths[episode] += 1
         if ended:
+            self.outcomes[episode] = outcome
             self.episode[slot] += len(self.episode)
             self.active[slot] = self.episode[slot] < len(self.returns)
 
@@ -148,7 +175,7 @@ async def _run_single(
         if on_frame is not None and 0 in slots:
             on_frame(batch.envs[0].env)
         for slot in slots:
-            tally.add(slot, rewards[slot], slot in ended)
+            tally.add(slot, rewards[slot], slot in ended, batch.envs[slot].outcome)
         again = [slot for slot in ended if tally.active[slot]]
         first[again] = True
         await begin(again)

@@ -24,7 +24,7 @@ from aiorl.workers.launch import Launcher
 from aiorl.workers.memory import SharedBlock
 from aiorl.workers.questions import Question, Questions
 from aiorl.workers.records import Kind, Record
-from aiorl.workers.station import Station, StationSetup, evaluation_results, mailboxes_of, segments_of
+from aiorl.workers.station import Played, Station, StationSetup, evaluation_results, mailboxes_of, segments_of
 from aiorl.workers.supervision import GivenUp, Keeper, Means, Restart, Where, WorkerView, after_restarts
 
 
@@ -74,10 +74,8 @@ class Workers(Protocol):
         """Transitions in the slots of grants that have not arrived (after the end, to account for them)."""
         ...
 
-    async def evaluate(
-        self, buffer: int, episodes: int, suite: int = 0, *, fresh: bool = False
-    ) -> tuple[Array, Array]:
-        """Run episodes of a suite with the weights in `buffer`: (returns float64, lengths int64), each [episodes]."""
+    async def evaluate(self, buffer: int, episodes: int, suite: int = 0, *, fresh: bool = False) -> Played:
+        """Run episodes of a suite with the weights in `buffer`."""
         ...
 
     async def watch(self, tell: Tell = unheard) -> None:
@@ -196,16 +194,14 @@ class ProcessWorkers:
     def unfinished_steps(self, grants: Sequence[Grant]) -> int:
         return sum(_partial(setup, self.segment, grants) for setup in self._plan.training)
 
-    async def evaluate(
-        self, buffer: int, episodes: int, suite: int = 0, *, fresh: bool = False
-    ) -> tuple[Array, Array]:
+    async def evaluate(self, buffer: int, episodes: int, suite: int = 0, *, fresh: bool = False) -> Played:
         credit = Record(Kind.EVALUATE, suite, 0, buffer, int(fresh), episodes)
         async with self._evaluating:
             done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._evaluated.append(done)
             self._keepers[-1].send(credit)
             await done
-            return _copy_results(self._plan.evaluation, episodes)
+            return evaluation_results(self._plan.evaluation).first(episodes)
 
     async def watch(self, tell: Tell = unheard) -> None:
         try:
@@ -333,9 +329,7 @@ class InlineWorkers:
     def unfinished_steps(self, grants: Sequence[Grant]) -> int:
         return _partial(self._plan.training[0], self.segment, grants)
 
-    async def evaluate(
-        self, buffer: int, episodes: int, suite: int = 0, *, fresh: bool = False
-    ) -> tuple[Array, Array]:
+    async def evaluate(self, buffer: int, episodes: int, suite: int = 0, *, fresh: bool = False) -> Played:
         credit = Record(Kind.EVALUATE, suite, 0, buffer, int(fresh), episodes)
         async with self._evaluating:
             assert self._thread is not None
@@ -343,7 +337,7 @@ class InlineWorkers:
                 await self._thread.run(self._eval_station.serve, credit)
             except Exception as error:
                 raise _failure(self._eval_station, error) from error
-            return _copy_results(self._plan.evaluation, episodes)
+            return evaluation_results(self._plan.evaluation).first(episodes)
 
     async def watch(self, tell: Tell = unheard) -> None:
         raise await asyncio.shield(self._failure)  # there is nothing to kill, and nothing is started again
@@ -404,8 +398,3 @@ def _partial(setup: StationSetup, segment: Callable[[int, int], Segment], grants
         if grant.group in setup.groups and (steps := control.steps_into(grant.group, grant.ordinal)):
             found += int(np.count_nonzero(segment(grant.group, grant.slot).columns["valid"][:steps]))
     return found
-
-
-def _copy_results(setup: StationSetup, episodes: int) -> tuple[Array, Array]:
-    returns, lengths = evaluation_results(setup)
-    return np.array(returns[:episodes]), np.array(lengths[:episodes])

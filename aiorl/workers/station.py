@@ -11,7 +11,7 @@ import functools
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
@@ -33,7 +33,7 @@ from aiorl.workers.records import Kind, Record
 from aiorl.workers.weights import WeightLayout
 
 EVAL_EPISODES_MAX = 100_000
-EVAL_BYTES = EVAL_EPISODES_MAX * 16
+EVAL_BYTES = EVAL_EPISODES_MAX * 24
 
 Stepping = Literal["auto", "serial", "threads"]
 
@@ -106,12 +106,29 @@ def mailboxes_of(setup: StationSetup) -> dict[int, Mailbox]:
     return {g: layout.view(setup.block.buffer, begin + place * layout.nbytes) for place, g in enumerate(setup.groups)}
 
 
-def evaluation_results(setup: StationSetup) -> tuple[Array, Array]:
-    """(returns float64, lengths int64), each [EVAL_EPISODES_MAX], at the end of an evaluating station's block."""
-    offset = setup.block_bytes - EVAL_BYTES
-    returns = np.frombuffer(setup.block.buffer, np.float64, EVAL_EPISODES_MAX, offset)
-    lengths = np.frombuffer(setup.block.buffer, np.int64, EVAL_EPISODES_MAX, offset + EVAL_EPISODES_MAX * 8)
-    return returns, lengths
+class Played(NamedTuple):
+    """What an evaluation came to, each [episodes]: returns float64, lengths int64, outcomes float64 (see `outcome_of`)."""
+
+    returns: Array
+    lengths: Array
+    outcomes: Array
+
+    def first(self, episodes: int) -> Played:
+        """A copy of so many."""
+        return Played(*(np.array(column[:episodes]) for column in self))
+
+
+def evaluation_results(setup: StationSetup) -> Played:
+    """Places for EVAL_EPISODES_MAX episodes, at the end of an evaluating station's block."""
+    begin = setup.block_bytes - EVAL_BYTES
+    offsets = (begin + place * 8 * EVAL_EPISODES_MAX for place in range(3))
+    types = (np.float64, np.int64, np.float64)
+    return Played(
+        *(
+            np.frombuffer(setup.block.buffer, kind, EVAL_EPISODES_MAX, offset)
+            for kind, offset in zip(types, offsets, strict=True)
+        )
+    )
 
 
 class Turn:
@@ -274,11 +291,11 @@ class Station:
         on_step = functools.partial(self._beat, self._row)
         width = min(setup.eval_width, episodes)
         threads = setup.stepping == "threads"
-        found = run_episodes(
-            env, setup.spaces, policy, episodes, setup.seed, width, fresh=fresh, threads=threads, on_step=on_step
-        )
-        returns, lengths = evaluation_results(setup)
-        returns[:episodes], lengths[:episodes] = found
+        results = evaluation_results(setup)
+        results.returns[:episodes], results.lengths[:episodes] = run_episodes(
+            env, setup.spaces, policy, episodes, setup.seed, width, fresh=fresh, threads=threads, on_step=on_step,
+            outcomes=results.outcomes[:episodes],
+        )  # fmt: skip
         self._row[Counter.PHASE] = Phase.IDLE
         return credit._replace(kind=Kind.EVALUATED)
 

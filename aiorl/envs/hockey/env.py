@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import gymnasium
 import numpy as np
@@ -10,9 +11,13 @@ from gymnasium import spaces
 
 from aiorl.envs.hockey import rules
 from aiorl.envs.hockey.bots import BOTS
-from aiorl.envs.hockey.game import FIRST, SECOND, Game, reward
+from aiorl.envs.hockey.game import FIRST, SECOND, Game
+from aiorl.envs.hockey.game import reward as game_reward
 from aiorl.envs.hockey.render import Painter, checked_mode
+from aiorl.envs.hockey.shaping import Shaping
 from aiorl.errors import ConfigError
+
+T = TypeVar("T")
 
 
 class HockeyEnv(gymnasium.Env[Any, Any]):
@@ -21,54 +26,107 @@ class HockeyEnv(gymnasium.Env[Any, Any]):
     Observes float32 [18] and acts with float32 [4] in [-1, 1] (16 and 3 without `keep_mode`), or, if `discrete`, with an
     index into `rules.DISCRETE_ACTIONS`. A goal terminates, the time limit truncates. `reset` takes the option `starter`, 1
     or 2, for the player who has the puck at first in NORMAL mode; without it a seed chooses, and an unseeded reset lets
-    the players take turns. Raises ConfigError for arguments that do not exist, ResetNeeded for a step outside of a game.
+    the players take turns.
+
+    `reward` is that of the "game", or its "outcome" alone: 1 for a goal, -1 for one conceded. At the end of each game
+    `info["outcome"]` has the latter. For training: of several modes or opponents each game draws one; an action is repeated
+    for `frame_skip` steps, which count as one; `shaping` is the weight of a reward by potential (see `shaping.py`), whose
+    `shaping_gamma` has to be the learner's.
+
+    Raises ConfigError for arguments that do not exist, ResetNeeded for a step outside of a game.
     """
 
     metadata = {"render_modes": ["rgb_array", "human"], "render_fps": rules.FPS}
 
     def __init__(
         self,
-        opponent: str = "weak",
-        mode: str = "NORMAL",
+        opponent: str | Sequence[str] = "weak",
+        mode: str | Sequence[str] = "NORMAL",
         keep_mode: bool = True,
         discrete: bool = False,
+        frame_skip: int = 1,
+        shaping: float = 0.0,
+        shaping_gamma: float = 0.99,
+        reward: str = "game",
         render_mode: str | None = None,
     ) -> None:
-        if opponent not in BOTS:
-            raise ConfigError(f"hockey has no opponent {opponent!r}\n  it has: {', '.join(BOTS)}")
         self.render_mode = checked_mode(render_mode)
-        self.game = Game(mode, keep_mode)
+        self._opponents = _names(opponent, "opponent")
+        if unknown := [name for name in self._opponents if name not in BOTS]:
+            raise ConfigError(f"hockey has no opponent {unknown[0]!r}\n  it has: {', '.join(BOTS)}")
+        if reward not in ("game", "outcome"):
+            raise ConfigError(f"hockey has no reward {reward!r}\n  it has: game, outcome")
+        if frame_skip < 1:
+            raise ConfigError(f"hockey: frame_skip = {frame_skip}: expected 1 or more")
+        if shaping < 0 or not 0 <= shaping_gamma <= 1:
+            seen = f"shaping = {shaping}, shaping_gamma = {shaping_gamma}"
+            raise ConfigError(f"hockey: {seen}\n  expected 0 or more, and a number from 0 to 1")
+        self._games = [Game(name, keep_mode) for name in _names(mode, "mode")]
+        self.game = self._games[0]
         self.observation_space = observation_space(self.game)
         self.action_space = action_space(self.game, discrete)
-        self._make_rival, self._discrete = BOTS[opponent], discrete
+        self._discrete, self._frame_skip = discrete, frame_skip
+        self._earned = game_reward if reward == "game" else outcome_reward
+        self._shaping = Shaping(shaping, shaping_gamma) if shaping else None
         self._painter = Painter()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
         super().reset(seed=seed)
+        self.game = _drawn(self._games, self.np_random)
+        opponent = _drawn(self._opponents, self.np_random)
         begin(self.game, self.np_random, seed, options)
-        self._rival = self._make_rival(self.np_random)
+        self._rival = BOTS[opponent](self.np_random)
+        seen = self.game.observe(FIRST)
+        if self._shaping is not None:
+            self._shaping.begin(seen)
         self._show()
-        return observed(self.game, FIRST), self.game.info(FIRST)
+        return np.array(seen, np.float32), self.game.info(FIRST)
 
     def step(self, action: Any) -> tuple[np.ndarray[Any, Any], float, bool, bool, dict[str, Any]]:
-        game = self.game
-        game.step(chosen(game, action, self._discrete), self._rival(game.observe(SECOND))[: game.actions])
-        info = game.info(FIRST)
-        self._show()
-        return observed(game, FIRST), reward(info), game.winner is not None, game.out_of_time, info
+        game, mine, earned = self.game, chosen(self.game, action, self._discrete), 0.0
+        info: dict[str, Any] = {}
+        for _ in range(self._frame_skip):
+            game.step(mine, self._rival(game.observe(SECOND))[: game.actions])
+            info = game.info(FIRST)
+            earned += self._earned(info)
+            self._show()
+            if not game.playing:
+                info["outcome"] = float(info["winner"])
+                break
+        seen, scored = game.observe(FIRST), game.winner is not None
+        if self._shaping is not None:
+            earned += self._shaping.step(seen, scored)
+        return np.array(seen, np.float32), earned, scored, game.out_of_time, info
 
     def render(self) -> np.ndarray[Any, Any] | None:
         """uint8 [480, 600, 3] in render mode "rgb_array"; the window of "human" draws itself."""
-        return self._painter.frame(self.game.world) if self.render_mode == "rgb_array" else None
+        return self._painter.frame(self.game) if self.render_mode == "rgb_array" else None
 
     def close(self) -> None:
         self._painter.close()
 
     def _show(self) -> None:
         if self.render_mode == "human":
-            self._painter.show(self.game.world)
+            self._painter.show(self.game)
+
+
+def outcome_reward(info: dict[str, float]) -> float:
+    """For who cares for nothing but winning."""
+    return float(info["winner"])
+
+
+def _names(given: str | Sequence[str], what: str) -> list[str]:
+    names = [given] if isinstance(given, str) else list(given)
+    if not names:
+        raise ConfigError(f"hockey: {what} is empty\n  expected a name, or several of which each game draws one")
+    return names
+
+
+def _drawn(choices: list[T], rng: np.random.Generator) -> T:
+    """One of them; a single one takes nothing from the generator."""
+    return choices[int(rng.integers(len(choices)))] if len(choices) > 1 else choices[0]
 
 
 # --- what the environments for one and for two players share -----------------------------------------------------------
