@@ -51,7 +51,8 @@ class Alarms:
     ) -> list[str]:
         """New messages. `changed`: the weights are not those of before; `skipped`: why the update did nothing at all.
 
-        `metrics` with `gradient_steps`; `grad_norm` and `learning_rate` count if they are there. An update of no gradient
+        `metrics` with `gradient_steps`; `grad_norm`, `learning_rate`, and `q_max` and `q_min` with the `q_limit` that
+        rewards set them, count if they are there. An update of no gradient
         steps, or at a learning rate of 0 (the end of an annealed run), has nothing to change.
         """
         steps, rate = int(metrics["gradient_steps"]), metrics.get("learning_rate")
@@ -61,6 +62,7 @@ class Alarms:
         wrong = {
             "skipped": skipped and f"update {rollout} was skipped, its weights are those of before: {_one_line(skipped)}",
             "zeros": all_zero(self._boxes, segments) and f"every observation of rollout {rollout} is 0",
+            "values": explodes(rollout, metrics),
             "not finite": not_finite and f"update {rollout} reports {', '.join(not_finite)}",
             "no gradient": learned
             and metrics.get("grad_norm") == 0
@@ -85,6 +87,16 @@ def blame(aborted: Aborted, log: str) -> str:
         f"environment {aborted.env} does not reproduce: {gone}, exactness is waived{log}; "
         "draw all chance from the generator that reset(seed=…) seeds"
     )
+
+
+def explodes(rollout: int, metrics: Mapping[str, float]) -> str:
+    """What is said of action values that no rewards so far can make up for; "" if they are in bounds or unknown."""
+    limit = metrics.get("q_limit", math.inf)
+    lowest, highest = metrics.get("q_min", 0.0), metrics.get("q_max", 0.0)
+    if max(-lowest, highest) <= limit:
+        return ""
+    told = f"the values of update {rollout} explode: from {lowest:.4g} to {highest:.4g}, rewards allow {limit:.4g}"
+    return f"{told}; lower learning_rate or reward_scale, or update the target more slowly"
 
 
 def outside_of(bounds: Bounds, segment: Segment, name: str) -> dict[int, str]:

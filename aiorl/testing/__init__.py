@@ -38,6 +38,8 @@ _EXPORTS = {
     "findings": ["Finding", "errors"],
     "examine_env": ["check_env"],
     "examine_algorithm": ["check_algorithm"],
+    "examine_run": ["check_run"],
+    "buffer_checks": ["check_replay"],
     "machine": ["check_machine"],
 }  # fmt: skip
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
@@ -46,14 +48,16 @@ __all__ = [
     "LEDGER_ENV", "Crash", "CrashTestError", "Deadlock", "Doer", "Fault", "FaultEnv", "FaultPlan", "FaultPoints",
     "Finding", "InjectedFault", "LawsBroken", "LedgerEnv", "Mark", "Pace", "Recording", "SeedFailure", "Sim",
     "Simulated", "Tape", "Violation", "When", "World", "armed", "check_algorithm", "check_env", "check_laws",
-    "check_machine", "crash_points", "drive", "errors", "explore", "fault_point", "seconds", "simulate", "step",
-    "stored", "tape_of", "violations",
+    "check_machine", "check_replay", "check_run", "crash_points", "drive", "errors", "explore", "fault_point", "seconds",
+    "simulate", "step", "stored", "tape_of", "violations",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
+    from aiorl.testing.buffer_checks import check_replay
     from aiorl.testing.crashes import Crash, CrashTestError, crash_points
     from aiorl.testing.examine_algorithm import check_algorithm
     from aiorl.testing.examine_env import check_env
+    from aiorl.testing.examine_run import check_run
     from aiorl.testing.faults import (
         Doer,
         Fault,

@@ -45,6 +45,12 @@ class Bench:
     spaces: Spaces
     context: LearnerContext
     tape: tuple[Recorded, ...]
+    told: tuple[dict[str, float], ...]
+    """The metrics of each update."""
+    half: dict[str, Array]
+    """Weights after the first `HALF` rollouts."""
+    final: dict[str, Array]
+    """And after all of them."""
 
     def learner(self) -> Learner:
         return self.algorithm.learner(self.spaces, self.context)
@@ -74,6 +80,8 @@ def record(algorithm: Algorithm, env: EnvSpec) -> Bench:
     learner = algorithm.learner(spaces, context())
     group, policy = blocking_group(found.spec, spaces, range(ENVS), SEED), algorithm.policy(spaces)
     tape: list[Recorded] = []
+    told: list[dict[str, float]] = []
+    half: dict[str, Array] = {}
     try:
         group.open(None)
         for k in range(ROLLOUTS):
@@ -82,10 +90,12 @@ def record(algorithm: Algorithm, env: EnvSpec) -> Bench:
             policy.begin(copied(learner.weights()), k, rng, STEPS)
             group.collect(policy, recorded.rollout().segments[0], STEPS)
             tape.append(recorded)
-            learner.update(Recorded(k, layout, recorded.copied()).rollout())
+            told.append(learner.update(Recorded(k, layout, recorded.copied()).rollout()))
+            if k == HALF - 1:
+                half = copied(learner.weights())
     finally:
         group.close()
-    return Bench(algorithm, env, spaces, context(), tuple(tape))
+    return Bench(algorithm, env, spaces, context(), tuple(tape), tuple(told), half, copied(learner.weights()))
 
 
 # -- comparing --------------------------------------------------------------------------------------------------------

@@ -68,3 +68,20 @@ def is_high(action: Any, *, discrete: bool) -> bool:
     """What an action of any kind means in `Chain`."""
     value = float(np.asarray(action).reshape(-1)[0])
     return value >= 1 if discrete else value >= 0
+
+
+class Steady(Chain):
+    """Every step is worth 1, whatever is done; every `LENGTH` steps an episode is truncated. Shows one of five states.
+
+    As nothing is ever over, everything is worth 1 / (1 - gamma), at once and with any number of steps.
+    """
+
+    LENGTH = 50
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Obs, dict[str, Any]]:
+        self.time = 0
+        return super().reset(seed=seed)
+
+    def step(self, action: Any) -> tuple[Obs, float, bool, bool, dict[str, Any]]:
+        self.time += 1
+        return shown(Place(int(self.np_random.integers(len(Place))))), 1.0, False, self.time >= self.LENGTH, {}

@@ -10,13 +10,14 @@ import inspect
 import pickle
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing import reduction
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
+from aiorl import preflight
 from aiorl.algos.base import Algorithm, Learner, Policy
 from aiorl.config import Config
 from aiorl.envs.make import probe
@@ -25,7 +26,7 @@ from aiorl.envs.spec import EnvSpec
 from aiorl.errors import ConfigError
 from aiorl.learning import params_sha256
 from aiorl.run import Run, train
-from aiorl.testing import learner_checks, policy_checks
+from aiorl.testing import learner_checks, policy_checks, replay_checks
 from aiorl.testing.bench import Bench, context, copied, record
 from aiorl.testing.chain import Place, is_high, shown
 from aiorl.testing.findings import Finding, error, errors, info, sort, warning
@@ -38,8 +39,9 @@ RUN_ENVS, RUN_STEPS, RUN_ROLLOUTS, RUN_SEED = 4, 16, 6, 5
 LEARN_ENVS, LEARN_ENV_STEPS, LEARN_SEED = 8, 16_384, 2
 
 CHECKS: tuple[Callable[[Bench], Iterator[Finding]], ...] = (
-    learner_checks.metrics, learner_checks.weights, learner_checks.repeatable, learner_checks.state,
-    learner_checks.settings, learner_checks.not_finite, policy_checks.policy,
+    learner_checks.metrics, learner_checks.weights, learner_checks.moves, learner_checks.experience,
+    learner_checks.repeatable, learner_checks.state, learner_checks.settings, learner_checks.not_finite,
+    policy_checks.policy, replay_checks.update_ratio, replay_checks.target,
 )  # fmt: skip
 
 
@@ -61,8 +63,21 @@ def check_algorithm(algorithm: Algorithm | type[Algorithm], *, learning: bool = 
         return [error("refuses-all", f"check() refuses every kind of action space, the last with: {refusal}")]
     findings = [*_declared(algorithm), *_guarded("protocol", lambda: _halves(algorithm, spaces))]
     if not errors(findings):
+        findings += _guarded("weights", lambda: policy_checks.actions(algorithm, spaces))
+    if not errors(findings):
         findings += _guarded("runs", lambda: _examine(algorithm, env, learning))
     return sort(findings)
+
+
+def check_fit(algorithm: Algorithm | type[Algorithm], env: str, kwargs: Mapping[str, Any]) -> list[Finding]:
+    """Whether a run with the algorithm in this environment would be refused: action space, warm-up, buffer, memory."""
+    if inspect.isclass(algorithm):
+        algorithm = cast("type[Any]", algorithm)()
+    try:
+        preflight.check(Config(env=env, env_kwargs=dict(kwargs), algo=algorithm), write=False)
+    except ConfigError as refusal:
+        return [error("refused", *(line.strip() for line in str(refusal).splitlines()))]
+    return []
 
 
 def _examine(algorithm: Algorithm, env: EnvSpec, learning: bool) -> list[Finding]:
@@ -73,6 +88,7 @@ def _examine(algorithm: Algorithm, env: EnvSpec, learning: bool) -> list[Finding
     if not errors(findings):
         findings += _in_a_thread(lambda: asyncio.run(_runs(bench)))
         if learning:
+            findings += _guarded("value", lambda: replay_checks.value(bench))
             findings += _guarded("ends", lambda: ends_of_episodes(algorithm, env))
     return findings
 

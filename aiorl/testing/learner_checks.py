@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from aiorl.algos.base import Weights
+from aiorl.algos.base import Learner, Weights
 from aiorl.checkpoint import flatten
+from aiorl.segments import Rollout
 from aiorl.testing.bench import HALF, ROLLOUTS, Bench, alike, copied, difference, layout_of, same, unlike
 from aiorl.testing.chance import watched
 from aiorl.testing.findings import Finding, error, warning
@@ -85,6 +86,74 @@ def weights(bench: Bench) -> Iterator[Finding]:
                 "let only update() and load_state_dict() change them",
             )
             return
+
+
+def moves(bench: Bench) -> Iterator[Finding]:
+    """What is learned changes something, and that reaches who acts."""
+    for recorded, found in zip(bench.tape, bench.told, strict=True):
+        steps = int(found.get("gradient_steps", 0))
+        if steps and found.get("learning_rate") != 0 and found.get("grad_norm") == 0:
+            yield error(
+                "zero-gradient",
+                f"the gradient is 0 in all {steps} gradient steps after rollout {recorded.index}",
+                "is something detached, masked out, or are rewards and observations all zero?",
+            )
+            return
+    total = int(sum(found.get("gradient_steps", 0) for found in bench.told))
+    if not total:
+        yield warning(
+            "no-updates",
+            f"{ROLLOUTS} rollouts after a warm-up of {bench.context.warmup} env steps led to no gradient step",
+            "context.warmup goes before the setting of the algorithm",
+        )
+    elif same(bench.learner().weights(), bench.final):
+        if unlike(_parameters(bench.learner()), _parameters(bench.trained(ROLLOUTS))):
+            yield error(
+                "unpublished",
+                f"{total} gradient steps changed what is learned, and nothing in weights(), which is what acts",
+                "return the parameters that are trained, as they are now",
+            )
+        else:
+            yield error(
+                "unchanged", f"{total} gradient steps changed no weights", "does the optimizer hold these very parameters?"
+            )
+
+
+def _parameters(learner: Learner) -> dict[str, Any]:
+    """All floating-point arrays of a learner's state, but for experience."""
+    arrays, _ = flatten(learner.state_dict())
+    return {path: a for path, a in arrays.items() if a.dtype.kind == "f" and "replay" not in path.split("/")}
+
+
+def experience(bench: Bench) -> Iterator[Finding]:
+    """Other rewards, or other observations, lead to other weights: the learner looks at what it is given."""
+    if same(bench.learner().weights(), bench.half):
+        return  # `moves` tells, if it is wrong
+    changes: dict[str, Callable[[Rollout], None]] = {"rewards": _other_rewards, "observations": _other_observations}
+    for what, change in changes.items():
+        learner = bench.learner()
+        for recorded in bench.tape[:HALF]:
+            rollout = recorded.rollout(recorded.copied())
+            change(rollout)
+            learner.update(rollout)
+        if same(bench.half, learner.weights()):
+            yield error(
+                f"ignores-{what}",
+                f"with other {what} in every row it learns the same weights, to the last bit",
+                "does it sample from the very buffer that rollouts are stored in? Are batches all zero?",
+            )
+
+
+def _other_rewards(rollout: Rollout) -> None:
+    for segment in rollout.segments:
+        segment.columns["reward"][...] = 0.5 - segment.columns["reward"]
+
+
+def _other_observations(rollout: Rollout) -> None:
+    """Every leaf backwards."""
+    for segment in rollout.segments:
+        for leaf in (*segment.obs.values(), *segment.final_obs.values()):
+            leaf[...] = leaf[..., ::-1].copy()
 
 
 def repeatable(bench: Bench) -> Iterator[Finding]:

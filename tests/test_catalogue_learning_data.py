@@ -1,0 +1,86 @@
+"""The catalogue of faults, experience: each planted in a buffer that is otherwise right, and found by its name."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from faulty_buffer import Prioritised, RingBuffer, Stacks
+
+from aiorl.buffers.replay import Replay
+from aiorl.testing import check_replay, errors
+from aiorl.testing.findings import Finding
+
+PLANTED = {
+    # flaw: (code, words of the message)
+    "own copy": ("empty", "15 transitions were added, it says that it holds none"),
+    "counts too much": ("size", "there are 36"),
+    "(1, F)": ("shape", "obs is (256, 1, 4), expected (256, 4)"),
+    "unlocked size": ("uninitialised", "all zero"),
+    "torn": ("torn", "none that was added"),
+    "crosses the head": ("wrap-around", "beyond it lie the oldest"),
+    "crosses episodes": ("crosses-end", "past the end of an episode"),
+    "reward of one step": ("n-step-return", "its rewards come to"),
+    "gamma of one step": ("n-step-discount", "gamma to the power"),
+    "truncation is the end": ("end", "a truncation is not the end"),
+    "termination goes on": ("end", "after 1 steps and a termination the discount is 0.9, expected 0"),
+    "clears history": ("wrap-around", "what follows time"),
+    "forgets some": ("never-sampled", "are held and were never sampled"),
+    "biased": ("biased", "importance weights"),
+}
+
+
+def found(flaw: str, kind: type[RingBuffer] = RingBuffer) -> dict[str, Finding]:
+    return {f.code: f for f in check_replay(functools.partial(kind, flaw=flaw))}
+
+
+def test_sound_buffers_pass() -> None:
+    assert check_replay(Replay) == []
+    assert check_replay(RingBuffer) == []
+    assert check_replay(Prioritised) == []
+    assert check_replay(Replay, stack=4) == []
+    assert check_replay(Stacks, stack=4) == []
+    assert [f.code for f in check_replay(functools.partial(Replay, priority_exponent=0.6))] in ([], ["biased"])
+
+
+@pytest.mark.parametrize("flaw", PLANTED)
+def test_a_flaw_of_a_buffer_is_found(flaw: str) -> None:
+    code, words = PLANTED[flaw]
+    findings = found(flaw)
+    assert code in findings, findings
+    assert words in findings[code].message
+    assert len(findings[code].message.splitlines()) <= 3
+
+
+STACKED = {
+    "clears its history": ("stack", "when it was acted on they were"),
+    "stacks across ends": ("stack", "aiorl.frames.stack_places"),
+    "newest first": ("stack", "obs stacks the frames of times"),
+    "stacks fewer": ("shape", "obs is (256, 3, 4), expected (256, 4, 4)"),
+}
+
+
+@pytest.mark.parametrize("flaw", STACKED)
+def test_a_flaw_in_stacking_is_found(flaw: str) -> None:
+    code, words = STACKED[flaw]
+    findings = {f.code: f for f in check_replay(functools.partial(Stacks, flaw=flaw), stack=4)}
+    assert code in findings, findings
+    assert words in findings[code].message
+
+
+def test_what_does_not_fit_the_stack_is_refused_at_once() -> None:
+    """Acting shows 4 frames, the buffer is made for 3."""
+    (finding,) = errors(check_replay(functools.partial(Replay, stack=3), stack=4))
+    assert "3" in finding.message
+
+
+def test_stale_priorities_are_found() -> None:
+    assert set(found("stale priorities", Prioritised)) == {"stale-priorities"}
+
+
+def test_what_a_buffer_raises_is_a_finding() -> None:
+    def broken(*_: object) -> RingBuffer:
+        raise RuntimeError("no room")
+
+    (finding,) = errors(check_replay(broken))
+    assert (finding.code, "no room" in finding.message) == ("raised", True)

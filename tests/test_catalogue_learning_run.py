@@ -1,0 +1,230 @@
+"""The catalogue of faults, runs: each planted in what a sound run wrote, and found in its directory by name."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from faulty_learner import Small
+
+import aiorl
+from aiorl.cli import main
+from aiorl.testing import check_run
+from aiorl.testing.catalogue import FOUND_AS
+from aiorl.testing.findings import Finding
+
+Change = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run of DQN with which nothing is wrong."""
+    directory = tmp_path_factory.mktemp("sound") / "run"
+    trained(directory, aiorl.DQN(**SMALL_DQN, anneal=True))
+    return directory
+
+
+SMALL_DQN: dict[str, Any] = {"hidden": (8,), "warmup": 64, "capacity": 1_000, "batch_size": 8, "target_every": 10}
+
+
+def trained(directory: Path, algo: Any) -> None:
+    config = aiorl.Config(
+        env="CartPole-v1", algo=algo, envs=4, workers=0, segment_length=8, total_steps=640, eval_every=0, eval_episodes=1,
+        checkpoint_every=0, out=str(directory),
+    )  # fmt: skip
+    asyncio.run(aiorl.train(config))
+
+
+class Planted:
+    """A copy of a run in which something can be changed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def lines(self, name: str, change: Change) -> None:
+        lines = [json.loads(line) for line in (self.path / name).read_text().splitlines()]
+        for line in lines:
+            change(line)
+        (self.path / name).write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+
+    def updates(self, change: Change) -> None:
+        self.lines("events.jsonl", lambda event: change(event) if event["event"] == "updated" else None)
+
+    def metrics(self, **changed: float) -> None:
+        self.updates(lambda u: u["metrics"].update(changed) if u["gradient_steps"] else None)
+
+    def event(self, **fields: Any) -> None:
+        with (self.path / "events.jsonl").open("a") as file:
+            file.write(json.dumps({"seconds": 1.0, "version": 5, "env_steps": 160, **fields}) + "\n")
+
+    def warned(self, message: str) -> None:
+        self.event(event="warned", message=message)
+
+    def summary(self, **changed: Any) -> None:
+        file = self.path / "summary.json"
+        file.write_bytes(msgspec.json.encode(json.loads(file.read_bytes()) | changed))
+
+    def config(self, name: str, value: Any) -> None:
+        file = self.path / "config.toml"
+        text, count = re.subn(rf"(?m)^{name} = .*$", f"{name} = {value}", file.read_text())
+        assert count == 1
+        file.write_text(text)
+
+    @property
+    def found(self) -> dict[str, Finding]:
+        return {f.code: f for f in check_run(self.path) if f.severity != "info"}
+
+
+@pytest.fixture
+def run(sound: Path, tmp_path: Path) -> Planted:
+    shutil.copytree(sound, tmp_path / "run")
+    return Planted(tmp_path / "run")
+
+
+def halved(update: dict[str, Any]) -> None:
+    update["gradient_steps"] //= 2
+
+
+def at(version: int, **fields: Any) -> Change:
+    return lambda update: update.update(fields) if update["version"] == version else None
+
+
+PLANTED: dict[str, tuple[Callable[[Planted], None], str, str]] = {
+    "zeros": (lambda r: r.warned("every observation of rollout 3 is 0"), "zeros", "rollout 3"),
+    "no gradient": (lambda r: r.metrics(grad_norm=0.0), "no-gradient", "the gradient is 0 in"),
+    "no gradient, said": (
+        lambda r: r.warned("the gradient of update 4 is 0 in all 8 gradient steps"), "no-gradient", "update 4",
+    ),
+    "no change": (lambda r: r.lines("schedule.jsonl", lambda x: x.update(crc=7)), "no-change", "left the weights"),
+    "no change, said": (lambda r: r.warned("update 3 changed no weights, with 8 gradient steps"), "no-change", "update 3"),
+    "not finite": (lambda r: r.warned("update 3 reports loss = nan"), "not-finite", "loss = nan"),
+    "skipped": (lambda r: r.summary(skipped_updates={"nonfinite": 2}), "not-finite", "{'nonfinite': 2}"),
+    "explodes": (lambda r: r.metrics(q_max=1e9), "q-explodes", "values reach 1e+09"),
+    "explodes, said": (lambda r: r.warned("the values of update 9 explode: from 0 to 1e9"), "q-explodes", "update 9"),
+    "never": (lambda r: r.updates(lambda u: u.update(gradient_steps=0)), "never-updated", "no gradient step in"),
+    "late": (lambda r: r.config("total_steps", 100), "late-start", "of 100 env steps"),
+    "ratio": (lambda r: r.updates(halved), "update-ratio", "gradient steps after"),
+    "stale": (lambda r: r.updates(at(5, behaviour_version=1, staleness=3)), "staleness", "at most 1 behind"),
+    "ahead": (lambda r: r.updates(at(5, behaviour_version=6, staleness=-2)), "staleness", "which version 6"),
+    "dropped": (lambda r: r.summary(dropped={"stopped": 12}), "dropped", "12 env steps were collected and not used"),
+    "ledger": (
+        lambda r: r.summary(ledger={"produced": 700, "stored": 640, "dropped": 0, "in_flight": 0}),
+        "ledger", "produced is not",
+    ),
+    "epsilon": (lambda r: r.updates(lambda u: u["metrics"].update(epsilon=0.5)), "epsilon", "expected 1"),
+    "exploring": (lambda r: r.config("epsilon_end", 0.9), "epsilon", "epsilon is"),
+    "annealing": (
+        lambda r: r.updates(lambda u: u["metrics"].update(learning_rate=1e-3)), "learning-rate", "stays 0.001",
+    ),
+    "batch": (lambda r: r.config("batch_size", 2), "batch", "batch_size = 2"),
+    "clipped": (lambda r: r.metrics(grad_norm=1e4), "clipped", "longer than 1e+04"),
+    "one step": (lambda r: r.updates(lambda u: u.update(length_mean=1.0)), "one-step-episodes", "had one step"),
+    "episodes": (lambda r: r.updates(lambda u: u.update(length_mean=900.0)), "episodes", "were stored"),
+    "summary": (lambda r: r.summary(episodes=3), "episodes", "the summary says 3"),
+    "no reward": (lambda r: r.updates(lambda u: u.update(return_mean=0.0)), "no-reward", "came to 0"),
+    "loss only": (lambda r: r.updates(lambda u: u["metrics"].pop("q_mean", 0)), "loss-only", "q_mean"),
+    "target": (lambda r: r.metrics(target_drift=4.0), "target-stands", "4 times"),
+    "priorities": (lambda r: r.metrics(priority_entropy=0.01), "priorities", "a few transitions"),
+    "failed": (lambda r: r.summary(status="failed", error="worker-0 died\n  see its log"), "failed", "worker-0 died"),
+    "restarts": (
+        lambda r: r.event(event="worker_restarted", worker="worker-0", reason="killed (signal 9)"), "restarts", "signal 9",
+    ),
+    "gap": (lambda r: r.lines("schedule.jsonl", lambda x: x.update(k=x["k"] + 1)), "damaged", "rollout 1 follows -1"),
+    "torn": (lambda r: r.updates(lambda u: u.pop("metrics")), "damaged", "metrics"),
+}  # fmt: skip
+
+
+def test_a_sound_run(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert [f.code for f in check_run(sound)] == ["progress"]
+    assert main(["doctor", str(sound)]) == 0
+    out = capsys.readouterr().out
+    assert "q_mean" in out
+    assert out.splitlines()[-1] == "nothing to complain about"
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_fault_is_found_in_what_a_run_wrote(name: str, run: Planted) -> None:
+    plant, code, words = PLANTED[name]
+    plant(run)
+    assert code in run.found
+    assert words in run.found[code].message
+    assert len(run.found[code].message.splitlines()) <= 3
+    assert code in FOUND_AS
+
+
+FLAWED: dict[str, tuple[Any, str]] = {
+    "values that explode": (
+        aiorl.DQN(**SMALL_DQN | {"target_every": 1}, learning_rate=2.0, gamma=0.9, huber_delta=1e3),
+        "q-explodes clipped",
+    ),
+    "zero gradient": (Small(flaw="zero gradient"), "no-gradient no-change"),
+    "weights unchanged": (Small(flaw="optimizes a copy"), "no-change"),
+    "weights unpublished": (Small(flaw="publishes what it was"), "no-change"),
+    "training before there is data": (Small(flaw="does not wait"), "update-ratio"),
+    "training that never begins": (Small(flaw="waits for ever"), "never-updated"),
+    "the loss only": (Small(flaw="tells the loss only"), "loss-only"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLAWED)
+def test_a_run_of_a_faulty_learner_is_found_out(name: str, tmp_path: Path) -> None:
+    algo, codes = FLAWED[name]
+    trained(tmp_path / "run", algo)
+    found = {f.code: f.message for f in check_run(tmp_path / "run") if f.severity != "info"}
+    assert set(found) == set(codes.split())
+    for code, words in {"q-explodes": "the values of update", "no-gradient": "the gradient of update"}.items():
+        assert words in found.get(code, words), "the run warned of it itself"
+
+
+def test_no_episode_ever_ends(run: Planted) -> None:
+    run.updates(lambda u: u.update(episodes=0, return_mean=None, length_mean=None, env_steps=u["env_steps"] * 100))
+    assert "no-episodes" in run.found
+
+
+def test_most_actions_are_random_in_the_end(run: Planted) -> None:
+    run.config("epsilon_end", 0.9)
+    run.config("epsilon_start", 0.9)
+    run.updates(lambda u: u["metrics"].update(epsilon=0.9))
+    assert set(run.found) == {"still-exploring"}
+
+
+def test_a_killed_run_is_told_from_one_that_goes_on(run: Planted) -> None:
+    (run.path / "summary.json").unlink()
+    assert "killed" not in run.found
+    (run.path / "run.lock").write_text("999999999\n")
+    assert "killed" in run.found
+
+
+def test_what_a_resumed_run_did_again_counts_once(run: Planted) -> None:
+    for name in ("events.jsonl", "schedule.jsonl"):
+        lines = (run.path / name).read_text().splitlines()
+        again = [x for x in lines if json.loads(x).get("version", 0) > 12 or json.loads(x).get("k", 0) >= 12]
+        (run.path / name).write_text("\n".join(lines + again) + "\n")
+    assert run.found == {}
+
+
+def test_a_line_that_was_being_written_is_left_out(run: Planted) -> None:
+    with (run.path / "events.jsonl").open("a") as file:
+        file.write('{"event":"upd')
+    assert run.found == {}
+
+
+def test_the_command_says_ids_and_fails(run: Planted, capsys: pytest.CaptureFixture[str]) -> None:
+    run.metrics(q_max=1e9)
+    assert main(["doctor", str(run.path)]) == 1
+    assert "[7.1 9.1 9.4]" in capsys.readouterr().out
+    assert main(["doctor", str(run.path), "--json"]) == 1
+    first = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert (first["code"], first["catalogue"]) == ("q-explodes", ["7.1", "9.1", "9.4"])
+
+
+def test_a_directory_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(tmp_path)]) == 2
+    assert "is not a run directory" in capsys.readouterr().err
