@@ -1,6 +1,6 @@
 """What one env step and one gradient step cost, against the environment alone and against a bare torch loop.
 
-    python -m bench.steps [--only acting ppo dqn] [--seconds 6] [--compile] [--json FILE]
+    python -m bench.steps [--only acting ppo dqn sac td3] [--seconds 6] [--compile] [--json FILE]
 
 acting      a group collects segments of CartPole with PPO's policy (2x64); beside it the same environments are stepped with
             given actions and nothing else, and the policy acts without any environment. `overhead` is all that collecting
@@ -8,6 +8,7 @@ acting      a group collects segments of CartPole with PPO's policy (2x64); besi
 ppo, dqn    `update` of the learner, by gradient step: everything an update does counts (CartPole: 16 x 128, 4 epochs of 8
             minibatches, 2x64 twice; LunarLander: batch 128, 2x256, a step every 4 env steps). `bare` is the least that torch
             allows with its own autograd and its fused Adam: one batch, which is always the same, and no bookkeeping
+sac, td3    the same, sized for Pendulum and, `wide`, for HalfCheetah: batch 256, 2x256, a gradient step for each env step
 
 All functions of a part are timed in turns, in CPU time of their thread, and the lower quartile counts; so other programs
 slow both sides alike. `--compile` adds the bare loop with its loss under torch.compile, which takes half a minute to make.
@@ -68,7 +69,7 @@ def context(envs: int, steps: int) -> LearnerContext:
 # -- acting ------------------------------------------------------------------------------------------------------------
 
 
-def acting(seconds: float) -> dict[str, Any]:
+def acting(seconds: float, compiled: bool) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for native, envs in ((True, 8), (True, 16), (False, 8), (False, 16)):
         took = cpu_us(collecting(native, envs), seconds)
@@ -134,7 +135,9 @@ def made_up(algorithm: Algorithm, spaces: Spaces, steps: int, envs: int) -> Roll
     rng, segment = np.random.default_rng(0), layout_of(algorithm, spaces, steps, envs).allocate()
     segment.obs["obs"][...] = rng.normal(size=segment.obs["obs"].shape)
     columns = segment.columns
-    columns["action"][...] = rng.integers(spaces.action.nvec[0], size=(steps, envs))
+    discrete = spaces.action.kind == "discrete"
+    shape = columns["action"].shape
+    columns["action"][...] = rng.integers(spaces.action.nvec[0], size=shape) if discrete else rng.uniform(-1, 1, shape)
     columns["reward"][...], columns["valid"][...] = rng.normal(size=(steps, envs)), True
     columns["terminated"][...] = rng.random((steps, envs)) < 0.01
     if "log_prob" in columns:
@@ -143,8 +146,10 @@ def made_up(algorithm: Algorithm, spaces: Spaces, steps: int, envs: int) -> Roll
 
 
 def updating(algorithm: Algorithm, features: int, actions: int, steps: int, envs: int, before: int = 0) -> Callable[[], Any]:
-    """The update of a learner that has had `before` rollouts."""
-    spaces = spaces_of(gymnasium.spaces.Box(-9, 9, (features,), np.float32), gymnasium.spaces.Discrete(actions))
+    """The update of a learner that has had `before` rollouts. `actions`: of SAC and TD3 in [-1, 1], of others to choose."""
+    bounded = isinstance(algorithm, aiorl.SAC | aiorl.TD3)
+    acts = gymnasium.spaces.Box(-1, 1, (actions,), np.float32) if bounded else gymnasium.spaces.Discrete(actions)
+    spaces = spaces_of(gymnasium.spaces.Box(-9, 9, (features,), np.float32), acts)
     learner, rollout = algorithm.learner(spaces, context(envs, steps)), made_up(algorithm, spaces, steps, envs)
     for _ in range(before):
         learner.update(rollout)
@@ -169,10 +174,32 @@ def dqn(seconds: float, compiled: bool) -> dict[str, float]:
     return gradient_steps("DQN", functions, 32 // 4, seconds)
 
 
-def gradient_steps(what: str, functions: Timed, steps: int, seconds: float) -> dict[str, float]:
-    """Prints and returns microseconds for each gradient step: an update makes so many, a bare loop one a call."""
+def sac(seconds: float, compiled: bool) -> dict[str, float]:
+    return continuous("SAC", aiorl.SAC(), bare_sac, seconds, compiled)
+
+
+def td3(seconds: float, compiled: bool) -> dict[str, float]:
+    return continuous("TD3", aiorl.TD3(), bare_td3, seconds, compiled, bare_steps=2)  # the actor's is every second one
+
+
+def continuous(
+    what: str, algorithm: Algorithm, bare: Callable[..., Any], seconds: float, compiled: bool, bare_steps: int = 1
+) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for size, features, actions in (("", 3, 1), (" wide", 17, 6)):
+        functions: Timed = {"update": updating(algorithm, features, actions, 4, 1, before=1_200 // 4)}
+        functions["bare"] = bare(features, actions, lambda loss: loss)
+        if compiled:
+            functions["bare, compiled"] = bare(features, actions, torch.compile)
+        took = gradient_steps(what + size, functions, 4, seconds, bare_steps)
+        found |= {name + size: us for name, us in took.items()}
+    return found
+
+
+def gradient_steps(what: str, functions: Timed, steps: int, seconds: float, bare: int = 1) -> dict[str, float]:
+    """Prints and returns microseconds for each gradient step: an update makes `steps` of them, a bare loop `bare` a call."""
     took = cpu_us(functions, seconds)
-    took = {name: us / steps if name.startswith("update") else us for name, us in took.items()}
+    took = {name: us / (steps if name.startswith("update") else bare) for name, us in took.items()}
     for name, us in took.items():
         rate = "" if name == "bare" else f" = {took['bare'] / us:.2f} x the bare loop's speed"
         print(f"{what} gradient step, {name:15} {us:7.0f} us{rate}", flush=True)
@@ -233,10 +260,114 @@ def bare_dqn(wrap: Callable[[Any], Any]) -> Callable[[], None]:
     return step
 
 
+class BareActorCritic:
+    """Networks of one actor and two critics with their targets, fused Adams, and one batch of 256."""
+
+    def __init__(self, features: int, actions: int, outputs: int) -> None:
+        self.actor = mlp(features, 256, 256, outputs, activation=nn.ReLU)
+        self.critics = [mlp(features + actions, 256, 256, 1, activation=nn.ReLU) for _ in range(2)]
+        self.targets = copy.deepcopy(self.critics)
+        self.critic_parameters = [p for critic in self.critics for p in critic.parameters()]
+        self.target_parameters = [p for critic in self.targets for p in critic.parameters()]
+        self.adam = torch.optim.Adam(self.actor.parameters(), lr=1e-5, fused=True)
+        self.critic_adam = torch.optim.Adam(self.critic_parameters, lr=1e-5, fused=True)
+        self.obs, self.next_obs = torch.randn(256, features), torch.randn(256, features)
+        self.actions = torch.rand(256, actions) * 2 - 1
+        self.rewards, self.going = torch.randn(256, 1), torch.ones(256, 1)
+
+    def critic_loss(self, targets: torch.Tensor) -> torch.Tensor:
+        seen = torch.cat([self.obs, self.actions], 1)
+        return sum((F.mse_loss(critic(seen), targets) for critic in self.critics), torch.zeros(()))
+
+    def descend(self, adam: torch.optim.Adam, compute: Callable[[], Any]) -> Any:
+        """One step of `adam`; what `compute` returns is the loss, or begins with it."""
+        found = compute()
+        adam.zero_grad(set_to_none=True)
+        (found[0] if isinstance(found, tuple) else found).backward()
+        adam.step()
+        return found
+
+    def descend_actor(self, compute: Callable[[], Any]) -> Any:
+        for parameter in self.critic_parameters:
+            parameter.requires_grad_(False)
+        found = self.descend(self.adam, compute)
+        for parameter in self.critic_parameters:
+            parameter.requires_grad_(True)
+        return found
+
+
+@torch.no_grad()
+def follow(targets: list[Any], online: list[Any]) -> None:
+    torch._foreach_lerp_(targets, online, 0.005)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def bare_sac(features: int, actions: int, wrap: Callable[[Any], Any]) -> Callable[[], None]:
+    nets, log_alpha = BareActorCritic(features, actions, 2 * actions), torch.zeros(1, requires_grad=True)
+    alpha_adam = torch.optim.Adam([log_alpha], lr=1e-5, fused=True)
+
+    def act(obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, log_std = nets.actor(obs).chunk(2, 1)
+        log_std, noise = log_std.clamp(-20, 2), torch.randn_like(mean)
+        u = mean + log_std.exp() * noise
+        log_prob = -0.5 * noise**2 - log_std - 0.919 - 2 * (0.693 - u - F.softplus(-2 * u))
+        return u.tanh(), log_prob.sum(1, keepdim=True)
+
+    def critic_loss() -> torch.Tensor:
+        with torch.no_grad():
+            action, log_prob = act(nets.next_obs)
+            seen = torch.cat([nets.next_obs, action], 1)
+            value = torch.min(nets.targets[0](seen), nets.targets[1](seen)) - log_alpha.exp() * log_prob
+            targets = nets.rewards + 0.99 * nets.going * value
+        return nets.critic_loss(targets)
+
+    def actor_loss() -> tuple[torch.Tensor, torch.Tensor]:
+        action, log_prob = act(nets.obs)
+        seen = torch.cat([nets.obs, action], 1)
+        value = torch.min(nets.critics[0](seen), nets.critics[1](seen))
+        return (log_alpha.exp().detach() * log_prob - value).mean(), log_prob.detach()
+
+    of_critics, of_actor = wrap(critic_loss), wrap(actor_loss)
+
+    def step() -> None:
+        nets.descend(nets.critic_adam, of_critics)
+        _, log_prob = nets.descend_actor(of_actor)
+        nets.descend(alpha_adam, lambda: -(log_alpha * (log_prob - actions)).mean())
+        follow(nets.target_parameters, nets.critic_parameters)
+
+    return step
+
+
+def bare_td3(features: int, actions: int, wrap: Callable[[Any], Any]) -> Callable[[], None]:
+    nets = BareActorCritic(features, actions, actions)
+    target_actor = copy.deepcopy(nets.actor)
+    online = [*nets.critic_parameters, *nets.actor.parameters()]
+    targets = [*nets.target_parameters, *target_actor.parameters()]
+
+    def critic_loss() -> torch.Tensor:
+        with torch.no_grad():
+            noise = (torch.randn_like(nets.actions) * 0.2).clamp(-0.5, 0.5)
+            seen = torch.cat([nets.next_obs, (target_actor(nets.next_obs).tanh() + noise).clamp(-1, 1)], 1)
+            value = torch.min(nets.targets[0](seen), nets.targets[1](seen))
+        return nets.critic_loss(nets.rewards + 0.99 * nets.going * value)
+
+    def actor_loss() -> torch.Tensor:
+        return -nets.critics[0](torch.cat([nets.obs, nets.actor(nets.obs).tanh()], 1)).mean()
+
+    of_critics, of_actor = wrap(critic_loss), wrap(actor_loss)
+
+    def two_steps() -> None:
+        for _ in range(2):
+            nets.descend(nets.critic_adam, of_critics)
+        nets.descend_actor(of_actor)
+        follow(targets, online)
+
+    return two_steps
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("acting", "ppo", "dqn")
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parts = {"acting": acting, "ppo": ppo, "dqn": dqn, "sac": sac, "td3": td3}
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--seconds", type=float, default=6.0, help="for each part's measurements")
     parser.add_argument("--compile", action="store_true", help="also the bare loops under torch.compile")
     parser.add_argument("--json", help="write the figures to this file")
@@ -245,9 +376,7 @@ def main() -> None:
     torch.set_num_threads(1)
     figures: dict[str, Any] = {}
     for part in options.only:
-        figures[part] = acting(options.seconds) if part == "acting" else (
-            {"ppo": ppo, "dqn": dqn}[part](options.seconds, options.compile)
-        )  # fmt: skip
+        figures[part] = parts[part](options.seconds, options.compile)
     write_json(options.json, figures)
 
 

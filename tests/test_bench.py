@@ -6,11 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 import aiorl
-from bench import common, degree_speed, eval_cost, overhead, results, twin, work
+from bench import common, degree_speed, eval_cost, hockey_train, overhead, results, twin, work
 from bench import steps as step_costs
 from bench.peers import __main__ as peers
 from bench.peers import lineup, report, works
@@ -149,15 +150,39 @@ def test_a_target_that_was_not_reached_is_said_and_not_counted():
     assert "4.00 [4.00 … 4.00], 1 of 2 not reached" in report.table("w2", rows)
 
 
+def test_sac_is_held_against_the_best_peer_and_against_its_gradient_step_alone():
+    way = {"SAC": lineup.WORKERS, "limit: gradient steps alone": lineup.LIMIT}
+    ours, alone = (lineup.Entry("w4", "aiorl", variant, kind) for variant, kind in way.items())
+    peer, other = (lineup.Entry("w4", name, "SAC", lineup.ONE) for name in ("handwritten", "sb3"))
+
+    def row(entry: lineup.Entry, updates: float, seconds: float | None = None) -> report.Row:
+        figures = {report.UPDATES: updates, report.RATE: 1.1 * updates, report.SECONDS: seconds}
+        return report.Row(0, entry, figures, 1.0, 9.0, (1.0, 1.0))
+
+    rows = [row(ours, 130.0, 30.0), row(alone, 150.0), row(peer, 90.0, 60.0), row(other, 65.0)]
+    assert [(round(v.found, 2), v.reached) for v in report.verdicts("w4", rows)] == [(1.44, True), (0.87, False)]
+    assert "handwritten: SAC" in report.verdicts("w4", rows)[0].goal
+    assert "| 60.00 [60.00 … 60.00] | 0.50 [0.50 … 0.50] |" in report.table("w4", rows)
+    assert "| 1 of 1 not reached |" in report.table("w4", rows)
+
+
+def test_a_run_of_sac_is_given_up_at_its_cap():
+    clock = works.Training(works.Task("w4", "", 0, 1.0), works.SAC(window=1, cap=90, rate_over=50))
+    assert (clock.is_over(89), clock.is_over(90)) == (False, True)
+    clock.episode(-200.0, 40)
+    assert (clock.is_over(49), clock.is_over(50)) == (False, True)
+
+
 def test_the_clock_of_training_waits_for_a_full_window():
     task = works.Task("w2", "", 0, 1.0, ppo=works.PPO(window=2, rate_over=50, cap=90))
-    clock = works.Training(task)
+    clock = works.Training(task, task.ppo)
     for steps, total in ((10, 500.0), (20, 400.0), (30, 500.0), (40, 440.0)):
         clock.episode(total, steps, seconds=steps / 10)
     assert not clock.is_over(89)
     clock.episode(510.0, 45, seconds=4.5)  # the mean of the last two is 475
     assert (clock.is_over(49), clock.is_over(50)) == (False, True)
-    assert clock.figures(60, 6.0) == {"env_steps_per_s": 10.0, "seconds_to_475": 4.5, "env_steps_to_475": 45}
+    assert clock.figures(60, 6.0) == {"env_steps_per_s": 10.0, "seconds_to_target": 4.5, "env_steps_to_target": 45}
+    assert clock.figures(60, 6.0, updates=30)[report.UPDATES] == 5.0
 
 
 def test_a_peer_that_is_not_installed_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -191,6 +216,50 @@ async def test_twin_measures_both_ways(no_leaks: None):
     assert all(figures[kind][way][0] > 0 for kind in figures for way in ("async", "twin"))
 
 
+@pytest.mark.parametrize("own", hockey_train.LEARNERS.values(), ids=hockey_train.LEARNERS)
+async def test_the_buffer_of_hockey_grows_without_a_stall(own: dict[str, Any], no_leaks: None):
+    """In small; the long one is `test_the_buffer_of_hockey_grows_to_a_million`."""
+    growth = await hockey_train.grow(3_000, own, envs=4, workers=2)
+    assert growth.wrong == []
+    assert 3_000 <= growth.env_steps < 3_064
+    assert growth.gradient_steps > 0
+    assert growth.queue_bound <= 4
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("own", hockey_train.LEARNERS.values(), ids=hockey_train.LEARNERS)
+async def test_the_buffer_of_hockey_grows_to_a_million(own: dict[str, Any], no_leaks: None):
+    growth = await hockey_train.grow(1_000_000, own)
+    assert growth.wrong == []
+
+
+async def test_a_stall_and_a_wrong_ratio_would_be_seen(tmp_path: Path):
+    config = hockey_train.settings(str(tmp_path), 2_400, {"update_ratio": 0.01, "hidden": (8,)}, envs=4, workers=0)
+    async with aiorl.Run(config) as run:
+        updates = [event async for event in run.events(hockey_train.ALL) if isinstance(event, aiorl.Updated)]
+    result = run.result
+    assert result is not None
+    assert hockey_train.differences(updates, result, config) == []
+    idle, lazy, short = list(updates), list(updates), list(updates)
+    idle[3] = msgspec.structs.replace(idle[3], env_steps=idle[2].env_steps)
+    lazy[-1] = msgspec.structs.replace(lazy[-1], gradient_steps=lazy[-1].gradient_steps + 1)
+    short[-1] = msgspec.structs.replace(short[-1], metrics={**short[-1].metrics, "replay_size": 1300.0})
+    found = [hockey_train.differences(changed, result, config) for changed in (idle, lazy, short)]
+    assert found == [
+        ["update 4: stored 192 instead of 256"],
+        [f"update {len(updates)}: gradient steps 5 instead of 4"],
+        [f"update {len(updates)}: in the buffer 1300 instead of 2432"],
+    ]
+    lossy = msgspec.structs.replace(result, dropped={"stopped": 3})
+    assert "dropped {'stopped': 3}" in hockey_train.differences(updates, lossy, config)[0]
+
+
+@pytest.mark.long
+async def test_asynchronous_hockey_is_compared_with_its_twin(no_leaks: None):
+    figures = await hockey_train.compare(4_000, 1, 0.01)
+    assert all(figures[way][0] > 0 for way in hockey_train.WAYS)
+
+
 @pytest.mark.long
 async def test_overhead_measures(no_leaks: None):
     assert (await overhead.handoff())["latency_us"]["p50"] > 0
@@ -216,6 +285,28 @@ def test_collecting_and_its_parts_can_be_timed(native: bool) -> None:
 def test_an_update_makes_the_gradient_steps_it_is_divided_by(capsys: pytest.CaptureFixture[str]) -> None:
     assert step_costs.updating(aiorl.PPO(), 4, 2, 128, 16)()["gradient_steps"] == 4 * 8
     assert step_costs.updating(aiorl.DQN(hidden=(8,)), 8, 4, 32, 1, before=2_000 // 32)()["gradient_steps"] == 32 // 4
+    for algorithm in (aiorl.SAC(hidden=(8,)), aiorl.TD3(hidden=(8,))):
+        assert step_costs.updating(algorithm, 3, 2, 4, 1, before=1_200 // 4)()["gradient_steps"] == 4
     took = step_costs.gradient_steps("it", {"update": lambda: None, "bare": lambda: None}, 1, 0.0)
     assert took.keys() == {"update", "bare"}
     assert "x the bare loop's speed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bare", [step_costs.bare_sac, step_costs.bare_td3])
+def test_the_bare_loop_of_continuous_actions_moves_all_networks(bare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[step_costs.BareActorCritic] = []
+
+    class Kept(step_costs.BareActorCritic):
+        def __init__(self, *sizes: int) -> None:
+            super().__init__(*sizes)
+            made.append(self)
+
+    monkeypatch.setattr(step_costs, "BareActorCritic", Kept)
+    step = bare(3, 2, lambda loss: loss)
+    (nets,) = made
+    all_of_them = [*nets.actor.parameters(), *nets.critic_parameters, *nets.target_parameters]
+    before = [parameter.detach().clone() for parameter in all_of_them]
+    step()
+    moved = [not parameter.equal(old) for parameter, old in zip(all_of_them, before, strict=True)]
+    assert all(moved[: -len(nets.target_parameters)])
+    assert any(moved[-len(nets.target_parameters) :])

@@ -1,12 +1,12 @@
-"""aiorl against its peers, on the same work, in turns: collection, PPO, DQN, slow environments.
+"""aiorl against its peers, on the same work, in turns: collection, PPO, DQN, SAC, slow environments.
 
     python -m bench.peers --setup                       # once: the peers' virtual environments, a few minutes
-    python -m bench.peers [--work w1 w2 w3 w5] [--peers sb3 gymnasium …] [--rounds 5] [--quick] [--json FILE] [--write]
+    python -m bench.peers [--work w1 w2 w3 w4 w5] [--peers sb3 gymnasium …] [--rounds 5] [--quick] [--json FILE] [--write]
 
 In each round every participant does the work once, as a process of its own with one torch thread; another one begins each
 round. Ratios are taken within a round, so that a machine that is slower for a while slows both. Without `--peers` those
 take part that are best at something, and one of each kind that starts a process for every environment. A full run takes
-about 25 minutes on two cores, which have to be idle otherwise.
+about 45 minutes on two cores, which have to be idle otherwise.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="+", choices=VENVS, default=[], help="by name: with each one's best variant")
     parser.add_argument("--all", action="store_true", help="every variant of them, most of an afternoon")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each measured rate; PPO and DQN have a set work")
-    parser.add_argument("--quick", action="store_true", help="one round, about 5 minutes")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each measured rate; PPO, DQN and SAC have a set work")
+    parser.add_argument("--quick", action="store_true", help="one round, about 9 minutes")
     parser.add_argument("--smoke", action="store_true", help="no more than shows that everything runs")
     parser.add_argument("--json", default="bench/raw/peers.json", help="write all rows to this file; '' for none")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")

@@ -1,8 +1,9 @@
-"""PPO and DQN as a skilled user writes them in an afternoon: one file, torch, a gymnasium vector environment."""
+"""PPO, DQN and SAC as a skilled user writes them in an afternoon: one file, torch, a gymnasium vector environment."""
 
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import gymnasium
@@ -102,7 +103,7 @@ class PPOLoop:
 
 
 def train_ppo(task: Task) -> dict[str, Any]:
-    loop, training = PPOLoop(task), Training(task)
+    loop, training = PPOLoop(task), Training(task, task.ppo)
     while not training.is_over(loop.env_steps):
         loop.collect(training)
         loop.learn()
@@ -113,13 +114,14 @@ def train_ppo(task: Task) -> dict[str, Any]:
 class Replay:
     """A ring of transitions as tensors."""
 
-    def __init__(self, capacity: int, features: int) -> None:
+    def __init__(self, capacity: int, features: int, dtype: torch.dtype = torch.int64) -> None:
+        """Actions are one number each."""
         self._obs, self._next = torch.zeros(capacity, features), torch.zeros(capacity, features)
-        self._action = torch.zeros(capacity, 1, dtype=torch.int64)
+        self._action = torch.zeros(capacity, 1, dtype=dtype)
         self._reward, self._terminated = torch.zeros(capacity), torch.zeros(capacity)
         self._added, self._rng = 0, np.random.default_rng(0)
 
-    def add(self, obs: Any, action: int, reward: float, next_obs: Any, terminated: bool) -> None:
+    def add(self, obs: Any, action: float, reward: float, next_obs: Any, terminated: bool) -> None:
         i = self._added % len(self._obs)
         self._obs[i], self._next[i] = torch.from_numpy(obs), torch.from_numpy(next_obs)
         self._action[i], self._reward[i], self._terminated[i] = action, float(reward), float(terminated)
@@ -163,27 +165,118 @@ def learn_dqn(online: Any, target: Any, adam: Any, batch: tuple[torch.Tensor, ..
     obs, action, reward, next_obs, terminated = batch
     with torch.no_grad():
         wanted = reward + gamma * (1 - terminated) * target(next_obs).max(1).values
-    loss = nn.functional.smooth_l1_loss(online(obs).gather(1, action).squeeze(1), wanted)
+    descend(adam, nn.functional.smooth_l1_loss(online(obs).gather(1, action).squeeze(1), wanted))
+
+
+class SACLoop:
+    """Networks and optimizers of W4, for one action in [-1, 1]."""
+
+    def __init__(self, h: works.SAC) -> None:
+        self.h = h
+        self.actor = works.mlp(3, *h.hidden, 2, activation="ReLU")
+        self.critics = [works.mlp(4, *h.hidden, 1, activation="ReLU") for _ in range(2)]
+        self.targets = copy.deepcopy(self.critics)
+        self.log_alpha = torch.zeros(1, requires_grad=True)
+        self.online = [p for critic in self.critics for p in critic.parameters()]
+        self.following = [p for target in self.targets for p in target.parameters()]
+        groups: Any = (list(self.actor.parameters()), self.online, [self.log_alpha])
+        self.adam, self.critic_adam, self.alpha_adam = (
+            torch.optim.Adam(group, lr=h.learning_rate, fused=True) for group in groups
+        )
+
+    def act(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Actions [N, 1] and their log-densities [N]."""
+        mean, log_std = self.actor(obs).chunk(2, -1)
+        log_std, noise = log_std.clamp(-20, 2), torch.randn_like(mean)
+        u = mean + log_std.exp() * noise
+        squash = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
+        normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        return u.tanh(), (normal - squash).sum(-1)
+
+    def smaller(self, critics: list[Any], obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        seen = torch.cat([obs, action], -1)
+        return torch.min(critics[0](seen), critics[1](seen)).squeeze(-1)
+
+    def learn(self, batch: tuple[torch.Tensor, ...]) -> None:
+        """One gradient step of all."""
+        obs, action, reward, next_obs, terminated = batch
+        alpha = self.log_alpha.exp().detach()
+        with torch.no_grad():
+            following, log_prob = self.act(next_obs)
+            value = self.smaller(self.targets, next_obs, following) - alpha * log_prob
+            wanted = reward + self.h.gamma * (1 - terminated) * value
+        seen = torch.cat([obs, action], -1)
+        losses = [nn.functional.mse_loss(critic(seen).squeeze(-1), wanted) for critic in self.critics]
+        descend(self.critic_adam, losses[0] + losses[1])
+        for parameter in self.online:  # their gradients would be computed for nothing
+            parameter.requires_grad_(False)
+        chosen, log_prob = self.act(obs)
+        descend(self.adam, (alpha * log_prob - self.smaller(self.critics, obs, chosen)).mean())
+        for parameter in self.online:
+            parameter.requires_grad_(True)
+        descend(self.alpha_adam, -(self.log_alpha * (log_prob.detach() - 1.0)).mean())
+        with torch.no_grad():
+            torch._foreach_lerp_(self.following, self.online, self.h.tau)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def descend(adam: Any, loss: torch.Tensor) -> None:
     adam.zero_grad()
     loss.backward()
     adam.step()
 
 
-def limit(task: Task) -> dict[str, Any]:
-    """The gradient step of W3 and nothing else, always on the same batch."""
+def train_sac(task: Task) -> dict[str, Any]:
+    h = task.sac
+    torch.manual_seed(task.seed)
+    env, rng, loop = works.make_env(h.env), np.random.default_rng(task.seed), SACLoop(h)
+    replay, step, total = Replay(h.capacity, 3, torch.float32), 0, 0.0
+    obs, _ = env.reset(seed=task.seed)
+    training = Training(task, h)
+    while not training.is_over(step):
+        if step < h.warmup:
+            action = rng.uniform(-1, 1, 1).astype(np.float32)
+        else:
+            with torch.no_grad():
+                action = loop.act(torch.from_numpy(obs)[None])[0][0].numpy()
+        next_obs, reward, terminated, truncated, _ = env.step(action * h.bound)
+        replay.add(obs, float(action[0]), float(reward), next_obs, terminated)
+        obs, total, step = next_obs, total + float(reward), step + 1
+        if terminated or truncated:
+            training.episode(total, step)
+            obs, total = env.reset()[0], 0.0
+        if step > h.warmup:
+            loop.learn(replay.sample(h.batch))
+    return training.figures(step, updates=step - h.warmup)
+
+
+def limit_sac(task: Task) -> Any:
+    h = task.sac
+    loop, column = SACLoop(h), torch.randn(h.batch)
+    batch = (torch.randn(h.batch, 3), torch.rand(h.batch, 1) * 2 - 1, column, torch.randn(h.batch, 3), torch.zeros(h.batch))
+    return lambda: loop.learn(batch)
+
+
+def limit_dqn(task: Task) -> Any:
     h = task.dqn
     online = works.mlp(8, *h.hidden, 4, activation="ReLU")
     target, adam = copy.deepcopy(online), torch.optim.Adam(online.parameters(), lr=h.learning_rate, fused=True)
     obs, next_obs = torch.randn(h.batch, 8), torch.randn(h.batch, 8)
     batch = (obs, torch.randint(0, 4, (h.batch, 1)), torch.randn(h.batch), next_obs, torch.zeros(h.batch))
+    return lambda: learn_dqn(online, target, adam, batch, h.gamma)
+
+
+def limit(task: Task) -> dict[str, Any]:
+    """The gradient step of W3 or W4 and nothing else, always on the same batch."""
+    learn = {"w3": limit_dqn, "w4": limit_sac}[task.work](task)
 
     def step() -> int:
-        learn_dqn(online, target, adam, batch, h.gamma)
+        learn()
         return 1
 
     return {"updates_per_s": task.rate(step)["env_steps_per_s"]}
 
 
+TRAIN = {"w2": train_ppo, "w3": train_dqn, "w4": train_sac}
+
 if __name__ == "__main__":
-    works.carry_out(lambda task: {"PPO": train_ppo, "DQN": train_dqn}[{"w2": "PPO", "w3": "DQN"}[task.work]](task)
-                    if not task.variant.startswith("limit") else limit(task))  # fmt: skip
+    works.carry_out(lambda task: limit(task) if task.variant.startswith("limit") else TRAIN[task.work](task))

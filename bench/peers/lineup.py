@@ -12,8 +12,9 @@ WORKS = {
     "w1": "Collection, CartPole-v1, 16 environments",
     "w2": "PPO, CartPole-v1, 16 environments",
     "w3": "DQN, LunarLander-v3, one environment",
+    "w4": "SAC, Pendulum-v1, one environment",
     "w5": "32 environments whose step sleeps lognormal(mean 10 ms, sigma 1)",
-}  # w4 is kept for SAC
+}
 
 EQUAL = {
     "w1": "64-64 tanh network on the CPU (`mlp`) or random actions (`random`), one sampled action for each environment and "
@@ -28,6 +29,11 @@ EQUAL = {
     "w3": "2 x 256 relu network, batch 128, one gradient step for 4 env steps, target network copied "
     "every 250 gradient steps, buffer of 50,000; 20,000 env steps after 1,000 of warm-up. `limit` is the gradient "
     "step alone on one core: aiorl's with its sampling, and the hand-written one on a batch that stays the same.",
+    "w4": "2 x 256 relu networks for actor and twin critics, batch 256, one gradient step of all for each env step after "
+    "1,000 with random actions, Adam 1e-3, gamma 0.99, targets moved by 0.005 each step, temperature tuned from 1 to an "
+    "entropy of -1, buffer of 50,000. The target is met when the mean of the last 10 training episodes is -200; the rate is "
+    "that of the whole run, at least 4,000 env steps. `limit` is the gradient step alone on one core: aiorl's with its "
+    "sampling, and the hand-written one on a batch that stays the same.",
     "w5": "CartPole-v1 and the network of W1; no learning. Waiting for nobody would make 3,200 env steps/s. aiorl collects "
     "segments of 32 steps in its eager schedule with an off_policy_degree of 3.",
 }
@@ -136,6 +142,14 @@ LINEUP = [
     Entry("w3", "tianshou", "DQN", ONE, 2),
     Entry("w3", "torchrl", "DQN", ONE, 2),
     Entry("w3", "rllib", "DQN", ONE, 2),
+    Entry("w4", "aiorl", "SAC", WORKERS),
+    Entry("w4", "aiorl", "SAC, rollouts of 1", WORKERS),
+    Entry("w4", "aiorl", "limit: gradient steps alone", LIMIT),
+    Entry("w4", "handwritten", "limit: gradient steps alone", LIMIT),
+    Entry("w4", "handwritten", "SAC", ONE),
+    Entry("w4", "sb3", "SAC", ONE),
+    Entry("w4", "tianshou", "SAC", ONE, 2),
+    Entry("w4", "torchrl", "SAC", ONE, 2),
     Entry("w5", "aiorl", "2 workers, stepping in threads / mlp", READY),
     Entry("w5", "aiorl", "32 workers x 1 / mlp", READY),
     Entry("w5", "tianshou", "SubprocVectorEnv 32 processes, wait_num=1 / mlp", READY),

@@ -83,7 +83,7 @@ class Unlearning:
 def configuration(task: Task, out: str) -> aiorl.Config:
     """What the work and the variant ask for; the rest as aiorl has it by default."""
     way = task.variant.split(" / ")[0]
-    found = {"w1": _collection, "w2": _ppo, "w3": _dqn, "w5": _slow}[task.work](task, way)
+    found = {"w1": _collection, "w2": _ppo, "w3": _dqn, "w4": _sac, "w5": _slow}[task.work](task, way)
     return aiorl.Config(seed=task.seed, eval_every=0, checkpoint_every=0, device="cpu", out=f"{out}/run", **found)
 
 
@@ -130,6 +130,22 @@ def _dqn(task: Task, way: str) -> dict[str, Any]:
     return {"env": h.env, "envs": 1, "total_steps": h.warmup + h.steps, "algo": algo, **ways[way]}
 
 
+def _sac(task: Task, way: str) -> dict[str, Any]:
+    h = task.sac
+    ways: dict[str, dict[str, Any]] = {
+        "SAC": {"workers": 1},
+        "SAC, rollouts of 1": {"workers": 1, "segment_length": 1},
+        # 16 gradient steps for each env step, and nothing beside them.
+        "limit: gradient steps alone": {"workers": 0, "off_policy_degree": 0, "segment_length": 4},
+    }
+    algo = aiorl.SAC(
+        learning_rate=h.learning_rate, batch_size=h.batch, capacity=h.capacity, warmup=h.warmup, random_steps=h.warmup,
+        update_ratio=16.0 if way.startswith("limit") else 1.0, gamma=h.gamma, tau=h.tau, hidden=h.hidden,
+        activation="relu",
+    )  # fmt: skip
+    return {"env": h.env, "envs": 1, "total_steps": h.cap, "algo": algo, **ways[way]}
+
+
 def _slow(task: Task, way: str) -> dict[str, Any]:
     ways: dict[str, dict[str, Any]] = {
         "2 workers, stepping in threads": {"workers": 2, "stepping": "threads"},
@@ -143,10 +159,10 @@ def _slow(task: Task, way: str) -> dict[str, Any]:
 async def measure(task: Task) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as out:
         async with aiorl.Run(configuration(task, out)) as run:
-            if task.work == "w2":
-                return await train(task, run)
             if task.variant.startswith("limit"):
                 return await learn_alone(task, run)
+            if task.work in ("w2", "w4"):
+                return await train(task, run)
             return await (learn if task.work == "w3" else collect)(task, run)
 
 
@@ -182,12 +198,15 @@ async def train(task: Task, run: aiorl.Run) -> dict[str, Any]:
     An event has the mean of the episodes that ended in its rollout; each of them counts with that. It comes after the
     update, so the target is met no earlier than it could be known.
     """
-    training, started = Training(task), run.status().seconds
+    training, started = Training(task, task.ppo if task.work == "w2" else task.sac), run.status().seconds
+    done = 0
     async for event in updates(run):
+        done += event.gradient_steps
         for _ in range(event.episodes):
             training.episode(event.return_mean or 0.0, event.env_steps, event.seconds - started)
         if training.is_over(event.env_steps):
-            return training.figures(event.env_steps, event.seconds - started)
+            count = done if task.work == "w4" else None
+            return training.figures(event.env_steps, event.seconds - started, count)
     raise SystemExit("the run ended too early")
 
 

@@ -10,14 +10,14 @@ from bench.common import summarise
 from bench.peers.lineup import EACH, EQUAL, LIMIT, ONE, WORKS, Entry
 from bench.peers.works import SLOW_IDEAL
 
-RATE, UPDATES, STEPS = "env_steps_per_s", "updates_per_s", "env_steps_to_475"
-SECONDS, WITH_START = "seconds_to_475", "seconds_to_475_with_start_up"
+RATE, UPDATES, STEPS = "env_steps_per_s", "updates_per_s", "env_steps_to_target"
+SECONDS, WITH_START = "seconds_to_target", "seconds_to_target_with_start_up"
 METRICS = {
     RATE: ("env steps/s", 0),
     UPDATES: ("gradient steps/s", 0),
-    SECONDS: ("seconds to 475", 2),
+    SECONDS: ("seconds to target", 2),
     WITH_START: ("with start-up", 2),
-    STEPS: ("env steps to 475", 0),
+    STEPS: ("env steps to target", 0),
 }
 DISTURBED = 0.9
 
@@ -94,8 +94,10 @@ def _value(rows: Rows, entry: Entry, metric: str) -> str:
     found, count = reached(rows, entry, metric), len(values(rows, entry, metric))
     if not count:
         return ""
-    missed = f", {count - len(found)} of {count} not reached" if len(found) < count else ""
-    return (summarise(found).text(METRICS[metric][1]) if found else "") + missed
+    parts = [summarise(found).text(METRICS[metric][1])] if found else []
+    if len(found) < count:
+        parts.append(f"{count - len(found)} of {count} not reached")
+    return ", ".join(parts)
 
 
 def _ratio(rows: Rows, entry: Entry, metric: str) -> str:
@@ -149,7 +151,7 @@ def verdicts(work: str, rows: Rows) -> list[Verdict]:
             *against("at least 2 times the best rate", best(sampled, peers, RATE), RATE, 2.0),
             *against("at most half the time to 475 of the best", best(sampled, peers, SECONDS, min), SECONDS, most=0.5),
         ]
-    if work == "w3":
+    if work in ("w3", "w4"):
         found = against("at least 1.3 times the best rate", best(sampled, peers, RATE), RATE, 1.3)
         for entry in entries(sampled, lambda e: e.kind == LIMIT):
             found += against("gradient steps/s at least 0.9 of the limit", entry, UPDATES, 0.9)

@@ -82,7 +82,7 @@ def collect(task: Task) -> dict[str, Any]:
 def train_ppo(task: Task) -> dict[str, Any]:
     """The target is met by RLlib's own smoothed mean over as many episodes, once an iteration."""
     algorithm, steps = ppo_like(task).build_algo(), 0
-    training = Training(task)
+    training = Training(task, task.ppo)
     while not training.is_over(steps):
         found = algorithm.train()
         steps = int(found.get("num_env_steps_sampled_lifetime") or steps)

@@ -87,7 +87,7 @@ def train_ppo(task: Task, directory: str) -> dict[str, Any]:
     clock = Clock()
     runner.register_observer(clock)
     runner.init()
-    training = Training(task)
+    training = Training(task, task.ppo)
 
     def on_episode(runner: Any, message: Any, policy_id: int) -> None:
         found = message.get("episodic", message)

@@ -55,7 +55,7 @@ def train_ppo(task: Task) -> dict[str, Any]:
         gamma=h.gamma, gae_lambda=h.gae_lambda, clip_range=h.clip, ent_coef=h.entropy, vf_coef=h.value,
         max_grad_norm=h.grad_norm, seed=task.seed, device="cpu", policy_kwargs={"net_arch": net_arch},
     )  # fmt: skip
-    training = Training(task)
+    training = Training(task, task.ppo)
     model.learn(h.cap, callback=Watch(training))
     figures = training.figures(model.num_timesteps)
     venv.close()
@@ -76,7 +76,20 @@ def train_dqn(task: Task) -> dict[str, Any]:
     return dqn_figures(h.steps, model._n_updates - before, begun)
 
 
+def train_sac(task: Task) -> dict[str, Any]:
+    h, venv = task.sac, VecMonitor(DummyVecEnv(works.env_makers(1, task.sac.env)))
+    model = stable_baselines3.SAC(
+        "MlpPolicy", venv, learning_rate=h.learning_rate, batch_size=h.batch, buffer_size=h.capacity,
+        learning_starts=h.warmup, train_freq=1, gradient_steps=1, gamma=h.gamma, tau=h.tau, seed=task.seed,
+        device="cpu", policy_kwargs={"net_arch": list(h.hidden)},
+    )  # fmt: skip
+    training = Training(task, h)
+    model.learn(h.cap, callback=Watch(training))
+    return training.figures(model.num_timesteps, updates=model._n_updates)
+
+
 if __name__ == "__main__":
     works.carry_out(
-        lambda task: {"w2": train_ppo, "w3": train_dqn}.get(task.work, collect)(task), "stable-baselines3"
+        lambda task: {"w2": train_ppo, "w3": train_dqn, "w4": train_sac}.get(task.work, collect)(task),
+        "stable-baselines3",
     )

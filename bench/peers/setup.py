@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 TORCH = "torch>=2.13,<2.14"
@@ -14,7 +15,7 @@ GYMNASIUM = "gymnasium[classic-control,box2d]>=1.4,<1.5"
 # pufferlib fetches parts of itself from elsewhere when it is built, from 2.0 on; 1.0 pins old versions and needs none of
 # them. RLlib pins a gymnasium whose box2d extra has to be compiled, so it gets the wheel by its own name.
 STEPS: dict[str, list[list[str]]] = {
-    "common": [[TORCH], ["stable-baselines3>=2.9,<2.10", GYMNASIUM]],
+    "common": [[TORCH], ["stable-baselines3>=2.9,<2.10", GYMNASIUM, "gymnasium[mujoco]", "minatar"]],
     "puffer": [
         [TORCH, "numpy<2", "Cython", "wheel", "setuptools<80", "pettingzoo", "psutil"],
         ["--no-deps", "--no-build-isolation", "pufferlib==1.0.1"],
@@ -27,10 +28,11 @@ STEPS: dict[str, list[list[str]]] = {
 }
 
 
-def set_up(directory: Path) -> None:
-    """Make what is not there yet, a few minutes in all. What pip says goes to NAME.log beside the environments."""
+def set_up(directory: Path, names: Iterable[str] = STEPS) -> None:
+    """Make those of `names` that are not there yet, a few minutes in all. What pip says goes to NAME.log beside them."""
     directory.mkdir(parents=True, exist_ok=True)
-    for name, steps in STEPS.items():
+    for name in names:
+        steps = STEPS[name]
         home, begun = directory / name, time.perf_counter()
         if is_ready(home / "bin" / "python"):
             print(f"{name}: already there")

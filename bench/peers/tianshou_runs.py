@@ -1,5 +1,5 @@
 # pyright: basic, reportMissingImports=false
-"""Tianshou: raw vector environments (W1, W5), PPO (W2), DQN (W3)."""
+"""Tianshou: raw vector environments (W1, W5), PPO (W2), DQN (W3), SAC (W4)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from tianshou.algorithm import DQN, PPO
+from tianshou.algorithm import DQN, PPO, SAC
 from tianshou.algorithm.modelfree.dqn import DiscreteQLearningPolicy
 from tianshou.algorithm.modelfree.reinforce import ProbabilisticActorPolicy
+from tianshou.algorithm.modelfree.sac import AutoAlpha, SACPolicy
 from tianshou.algorithm.optim import AdamOptimizerFactory
 from tianshou.data import Collector, VectorReplayBuffer
 from tianshou.env import DummyVectorEnv, ShmemVectorEnv, SubprocVectorEnv
 from tianshou.utils.net.common import Net
+from tianshou.utils.net.continuous import ContinuousActorProbabilistic, ContinuousCritic
 from tianshou.utils.net.discrete import DiscreteActor, DiscreteCritic
 from tianshou.utils.torch_utils import policy_within_training_step, torch_train_mode
 from torch import nn
@@ -67,7 +69,7 @@ def train_ppo(task: Task) -> dict[str, Any]:
     venv.seed(task.seed)
     collector = Collector(algorithm, venv, buffer)
     collector.reset()
-    training = Training(task)
+    training = Training(task, task.ppo)
     while not training.is_over(steps):
         with policy_within_training_step(algorithm.policy):
             found = collector.collect(n_step=h.rollout)
@@ -107,10 +109,39 @@ def train_dqn(task: Task) -> dict[str, Any]:
     return dqn_figures(steps, updates, begun)
 
 
+def train_sac(task: Task) -> dict[str, Any]:
+    h, adam = task.sac, AdamOptimizerFactory(lr=task.sac.learning_rate)
+    body = {"state_shape": 3, "hidden_sizes": list(h.hidden)}
+    actor = ContinuousActorProbabilistic(
+        preprocess_net=Net(**body), action_shape=1, unbounded=True, conditioned_sigma=True
+    )
+    critics = [ContinuousCritic(preprocess_net=Net(**body, action_shape=1, concat=True)) for _ in range(2)]
+    algorithm = SAC(
+        policy=SACPolicy(actor=actor, action_space=works.make_env(h.env).action_space), policy_optim=adam,
+        critic=critics[0], critic_optim=adam, critic2=critics[1], critic2_optim=adam, tau=h.tau, gamma=h.gamma,
+        alpha=AutoAlpha(-1.0, 0.0, adam),
+    )  # fmt: skip
+    venv, buffer = DummyVectorEnv(works.env_makers(1, h.env)), VectorReplayBuffer(h.capacity, 1)
+    venv.seed(task.seed)
+    collector = Collector(algorithm, venv, buffer, exploration_noise=True)
+    collector.reset()
+    training = Training(task, h)
+    steps = collector.collect(n_step=h.warmup, random=True).n_collected_steps
+    while not training.is_over(steps):
+        with policy_within_training_step(algorithm.policy):
+            found = collector.collect(n_step=1)
+            steps += found.n_collected_steps
+            for total in found.returns:
+                training.episode(total, steps)
+            with torch_train_mode(algorithm):
+                algorithm.update(buffer, h.batch)
+    return training.figures(steps, updates=steps - h.warmup)
+
+
 def measure(task: Task) -> dict[str, Any]:
     torch.manual_seed(task.seed)
     np.random.seed(task.seed)
-    return {"w2": train_ppo, "w3": train_dqn}.get(task.work, collect)(task)
+    return {"w2": train_ppo, "w3": train_dqn, "w4": train_sac}.get(task.work, collect)(task)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # pyright: basic, reportMissingImports=false
-"""TorchRL: collectors (W1, W5), PPO (W2) and DQN (W3) with its losses."""
+"""TorchRL: collectors (W1, W5), PPO (W2), DQN (W3) and SAC (W4) with its losses."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector, MultiAsyncCollector, MultiSyncCollector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import AsyncEnvPool, GymWrapper, ParallelEnv, RewardSum, SerialEnv, TransformedEnv
-from torchrl.modules import EGreedyModule, ProbabilisticActor, QValueActor
-from torchrl.objectives import ClipPPOLoss, DQNLoss, HardUpdate
+from torchrl.modules import EGreedyModule, ProbabilisticActor, QValueActor, TanhNormal, ValueOperator
+from torchrl.objectives import ClipPPOLoss, DQNLoss, HardUpdate, SACLoss, SoftUpdate
 
 from bench.peers import works
 from bench.peers.works import ENVS, HIDDEN, Task, Training, dqn_figures
@@ -96,7 +96,7 @@ def train_ppo(task: Task) -> dict[str, Any]:
     batches, steps = iter(made), 0
     if task.variant.startswith("Multi"):
         next(batches)  # its processes start with the first batch
-    training = Training(task)
+    training = Training(task, task.ppo)
     while not training.is_over(steps):
         found = next(batches)
         steps += found.numel()
@@ -150,11 +150,56 @@ def train_dqn(task: Task) -> dict[str, Any]:
     return figures
 
 
+def train_sac(task: Task) -> dict[str, Any]:
+    h = task.sac
+    env = TransformedEnv(wrapped(h.env), RewardSum())
+    body = nn.Sequential(works.mlp(3, *h.hidden, 2, activation="ReLU"), NormalParamExtractor())
+    policy = ProbabilisticActor(
+        TensorDictModule(body, in_keys=["observation"], out_keys=["loc", "scale"]), in_keys=["loc", "scale"],
+        spec=env.action_spec, distribution_class=TanhNormal,
+        distribution_kwargs={"low": -h.bound, "high": h.bound, "tanh_loc": False}, return_log_prob=False,
+    )  # fmt: skip
+    critic = ValueOperator(Joined(works.mlp(4, *h.hidden, 1, activation="ReLU")), in_keys=["observation", "action"])
+    loss = SACLoss(policy, critic, num_qvalue_nets=2, loss_function="l2", alpha_init=1.0, target_entropy=-1.0)
+    loss.make_value_estimator(gamma=h.gamma)
+    target = SoftUpdate(loss, tau=h.tau)
+    adam = torch.optim.Adam(loss.parameters(), lr=h.learning_rate)
+    replay = TensorDictReplayBuffer(storage=LazyTensorStorage(h.capacity), batch_size=h.batch)
+    made = Collector(env, policy, frames_per_batch=1, init_random_frames=h.warmup, total_frames=-1)
+    steps, training = 0, Training(task, h)
+    for found in made:
+        replay.extend(found.reshape(-1))
+        steps += found.numel()
+        for total in found["next", "episode_reward"][found["next", "done"]].tolist():
+            training.episode(total, steps)
+        if steps > h.warmup:
+            parts = loss(replay.sample())
+            adam.zero_grad()
+            (parts["loss_actor"] + parts["loss_qvalue"] + parts["loss_alpha"]).backward()
+            adam.step()
+            target.step()
+        if training.is_over(steps):
+            break
+    made.shutdown()
+    return training.figures(steps, updates=steps - h.warmup)
+
+
+class Joined(nn.Module):
+    """A network of observation and action side by side."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, observation: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        return self.net(torch.cat([observation, action], -1))
+
+
 def measure(task: Task) -> dict[str, Any]:
     torch.manual_seed(task.seed)
     if task.variant.startswith("AsyncEnvPool"):
         return pool(task)
-    return {"w2": train_ppo, "w3": train_dqn}.get(task.work, collect)(task)
+    return {"w2": train_ppo, "w3": train_dqn, "w4": train_sac}.get(task.work, collect)(task)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,26 @@ class DQN:
     steps: int = 20_000  # after warm-up
 
 
+@dataclass(frozen=True)
+class SAC:
+    """W4, one environment, relu, a gradient step for each env step after the random ones. The temperature begins at 1 and is
+    tuned to an entropy of minus the number of actions."""
+
+    env: str = "Pendulum-v1"
+    bound: float = 2.0  # of the actions
+    hidden: tuple[int, ...] = (256, 256)
+    batch: int = 256
+    learning_rate: float = 1e-3
+    gamma: float = 0.99
+    tau: float = 0.005
+    capacity: int = 50_000
+    warmup: int = 1_000  # env steps with random actions
+    rate_over: int = 4_000
+    cap: int = 10_000
+    target: float = -200.0
+    window: int = 10
+
+
 class Slow(gymnasium.Wrapper[Any, Any, Any, Any]):
     """step() first sleeps a lognormal time."""
 
@@ -158,6 +178,7 @@ class Task:
     seconds: float
     ppo: PPO = field(default_factory=PPO)
     dqn: DQN = field(default_factory=DQN)
+    sac: SAC = field(default_factory=SAC)
     begun_at: float | None = None
 
     def begin(self) -> float:
@@ -177,27 +198,34 @@ class Task:
 
 
 class Training:
-    """The clock of W2: when the mean of the last training episodes first met the target, and the rate of the whole run."""
+    """The clock of W2 and W4: when the mean of the last training episodes first met the target, and the rate of the whole
+    run. Ends at the target or the cap, but no sooner than after `rate_over` env steps."""
 
-    def __init__(self, task: Task) -> None:
-        self._ppo, self._returns = task.ppo, deque[float](maxlen=task.ppo.window)
+    def __init__(self, task: Task, goal: PPO | SAC) -> None:
+        self._goal, self._returns = goal, deque[float](maxlen=goal.window)
         self._solved: tuple[float, int] | None = None
         self._begun = task.begin()
 
     def episode(self, total: float, env_steps: int, seconds: float | None = None) -> None:
         """An episode has ended; `seconds` since the start if that is known better than by looking now."""
         self._returns.append(float(total))
-        full = len(self._returns) == self._ppo.window
-        if self._solved is None and full and sum(self._returns) >= self._ppo.target * self._ppo.window:
+        full = len(self._returns) == self._goal.window
+        if self._solved is None and full and sum(self._returns) >= self._goal.target * self._goal.window:
             self._solved = (time.perf_counter() - self._begun if seconds is None else seconds, env_steps)
 
     def is_over(self, env_steps: int) -> bool:
-        return env_steps >= (self._ppo.cap if self._solved is None else self._ppo.rate_over)
+        return env_steps >= (self._goal.cap if self._solved is None else self._goal.rate_over)
 
-    def figures(self, env_steps: int, seconds: float | None = None) -> dict[str, float | None]:
+    def figures(
+        self, env_steps: int, seconds: float | None = None, updates: int | None = None
+    ) -> dict[str, float | None]:
+        """`updates` are gradient steps, if they count."""
         elapsed = time.perf_counter() - self._begun if seconds is None else seconds
         solved_s, solved_steps = self._solved or (None, None)
-        return {"env_steps_per_s": env_steps / elapsed, "seconds_to_475": solved_s, "env_steps_to_475": solved_steps}
+        rates = {"env_steps_per_s": env_steps / elapsed}
+        if updates is not None:
+            rates["updates_per_s"] = updates / elapsed
+        return {**rates, "seconds_to_target": solved_s, "env_steps_to_target": solved_steps}
 
 
 def dqn_figures(env_steps: int, updates: int, begun: float) -> dict[str, float]:
@@ -218,6 +246,7 @@ def carry_out(measure: Callable[[Task], dict[str, Any]], *packages: str) -> None
     task = Task(options.work, options.variant, options.seed, options.seconds)
     if options.smoke:
         task.seconds, task.ppo, task.dqn = 0.5, PPO(rate_over=8_192, cap=8_192), DQN(steps=2_000)
+        task.sac = SAC(warmup=200, rate_over=400, cap=400)
     one_thread()
     figures = measure(task)
     installed = versions("torch", "gymnasium", "numpy", *packages)

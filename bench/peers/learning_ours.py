@@ -1,0 +1,59 @@
+"""Whole trainings with aiorl: `async`, two workers at degree 1, and `twin`, the same one after the other in one process."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from typing import Any
+
+import aiorl
+from aiorl.cli.session import run_async
+from bench.peers import learning
+from bench.peers.learning import DQN, SAC, Task
+
+WAYS: dict[str, dict[str, Any]] = {
+    "async": {"workers": 2, "off_policy_degree": 1},
+    "twin": {"workers": 0, "off_policy_degree": 0},
+}
+SEGMENT = 4  # steps of each environment in a rollout
+
+
+def configuration(task: Task, seed: int, way: str, out: str) -> aiorl.Config:
+    # Evaluations queue and none is left out; they run beside training, and their time counts in full.
+    return aiorl.Config(
+        env=task.env, envs=task.envs, algo=algorithm(task.learner), seed=seed, total_steps=task.steps,
+        segment_length=SEGMENT, eval_every=task.eval_every, eval_episodes=task.episodes, eval_busy="queue",
+        checkpoint_every=0, device="cpu", out=f"{out}/run", **WAYS[way],
+    )  # fmt: skip
+
+
+def algorithm(h: SAC | DQN) -> aiorl.SAC | aiorl.DQN:
+    common: dict[str, Any] = {
+        "learning_rate": h.learning_rate, "batch_size": h.batch, "capacity": h.capacity, "warmup": h.warmup,
+        "update_ratio": h.ratio, "gamma": h.gamma, "hidden": h.hidden, "activation": "relu",
+    }  # fmt: skip
+    if isinstance(h, SAC):
+        return aiorl.SAC(tau=h.tau, random_steps=h.warmup, **common)
+    return aiorl.DQN(
+        network="small", double=False, target_every=round(h.target_every * h.ratio), epsilon_end=h.epsilon_end,
+        epsilon_fraction=h.epsilon_fraction, max_grad_norm=h.max_grad_norm, **common,
+    )  # fmt: skip
+
+
+async def train(task: Task, seed: int, way: str) -> dict[str, Any]:
+    begun_at = time.time()
+    with tempfile.TemporaryDirectory() as out:
+        async with aiorl.Run(configuration(task, seed, way, out)) as run:
+            async for event in run:
+                if isinstance(event, aiorl.Evaluated):
+                    learning.told(f"aiorl {way} {task.env}", seed, event.env_steps, event.seconds, event.mean_return)
+            result = await run.wait()
+    found = [[e.env_steps, e.seconds, e.mean_return, e.std_return] for e in result.evaluations]
+    return {
+        "env_steps": result.env_steps, "gradient_steps": result.gradient_steps, "train_s": result.train_seconds,
+        "begun_at": begun_at, "evaluations": found,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    learning.carry_out(lambda task, seed, way: run_async(train(task, seed, way)), "aiorl")
