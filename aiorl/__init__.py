@@ -3,13 +3,14 @@
 Layers. A module imports only lower ones, or its own without a cycle (tests/test_layering.py reads this table):
 
     errors  events  faultpoints  lazy  seeding  structs
-        segments  seals  trees                              records, errors, sources of chance  0
-    envs/  buffers/  returns  losses  networks  acting
-        continuous  normalise  pacing  tuning  ledger       synchronous: no clock, no loop      1
-    algos/                                                  one file per algorithm              2
-    config  presets  policy  checkpoint  channel  offload
+        segments  seals  trees  frames                      records, errors, sources of chance  0
+    envs/  buffers/  returns  losses  layers  networks
+        acting  convolution  continuous  normalise  pacing
+        tuning  ledger  league  tournament                  synchronous: no clock, no loop      1
+    algos/  checkpoint                                      one file per algorithm, their files 2
+    config  presets  policy  channel  offload
         filelock  alarms  learning  report  record
-        degree  metrics/                                    what a run is made from             3
+        degree  metrics/  matches                           what a run is made from             3
     workers/                                                processes and shared memory         4
     preflight  assembly  checkpointing  loops  evaluation
         inference  watchdog                                            checks, set-up, the four coroutines 5
@@ -30,7 +31,9 @@ _EXPORTS = {
     "aiorl.policy": ["LoadedPolicy", "load"],
     "aiorl.algos.ppo": ["PPO"],
     "aiorl.algos.dqn": ["DQN"],
+    "aiorl.algos.qrdqn": ["QRDQN"],
     "aiorl.algos.sac": ["SAC"],
+    "aiorl.algos.selfplay": ["SelfPlay"],
     "aiorl.algos.td3": ["TD3"],
     "aiorl.envs.coroutines": ["AsyncEnv"],
     "aiorl.algos.base": ["Algorithm", "Learner", "LearnerContext", "Policy"],
@@ -48,19 +51,22 @@ _EXPORTS = {
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 
 __all__ = [
-    "DQN", "PPO", "SAC", "TD3", "AiorlError", "Algorithm", "AnyEvent", "AsyncEnv", "CheckpointError", "CheckpointFailed",
-    "Checkpointed", "Config", "ConfigError", "DegreeChanged", "EnvError", "EpisodeAborted", "EvalSuite", "Evaluated",
-    "EvaluationSkipped", "Event", "Finished", "InvariantError", "Lagged", "Learner", "LearnerContext",
+    "DQN", "PPO", "QRDQN", "SAC", "TD3", "AiorlError", "Algorithm", "AnyEvent", "AsyncEnv", "CheckpointError",
+    "CheckpointFailed", "Checkpointed", "Config", "ConfigError", "DegreeChanged", "EnvError", "EpisodeAborted", "EvalSuite",
+    "Evaluated", "EvaluationSkipped", "Event", "Finished", "InvariantError", "Lagged", "Learner", "LearnerContext",
     "LoadedPolicy", "NonFiniteError", "Paused", "Policy", "Progress",
-    "Reevaluated", "ReproductionError", "Result", "Resumed", "Run", "SettingsChanged", "Stalled", "StalledError", "Started",
-    "Status", "TrainingError", "Updated", "Warned", "WorkerError", "WorkerGivenUp", "WorkerRestarted", "load", "train",
+    "Reevaluated", "ReproductionError", "Result", "Resumed", "Run", "SelfPlay", "SettingsChanged", "Stalled", "StalledError",
+    "Started", "Status", "TrainingError", "Updated", "Warned", "WorkerError", "WorkerGivenUp", "WorkerRestarted", "load",
+    "train",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from aiorl.algos.base import Algorithm, Learner, LearnerContext, Policy
     from aiorl.algos.dqn import DQN
     from aiorl.algos.ppo import PPO
+    from aiorl.algos.qrdqn import QRDQN
     from aiorl.algos.sac import SAC
+    from aiorl.algos.selfplay import SelfPlay
     from aiorl.algos.td3 import TD3
     from aiorl.config import Config, EvalSuite
     from aiorl.envs.coroutines import AsyncEnv

@@ -59,6 +59,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     env: Annotated[Any, Meta(description="gymnasium id, module:callable, or a callable")]
     env_kwargs: Annotated[dict[str, Any], Meta(description="keyword arguments for the environment")] = {}
     native_vector: Annotated[bool, Meta(description="use the environment's own vector implementation if it has one")] = True
+    frame_stack: Annotated[int, Meta(description="newest observations that are shown as one", ge=1, le=64)] = 1
     algo: Annotated[Any, Meta(description="algorithm: a name, pkg.mod:Class, or a configured instance")] = "ppo"
     total_steps: Annotated[int, Meta(description="env steps to train for", ge=1)] = 100_000
     seed: Annotated[int, Meta(description="root of all randomness", ge=0)] = 0

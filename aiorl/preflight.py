@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import msgspec
 
 from aiorl import checkpoint, policy
-from aiorl.algos.base import Algorithm, CentralAlgorithm, Forward, SplitPolicy
+from aiorl.algos.base import Algorithm, CentralAlgorithm, Forward, Remembering, SplitPolicy
 from aiorl.config import Config, env_name
 from aiorl.degree import check_degree
 from aiorl.envs.make import Probe, probe
@@ -107,19 +107,21 @@ def check(config: Config, resume: str | Path | None = None, *, write: bool = Tru
     asked, config = config, config.resolve()
     algorithm = cast(Algorithm, config.algorithm)
     spec = resolve_env(
-        config.env, config.env_kwargs, in_process=config.workers == 0, native=config.native_vector
-    )
+        config.env, config.env_kwargs, in_process=config.workers == 0, native=config.native_vector,
+        frame_stack=config.frame_stack,
+    )  # fmt: skip
     found = probe(spec, cast(int, config.group_size))
     if found.spec.coroutines and asked.group_size == "auto":
         config = asked.replace(group_size=1).resolve()  # a worker serves them all at once: none needs to wait for others
     algorithm.check(found.spaces)
     forward = _forward(config, algorithm, found.spaces)
+    _check_practice(config, algorithm)
     _check_can_abort(config, found)
     _check_stepping(config, found)
     suites = find_suites(config, found)
     _check_importable(algorithm, cast(int, config.workers))
     segment = segment_layout(config, algorithm, found)
-    _check_memory(config, segment)
+    _check_memory(config, algorithm, found.spaces, segment)
     _check_descriptors(cast(int, config.workers))
     if saved is not None:
         _check_fits(saved, config, found.spaces)
@@ -145,6 +147,26 @@ def _forward(config: Config, algorithm: Algorithm, spaces: Spaces) -> Forward | 
             "  give it both (see aiorl.algos.base.SplitPolicy), or leave inference at \"worker\""
         )
     return forward
+
+
+def _check_practice(config: Config, algorithm: Algorithm) -> None:
+    """A buffer must hold what is to be learned from, when it is: for algorithms with `capacity` and `warmup` settings."""
+    capacity, own = getattr(algorithm, "capacity", None), getattr(algorithm, "warmup", None)
+    if not (isinstance(capacity, int) and isinstance(own, int)):
+        return
+    warmup, name = (own, f"{algorithm.name}.warmup") if config.warmup is None else (config.warmup, "warmup")
+    if warmup >= config.total_steps:
+        raise ConfigError(
+            f"{name} = {warmup:,}: the run ends after {config.total_steps:,} env steps, before the first gradient step\n"
+            f"  expected less than total_steps: lower {name}, or train for longer"
+        )
+    rollout = config.steps_per_rollout
+    for what, needs in ((f"{name} is {warmup:,}", warmup), (f"a rollout has {rollout:,} env steps", rollout)):
+        if needs > capacity:
+            raise ConfigError(
+                f"{algorithm.name}.capacity = {capacity:,}, but {what}: some would be overwritten before they are used\n"
+                f"  raise {algorithm.name}.capacity to {needs:,} or more"
+            )
 
 
 def _check_can_abort(config: Config, found: Probe) -> None:
@@ -187,7 +209,9 @@ def find_suites(config: Config, found: Probe) -> tuple[Suite, ...]:
         if suite.env is not None or suite.env_kwargs:
             env, kwargs = suite.environment(config.env, config.env_kwargs)
             try:
-                seen = probe(resolve_env(env, kwargs, in_process=config.workers == 0, native=False))
+                seen = probe(resolve_env(
+                    env, kwargs, in_process=config.workers == 0, native=False, frame_stack=config.frame_stack
+                ))  # fmt: skip
             except ConfigError as error:
                 raise ConfigError(f"eval_suites.{name}: {error}", detail=error.detail) from error
             if seen.spaces != found.spaces:
@@ -222,9 +246,8 @@ def segment_layout(config: Config, algorithm: Algorithm, found: Probe) -> Segmen
     )
 
 
-def _check_memory(config: Config, segment: SegmentLayout) -> None:
-    """Refuse what cannot fit. Slots are what grows with the environments: groups x (degree + 1) segments."""
-    need = config.groups * (config.degree_limit + 1) * segment.touched_nbytes
+def _check_memory(config: Config, algorithm: Algorithm, spaces: Spaces, segment: SegmentLayout) -> None:
+    """Refuse what cannot fit: slots, groups x (degree + 1) segments, and the experience that a learner keeps."""
     if config.memory_gb is not None:
         limit, source = int(config.memory_gb * 2**30), f"memory_gb = {config.memory_gb:g}"
     else:
@@ -232,12 +255,27 @@ def _check_memory(config: Config, segment: SegmentLayout) -> None:
         if available is None:
             return
         limit, source = int(available * 0.8), "80 % of the memory available"
+    need = config.groups * (config.degree_limit + 1) * segment.touched_nbytes
     if need > limit:
         fits = max(1, config.envs * limit // need)
         raise ConfigError(
             f"{config.envs} environments need {need / 2**30:.2f} GiB of shared memory, the limit is {limit / 2**30:.2f} GiB "
             f"({source})\n  use at most {fits} environments, a shorter segment_length (now {segment.steps}) "
             "or a smaller off_policy_degree or degree_max"
+        )
+    if isinstance(algorithm, Remembering):
+        _check_experience(config, algorithm, spaces, limit - need, source)
+
+
+def _check_experience(config: Config, algorithm: Any, spaces: Spaces, limit: int, source: str) -> None:
+    """What is kept has to be there twice while a checkpoint is written."""
+    kept = min(algorithm.capacity, config.total_steps)
+    need = 2 * algorithm.experience_bytes(spaces, config.envs, kept)
+    if need > limit:
+        raise ConfigError(
+            f"{algorithm.name}.capacity = {algorithm.capacity:,}: {kept:,} transitions and their copy in a checkpoint need "
+            f"{need / 2**30:.2f} GiB, there are {max(0, limit) / 2**30:.2f} GiB ({source})\n"
+            f"  use a capacity of at most {max(1, kept * limit // need):,}"
         )
 
 

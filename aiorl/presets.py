@@ -6,6 +6,77 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from aiorl.envs.spec import full_id
+
+# Hockey: trained on mixtures, with repeated actions and a reward by potential; evaluated in the game as it is, by wins.
+_HOCKEY: dict[str, Any] = {
+    "total_steps": 1_000_000,
+    "envs": 16,
+    "segment_length": 16,
+    "env_kwargs": {
+        "mode": ["NORMAL", "NORMAL", "TRAIN_SHOOTING", "TRAIN_DEFENSE"],
+        "opponent": ["weak", "strong"],
+        "frame_skip": 2,
+        "shaping": 2.0,
+        "shaping_gamma": 0.98,
+    },
+    "eval_every": 100_000,
+    "eval_episodes": 100,
+    "eval_top": 3,
+    "eval_suites": {
+        name: {
+            "env_kwargs": {"mode": mode, "opponent": opponent, "frame_skip": 1, "shaping": 0.0, "reward": "outcome"},
+        }
+        for name, mode, opponent in (
+            ("weak", "NORMAL", "weak"), ("strong", "NORMAL", "strong"), ("shooting", "TRAIN_SHOOTING", "still"),
+        )
+    },
+}  # fmt: skip
+_HOCKEY_LEARNER: dict[str, Any] = {
+    "learning_rate": 5e-4,
+    "gamma": 0.98,
+    "n_step": 3,
+    "update_ratio": 0.03,
+    "normalise_obs": True,
+    "warmup": 10_000,
+    "random_steps": 10_000,
+}
+
+# Young and Tian 2019 (arXiv 1903.03176) for DQN: a batch of 32 after each frame from 5,000 on, 100,000 frames kept, the
+# target copied every 1,000 updates, epsilon to 0.1 over 100,000 frames. Other than there: Adam, and gradients are clipped.
+_MINATAR: dict[str, Any] = {"total_steps": 1_000_000, "envs": 8, "segment_length": 4, "eval_episodes": 100}
+_MINATAR_LEARNER: dict[str, Any] = {
+    "learning_rate": 2.5e-4,
+    "batch_size": 32,
+    "capacity": 100_000,
+    "warmup": 5_000,
+    "update_ratio": 1.0,
+    "double": False,
+    "target_every": 1_000,
+    "epsilon_end": 0.1,
+    "epsilon_fraction": 0.1,
+    "hidden": [128],
+    "network": "small",
+}
+
+# Mnih et al. 2015, for one game in a million steps of 4 frames: a batch of 32 every 4 steps, rewards clipped, 4 frames seen
+# at once. Sizes and rates are those that Stable-Baselines3's zoo has for Atari; the warm-up is shorter.
+_ATARI: dict[str, Any] = {"total_steps": 1_000_000, "envs": 8, "segment_length": 16, "frame_stack": 4, "eval_episodes": 10}
+_ATARI_LEARNER: dict[str, Any] = {
+    "learning_rate": 1e-4,
+    "batch_size": 32,
+    "capacity": 100_000,
+    "warmup": 10_000,
+    "update_ratio": 0.25,
+    "double": False,
+    "reward_clip": 1.0,
+    "target_every": 250,
+    "epsilon_end": 0.01,
+    "epsilon_fraction": 0.1,
+    "hidden": [512],
+    "network": "nature",
+}
+
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("ppo", "CartPole-v1"): {
         "total_steps": 200_000,
@@ -72,6 +143,21 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
             "target_every": 100,
         },
     },
+    ("qrdqn", "CartPole-v1"): {
+        "total_steps": 300_000,
+        "envs": 8,
+        "segment_length": 32,
+        "qrdqn": {
+            "learning_rate": 1e-3,
+            "anneal": True,
+            "gamma": 0.98,
+            "n_step": 3,
+            "batch_size": 128,
+            "capacity": 20_000,
+            "update_ratio": 0.1,
+            "target_every": 100,
+        },
+    },
     ("dqn", "Acrobot-v1"): {
         "total_steps": 100_000,
         "envs": 8,
@@ -98,9 +184,25 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "segment_length": 4,
         "td3": {"gamma": 0.98, "capacity": 20_000},
     },
+    # SAC's own defaults after 10,000 random env steps, as Stable-Baselines3's zoo has it for MuJoCo.
+    ("sac", "HalfCheetah-v5"): {
+        "total_steps": 300_000,
+        "envs": 2,
+        "segment_length": 4,
+        "eval_episodes": 10,
+        "sac": {"capacity": 300_000, "warmup": 10_000, "random_steps": 10_000},
+    },
+    **{
+        (algo, f"MinAtar/{game}-v1"): {**_MINATAR, algo: _MINATAR_LEARNER}
+        for algo in ("dqn", "qrdqn") for game in ("Breakout", "Asterix")
+    },
+    ("dqn", "ALE/Pong-v5"): {**_ATARI, "dqn": _ATARI_LEARNER},
+    ("qrdqn", "ALE/Pong-v5"): {**_ATARI, "qrdqn": _ATARI_LEARNER},
+    ("sac", "aiorl/Hockey-v0"): {**_HOCKEY, "sac": {**_HOCKEY_LEARNER, "alpha": 0.2}},
+    ("td3", "aiorl/Hockey-v0"): {**_HOCKEY, "td3": {**_HOCKEY_LEARNER, "noise": 0.2}},
 }
 
 
 def preset(algo: str, env: str) -> dict[str, Any]:
     """The settings for an algorithm and an environment, as a copy; empty if there are none."""
-    return copy.deepcopy(PRESETS.get((algo, env), {}))
+    return copy.deepcopy(PRESETS.get((algo, full_id(env)), {}))

@@ -39,6 +39,7 @@ QUICK: dict[str, Any] = {
 SOUND: dict[str, tuple[Any, list[str]]] = {
     "ppo": (aiorl.PPO(), []),
     "dqn": (aiorl.DQN(), []),
+    "qrdqn": (aiorl.QRDQN(priority_exponent=0.6, accumulate=2), []),
     "sac": (aiorl.SAC(**QUICK), []),
     "td3": (aiorl.TD3(**QUICK, noise=1.0), []),
     "toy": (Toy(), ["no-foresight"]),

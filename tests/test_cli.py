@@ -176,6 +176,8 @@ def test_every_whole_number_is_read_back(value: int):
     [
         ("gravity=-9.8", ("gravity", -9.8)),
         ("continuous=true", ("continuous", True)),
+        ("keep_mode=no", ("keep_mode", False)),
+        ('language="no"', ("language", "no")),
         ("size=1e3", ("size", 1000)),
         ("size=4.0", ("size", 4.0)),
         ("name=easy", ("name", "easy")),

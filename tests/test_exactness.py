@@ -30,13 +30,20 @@ SEED, STEPS, ENVS, GROUP_SIZE = 5, 32, 8, 2
 ALGORITHMS: dict[str, Any] = {
     "ppo": aiorl.PPO(normalise_obs=True, normalise_rewards=True, epochs=2, minibatches=4),
     "dqn": aiorl.DQN(warmup=500, update_ratio=0.1, target_every=20, n_step=3, dueling=True),
+    "qrdqn": aiorl.QRDQN(
+        warmup=500, update_ratio=0.1, target_every=20, hidden=(32, 32), quantiles=8, priority_exponent=0.6, accumulate=2,
+        normalise_obs=True, reward_clip=0.5,
+    ),
     "sac": aiorl.SAC(warmup=500, random_steps=300, update_ratio=0.1, hidden=(16, 16), batch_size=32, n_step=3),
-    "td3": aiorl.TD3(warmup=500, random_steps=300, update_ratio=0.1, hidden=(16, 16), batch_size=32),
+    "td3": aiorl.TD3(
+        warmup=500, random_steps=300, update_ratio=0.1, hidden=(16, 16), batch_size=32, priority_exponent=0.6,
+        normalise_obs=True,
+    ),
 }
 DISCRETE = ("ppo", "dqn")  # those that act in `run_envs`
 CASES = [
     ("ppo", "CartPole-v1"), ("dqn", "CartPole-v1"), ("ppo", "Pendulum-v1"), ("dqn", "Acrobot-v1"),
-    ("sac", "Pendulum-v1"), pytest.param("td3", "Pendulum-v1", marks=pytest.mark.long),
+    ("sac", "Pendulum-v1"), ("qrdqn", "CartPole-v1"), pytest.param("td3", "Pendulum-v1", marks=pytest.mark.long),
 ]  # fmt: skip
 Make = Callable[..., aiorl.Config]
 

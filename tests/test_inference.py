@@ -33,6 +33,7 @@ from aiorl.workers.records import Kind, Record
 ALGORITHMS: dict[str, Any] = {
     "ppo": aiorl.PPO(normalise_obs=True, hidden=(32, 32), epochs=1, minibatches=2),
     "dqn": aiorl.DQN(warmup=200, update_ratio=0.1, hidden=(32, 32), dueling=True),
+    "qrdqn": aiorl.QRDQN(warmup=200, update_ratio=0.1, hidden=(32, 32), normalise_obs=True),
     "sac": aiorl.SAC(warmup=200, random_steps=100, update_ratio=0.1, hidden=(16, 16), batch_size=32),
     "td3": aiorl.TD3(warmup=200, random_steps=100, update_ratio=0.1, hidden=(16, 16), batch_size=32),
 }
@@ -260,7 +261,7 @@ async def test_a_policy_that_cannot_be_split_is_refused(config: Make) -> None:
 
 @pytest.mark.parametrize(
     ("algo", "env"), [("ppo", "CartPole-v1"), ("ppo", "Pendulum-v1"), ("dqn", "CartPole-v1"), ("sac", "Pendulum-v1"),
-                      ("td3", "Pendulum-v1")],
+                      ("td3", "Pendulum-v1"), ("qrdqn", "CartPole-v1")],
 )  # fmt: skip
 def test_the_network_is_the_policys(algo: str, env: str) -> None:
     algorithm, spaces = ALGORITHMS[algo], probe(resolve_env(env, in_process=True)).spaces

@@ -25,13 +25,16 @@ ASYNC_ONLY = {"asyncio", "concurrent", "multiprocessing", "selectors", "signal",
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("cli/doctor.py", "aiorl.testing.examine_env"): "the doctor tries out the user's environment, when it is asked to",
     ("cli/doctor.py", "aiorl.testing.machine"): "and the machine",
+    ("cli/doctor.py", "aiorl.testing.examine_algorithm"): "and the user's algorithm",
+    ("cli/doctor.py", "aiorl.testing.examine_run"): "and looks at what a run wrote",
+    ("cli/doctor.py", "aiorl.testing.catalogue"): "and says which faults its findings tell of",
     ("envs/coroutines.py", "asyncio"): "some environments are coroutines, and only this file knows what runs them",
     ("envs/coroutines.py", "concurrent.futures"): "and how functions wait for them",
     ("envs/coroutines.py", "threading"): "on a loop of their own",
 }
 
 # Only the learner imports these files, so they may import torch when they are imported.
-TORCH_AT_TOP = {"continuous.py", "losses.py", "networks.py"}
+TORCH_AT_TOP = {"continuous.py", "layers.py", "losses.py", "networks.py"}
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ import xml.etree.ElementTree as ET
 from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aiorl.cli import main
 from aiorl.errors import ConfigError
-from aiorl.metrics.curve import Curve, Point, read_curve, thin, write_curve
+from aiorl.metrics.curve import Curve, Point, read_curve, thin, write_curve, write_metric, write_wins
 from aiorl.metrics.svg import draw, interpolate, nice_ticks, nice_times, short_number, short_time
 from tests.cli_events import evaluated, run_events, started, updated, write_run
 
@@ -38,6 +39,67 @@ def test_rollouts_in_which_no_episode_ended_leave_no_point():
 def test_directory_and_events_give_the_same_curve(tmp_path: Path):
     run = write_run(tmp_path / "run", config="stop_at = 150.0\n")
     assert read_curve(run) == read_curve(run_events(), goal=150.0)
+
+
+def test_what_updates_say_is_a_picture_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Updates without it (in warm-up) leave no point; what was done again after a resume is left out."""
+    said = [msgspec.structs.replace(updated(v, 1.0), metrics={"q_max": v / 2} if v > 2 else {}) for v in range(1, 8)]
+    curve = read_curve([started(), *said], metric="q_max")
+    assert [(p.env_steps, p.value) for p in curve.smooth] == [(1000 * v, v / 2) for v in range(3, 8)]
+    assert (curve.rollouts, curve.evaluations) == ([], [])
+    again = read_curve([started(), *said, msgspec.structs.replace(started(), env_steps=5000), *said[5:]], metric="q_max")
+    assert [p.value for p in again.smooth] == [1.5, 2, 2.5, 3, 3.5]
+    runs = [write_run(tmp_path / name, [started(), *said]) for name in ("one", "two")]
+    assert write_metric(runs, "q_max", tmp_path / "q.svg", labels=["one", "two"])
+    assert {"one", "two", "q_max", "of each update"} <= set(texts((tmp_path / "q.svg").read_text()))
+    assert not write_metric(runs, "q_min", tmp_path / "no.svg")
+    assert not (tmp_path / "no.svg").exists()
+    assert main(["plot", str(runs[0]), "--metric", "q_max"]) == 0
+    assert capsys.readouterr().out.strip() == str(runs[0] / "q_max.svg")
+    assert main(["plot", str(runs[0]), "--metric", "q_min"]) == 2
+    assert "q_min: no update tells it" in capsys.readouterr().err
+
+
+def test_wins_are_a_picture_of_their_own(tmp_path: Path):
+    """A line for each suite that tells how its episodes ended, with the standard error of a share."""
+    events = [
+        started(),
+        *(evaluated(v, 0.0, suite="weak", wins=v / 10, losses=0.1, episodes=100) for v in (2, 5, 8)),
+        *(evaluated(v, 0.0, suite="strong", primary=False, wins=v / 20, losses=0.4, episodes=100) for v in (2, 8)),
+        evaluated(8, 0.0, suite="alone", primary=False),
+    ]
+    curve = read_curve(events)
+    assert {suite: [p.value for p in points] for suite, points in curve.wins.items()} == {
+        "weak": [0.2, 0.5, 0.8],
+        "strong": [0.1, 0.4],
+    }
+    assert curve.wins["weak"][1].spread == pytest.approx(0.05)
+    assert write_wins(events, tmp_path / "wins.svg")
+    svg = (tmp_path / "wins.svg").read_text()
+    assert {"weak", "strong", "episodes won", "CartPole-v1 · ppo · seed 3"} <= set(texts(svg))
+    assert "alone" not in texts(svg)
+    assert len(list(ET.fromstring(svg).iter(f"{SVG}circle"))) == 5 + 2  # and in the legend
+    assert not write_wins(run_events(), tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
+
+
+def test_wins_of_a_resumed_run_are_not_drawn_twice():
+    again = started(seconds=9.0, env_steps=2000, version=2, resumed_from=2)
+    before = [started(), evaluated(2, 0.0, wins=0.1), evaluated(3, 0.0, wins=0.2)]
+    curve = read_curve([*before, again, evaluated(3, 0.0, wins=0.3)])
+    assert [p.value for p in curve.wins[""]] == [0.1, 0.3]
+
+
+def test_wins_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = write_run(tmp_path / "run")
+    assert main(["plot", str(run), "--wins"]) == 2
+    assert "no evaluation says how its episodes ended" in capsys.readouterr().err
+    with (run / "events.jsonl").open("ab") as file:
+        file.write(msgspec.json.encode(evaluated(3, 0.0, suite="weak", wins=0.5, losses=0.25)) + b"\n")
+    assert main(["plot", str(run), "--wins"]) == 0
+    assert "weak" in texts((run / "wins.svg").read_text())
+    assert main(["plot", str(run), str(run), "--wins"]) == 2
+    assert "expected one run" in capsys.readouterr().err
 
 
 def test_line_a_killed_run_was_writing_is_ignored(tmp_path: Path):

@@ -44,8 +44,12 @@ def expected_actions(algo: Algorithm, weights: Weights, obs: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "algo", [aiorl.PPO(hidden=(8,)), aiorl.PPO(hidden=(8,), normalise_obs=True), aiorl.DQN(hidden=(8,))]
-)
+    "algo",
+    [
+        aiorl.PPO(hidden=(8,)), aiorl.PPO(hidden=(8,), normalise_obs=True), aiorl.DQN(hidden=(8,)),
+        aiorl.QRDQN(hidden=(8,), normalise_obs=True),
+    ],
+)  # fmt: skip
 def test_a_loaded_policy_acts_as_the_learner_would(tmp_path: Path, algo: Any) -> None:
     weights = save(tmp_path / "best", algo)
     policy = load(tmp_path)

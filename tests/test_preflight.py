@@ -33,7 +33,7 @@ def make(**changes: Any) -> Config:
     return Config(**{**fields, "out": "run", **changes})
 
 
-def refused(*words: str, resume: str | Path | None = None, **changes: Any) -> None:
+def refused(*words: str, resume: str | Path | None = None, **changes: Any) -> str:
     before = sorted(Path().rglob("*"))
     with pytest.raises(ConfigError) as caught:
         check(make(**changes), resume)
@@ -42,6 +42,7 @@ def refused(*words: str, resume: str | Path | None = None, **changes: Any) -> No
         assert word in text, text
     assert len(text.splitlines()) <= 3
     assert sorted(Path().rglob("*")) == before, "a refused run left something behind"
+    return text
 
 
 # -- a fresh run -------------------------------------------------------------------------------------------------------
@@ -310,3 +311,22 @@ def test_a_program_that_workers_must_import(monkeypatch: pytest.MonkeyPatch) -> 
     assert not checked.needs_main
     monkeypatch.setattr(Toy, "__module__", "__main__")
     assert checked.needs_main
+
+
+def test_experience_that_does_not_fit_the_memory() -> None:
+    """Found before anything is started, and only what can come to be there counts."""
+    algo = aiorl.DQN(capacity=1_000_000)
+    fields = {"algo": algo, "total_steps": 2_000_000, "memory_gb": 0.0625, "workers": 0}
+    text = refused("dqn.capacity = 1,000,000: 1,000,000 transitions and their copy in a checkpoint need", **fields)
+    most = int(text.rpartition("at most ")[2].replace(",", ""))
+    check(make(**{**fields, "algo": aiorl.DQN(capacity=most * 9 // 10)}), write=False)
+    refused("use a capacity of at most", **{**fields, "algo": aiorl.DQN(capacity=most * 11 // 10)})
+    check(make(**{**fields, "total_steps": most // 2}), write=False)
+
+
+def test_frames_of_a_stack_count_once() -> None:
+    spaces = check(make(env="CartPole-v1", frame_stack=4, workers=0), write=False).spaces
+    alone = check(make(env="CartPole-v1", workers=0), write=False).spaces
+    sizes = [aiorl.DQN().experience_bytes(s, 8, 10_000) for s in (alone, spaces)]
+    assert spaces.features == 4 * alone.features
+    assert sizes[0] <= sizes[1] < 1.5 * sizes[0]

@@ -23,8 +23,12 @@ REACHED = {
     "MountainCar-v0": -130.0,
     "Pendulum-v1": -300.0,
     "LunarLander-v3": 200.0,
+    "aiorl/Hockey-v0": 0.6,  # games won less games lost, against the weak player
 }
+# These take hours; docs/results.md says what they reach.
+SLOW = {"ALE/Pong-v5", "HalfCheetah-v5", "MinAtar/Asterix-v1", "MinAtar/Breakout-v1"}
 BETTER = {("sac", "Pendulum-v1"): -200.0, ("td3", "Pendulum-v1"): -200.0}  # than others, in far fewer env steps
+SLOWER = {("td3", "aiorl/Hockey-v0"): 0.3}
 
 
 @pytest.mark.parametrize(("algo", "env"), PRESETS)
@@ -32,11 +36,12 @@ def test_presets_are_valid(algo: str, env: str):
     config = Config.preset(env, algo)
     assert config.algorithm.name == algo
     assert config.total_steps <= 1_000_000
-    assert env in REACHED
+    assert (env in REACHED) != (env in SLOW)
 
 
 def test_there_is_none_for_the_unknown_and_a_copy_for_the_known():
     assert preset("ppo", "Nowhere-v0") == {}
+    assert preset("sac", "hockey") == preset("sac", "aiorl/Hockey-v0") != {}
     preset("ppo", "CartPole-v1")["ppo"]["gamma"] = 0
     assert preset("ppo", "CartPole-v1")["ppo"]["gamma"] > 0
 
@@ -44,24 +49,25 @@ def test_there_is_none_for_the_unknown_and_a_copy_for_the_known():
 def final_return(algo: str, env: str, seed: int, degree: int) -> float:
     """Mean return of 20 greedy episodes after the preset's training."""
     config = Config.preset(env, algo).resolve()
-    spec = resolve_env(env, in_process=True)
+    suites = [suite.environment(env, config.env_kwargs) for suite in config.eval_suites.values()]
+    spec = resolve_env(env, config.env_kwargs, in_process=True)
     size: Any = config.group_size
     learner: Learner = plain_loop(
         config.algo, spec, envs=config.envs, group_size=size, steps=config.steps_per_segment, seed=seed,
         rollouts=-(-config.total_steps // config.steps_per_rollout), degree=degree, warmup=config.warmup,
     )  # fmt: skip
-    found = probe(spec, size)
+    found = probe(resolve_env(*suites[0], in_process=True) if suites else spec, size)
     policy = config.algo.policy(found.spaces)
     policy.begin({name: np.array(array) for name, array in learner.weights().items()}, 0, None, 0)
-    returns, _ = run_episodes(found.spec, found.spaces, policy, 20, seed, 10)
+    returns, _ = run_episodes(found.spec, found.spaces, policy, 200 if suites else 20, seed, 10)
     return float(returns.mean())
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("algo", "env"), PRESETS)
+@pytest.mark.parametrize(("algo", "env"), [key for key in PRESETS if key[1] not in SLOW])
 def test_presets_reach_what_they_are_for(algo: str, env: str):
-    pytest.importorskip("Box2D") if "Lander" in env else None
-    assert final_return(algo, env, seed=0, degree=1) >= BETTER.get((algo, env), REACHED[env])
+    pytest.importorskip("Box2D") if "Lander" in env or "Hockey" in env else None
+    assert final_return(algo, env, seed=0, degree=1) >= (BETTER | SLOWER).get((algo, env), REACHED[env])
 
 
 @pytest.mark.long

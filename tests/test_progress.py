@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from rich.text import Text
 
 from aiorl.cli.panel import Panel, draw
-from aiorl.cli.progress import JsonLines, Notes, PlainLines, Silent, event_line, header, make_display
+from aiorl.cli.progress import JsonLines, Notes, PlainLines, Silent, event_line, header, make_display, progress_line
 from aiorl.cli.summary import summary_lines
 from aiorl.cli.text import count, duration, fit, number, rate, sparkline, spread, table
-from aiorl.events import CheckpointFailed, Finished, Lagged, Warned, WorkerRestarted
+from aiorl.events import CheckpointFailed, Finished, Lagged, Progress, Reevaluated, Warned, WorkerRestarted
 from tests.cli_events import evaluated, run_events, started, status, updated
 
 PLACE: dict[str, Any] = {"seconds": 12.0, "version": 3, "env_steps": 3000}
@@ -77,10 +78,16 @@ def test_plain_lines_come_every_few_seconds_and_for_important_events():
 def test_warm_up_says_how_far_it_is():
     err = io.StringIO()
     display = PlainLines(Notes(warmup=10_000), err, every_s=0.0)
-    from aiorl.events import Progress
-
     display.show(Progress(**PLACE, status=status(3, state="warm-up")))
     assert "warm-up 3,000/10,000" in err.getvalue()
+
+
+def test_episodes_and_the_buffer_are_in_the_progress():
+    training = status(10, seconds=50.0, episodes=2_400, metrics={"replay_size": 250_000.0})
+    assert "2,400 episodes (48/s), buffer 250k, training" in progress_line(training, Notes())
+    text = "\n".join(line.plain for line in draw(training, Notes(), [], None, 100))
+    assert "2,400 episodes (48/s) · buffer 250k" in text
+    assert "buffer" not in progress_line(status(10, metrics={}), Notes())
 
 
 def test_what_needs_a_line_gets_one():
@@ -109,6 +116,39 @@ def test_panel_shows_everything_at_eighty_columns():
         "state      training",
     ):  # fmt: skip
         assert part in text
+
+
+def test_wins_and_losses_are_shown_where_they_are_told(tmp_path: Path):
+    played = evaluated(10, 0.3, suite="weak", wins=0.55, losses=0.1)
+    assert "evaluation weak 0.3 ± 5.0 at 10,000 steps (20 episodes, won 55 %, lost 10 %)" in str(event_line(played))
+    assert "won" not in str(event_line(evaluated(10, 0.3)))
+    again = Reevaluated(
+        **PLACE, episodes=20, mean_return=0.5, std_return=1.0, mean_length=9.0, best=True, eval_seconds=1.0,
+        wins=0.7, losses=0.2,
+    )  # fmt: skip
+    assert "won 70 %, lost 20 %" in str(event_line(again))
+    wins = {"weak": played, "strong": evaluated(10, -0.2, suite="strong", wins=0.3, losses=0.5)}
+    text = "\n".join(line.plain for line in draw(status(10), Notes(), [], played, 80, wins))
+    assert "won – lost weak 55 % – 10 % · strong 30 % – 50 %" in text
+    assert "won – lost" not in "\n".join(line.plain for line in draw(status(10), Notes(), [], played, 80))
+    records = [{"suite": suite, "wins": e.wins, "losses": e.losses} for suite, e in wins.items()]
+    old = {"suite": "weak", "wins": 0.1, "losses": 0.9}
+    assert "won – lost  weak 55 % – 10 %, strong 30 % – 50 %" in summary_lines(
+        {**summary(), "evaluations": [old, *records]}, tmp_path
+    )
+
+
+def test_a_panel_remembers_the_wins_of_every_suite():
+    out = io.StringIO()
+    panel = Panel(Notes(), out, Console(file=out, width=100, force_terminal=True))
+    panel.show(started())
+    for suite, wins in (("weak", 0.5), ("strong", 0.25)):
+        panel.show(evaluated(3, 0.0, suite=suite, primary=suite == "weak", wins=wins, losses=0.125))
+    panel.show(evaluated(3, 0.0, suite="alone", primary=False))
+    panel.show(Progress(**PLACE, status=status(4)))
+    panel.close()
+    shown = Text.from_ansi(out.getvalue()).plain
+    assert "weak 50 % – 12 % · strong 25 % – 12 %" in shown
 
 
 def test_panel_before_the_first_episode_and_evaluation():

@@ -213,6 +213,17 @@ def test_unsupported_spaces_are_named(observation: gym.Space, action: gym.Space,
     assert str(caught.value).count("\n") < 3
 
 
+def test_a_stack_is_part_of_the_spaces():
+    plain = of(gym.Dict({"a": gym.Box(0, 255, (4, 2), np.uint8), "b": gym.MultiDiscrete([2, 3, 4, 5])}))
+    stacked = plain.with_stack(4)
+    assert (plain.stack, stacked.stack) == (1, 4)
+    assert msgspec.json.decode(msgspec.json.encode(stacked), type=Spaces) == stacked
+    assert [leaf.shape for leaf in stacked.single.observation] == [(2,), ()]
+    assert stacked.with_stack(4) is stacked
+    with pytest.raises(ValueError, match="does not begin with the stack of 3"):
+        plain.with_stack(3)
+
+
 def test_spaces_need_no_gymnasium():
     code = "import sys, aiorl.envs.spaces; print([m for m in ('gymnasium', 'torch') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -29,13 +29,13 @@ VERBS = {
     "resume": Verb("aiorl.cli.resume", "go on with a run", "resume runs/CartPole-v1-ppo-0 --steps 400k", debugs=True),
     "replay": Verb("aiorl.cli.replay", "repeat a run bit for bit from its record", "replay runs/CartPole-v1-ppo-0"),
     "eval": Verb("aiorl.cli.evaluate", "measure a trained policy", "eval runs/CartPole-v1-ppo-0 --episodes 100"),
-    "play": Verb("aiorl.cli.play", "watch or record a trained policy", "play runs/CartPole-v1-ppo-0 --record pole.gif"),
+    "play": Verb("aiorl.cli.play", "watch, record or match policies", "play runs/CartPole-v1-ppo-0 --record pole.gif"),
     "plot": Verb("aiorl.cli.plot", "draw learning curves of one or more runs", "plot runs/* --out curves.svg"),
     "runs": Verb("aiorl.cli.runs", "list the runs in a directory", "runs"),
     "envs": Verb("aiorl.cli.envs", "list environments and what they need", "envs lunar"),
     "algos": Verb("aiorl.cli.algos", "list algorithms and what they can do", "algos"),
     "bench": Verb("aiorl.cli.bench", "measure what bounds the speed of a training", "bench CartPole-v1 --workers 2"),
-    "doctor": Verb("aiorl.cli.doctor", "check this machine, and an environment", "doctor my_package.envs:MyEnv"),
+    "doctor": Verb("aiorl.cli.doctor", "check this machine, an environment or a run", "doctor my_package.envs:MyEnv"),
 }  # fmt: skip
 
 ABOUT = "Asynchronous reinforcement learning: exact, bounded, never silently stuck."

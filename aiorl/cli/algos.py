@@ -46,9 +46,9 @@ def outline(algorithm: Any) -> str:
     return "\n".join(
         [
             textwrap.fill(f"{algorithm.name}: {oneline(_doc(algorithm))}", 80, subsequent_indent="  "),
-            f"  acts in     {', '.join(actions_of(algorithm))}",
+            f"  acts in     {', '.join(actions_of(algorithm)) or 'spaces of its own kind'}",
             f"  stale data  {corrections(algorithm)}",
-            f"  segment     {algorithm.default_segment_length} steps of each environment",
+            f"  segment     {algorithm().default_segment_length} steps of each environment",
         ]
     )
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from aiorl.cli.flags import Parser, show
 from aiorl.cli.text import number, oneline, table
 from aiorl.envs.make import probe
 from aiorl.envs.spaces import Leaf, Spaces
-from aiorl.envs.spec import resolve_env
+from aiorl.envs.spec import installed, resolve_env
 from aiorl.errors import AiorlError
 from aiorl.presets import PRESETS
 
@@ -32,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     word = given.get("filter", "")
     known = known_ids(given.get("all", False))
-    if ":" in word or word in _registry():
+    if ":" in word or word in installed():
         print(details(word))
         return 0
     found = [env for env in known if word.lower() in env.lower()]
@@ -42,20 +40,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _registry() -> Mapping[str, Any]:
-    import gymnasium
-
-    import_module("aiorl.envs.hockey")
-    if find_spec("ale_py") is not None:
-        gymnasium.register_envs(import_module("ale_py"))
-    return gymnasium.registry
-
-
 def known_ids(older: bool) -> list[str]:
     """Registered ids in alphabetical order, without superseded versions unless asked for."""
     newest: dict[str, tuple[int, str]] = {}
     ids: list[str] = []
-    for env in _registry():
+    for env in installed():
         match = re.fullmatch(r"(.+)-v(\d+)", env)
         family, version = (match[1], int(match[2])) if match else (env, 0)
         if older:

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-from aiorl.cli.flags import field_value
-from aiorl.cli.policies import policy_parser, read_policy
-from aiorl.cli.text import number, plural, spread
+from aiorl.cli.flags import field_value, show
+from aiorl.cli.policies import policy_parser, read_policy, suite_of
+from aiorl.cli.text import number, plural, share, spread
 
 WIDTH = 10
 """Environments that an evaluation runs side by side: as many as during training, so that the numbers are the same."""
@@ -41,22 +41,29 @@ def main(argv: Sequence[str]) -> int:
     print(f"return   {spread(result['mean_return'], result['std_return'])} over {plural(episodes, 'episode')}")
     length = number(result["mean_length"])
     print(f"range    {number(min(returns))} to {number(max(returns))}, mean length {length} steps")
-    print(f"policy   {result['policy']} (version {result['version']:,}), {result['env']}, seed {result['seed']}")
+    if result["wins"] is not None:
+        print(f"outcome  won {share(result['wins'])}, lost {share(result['losses'])}")
+    told = ", ".join([result["env"], *(f"{key} = {show(value)}" for key, value in result["env_kwargs"].items())])
+    print(f"policy   {result['policy']} (version {result['version']:,}), {told}, seed {result['seed']}")
     return 0
 
 
 def evaluate(given: Mapping[str, Any], episodes: int) -> dict[str, Any]:
     """Returns, lengths and their means as plain data. Raises ConfigError or EnvError."""
-    from aiorl.envs.episodes import run_episodes
+    from aiorl.envs.episodes import run_episodes, shares
 
     policy, spec, path = read_policy(given, "eval")
     seed = field_value("seed", str(given.get("seed", policy.config.get("seed", 0))), SEED)
     acting = policy.algorithm.policy(policy.spaces)
     acting.begin(policy.weights, 0, None, 0)
-    returns, lengths = run_episodes(spec, policy.spaces, acting, episodes, seed, min(WIDTH, episodes))
+    outcomes = np.empty(episodes)
+    returns, lengths = run_episodes(
+        spec, policy.spaces, acting, episodes, seed, min(WIDTH, episodes), outcomes=outcomes
+    )  # fmt: skip
     return {
-        "policy": path, "version": policy.version, "env": spec.name, "suite": given.get("suite", ""),
-        "seed": seed, "episodes": episodes,
+        "policy": path, "version": policy.version, "env": spec.name,
+        "env_kwargs": dict(spec.kwargs), "suite": suite_of(given, policy.config), "seed": seed, "episodes": episodes,
         "mean_return": float(np.mean(returns)), "std_return": float(np.std(returns)),
         "mean_length": float(np.mean(lengths)), "returns": returns.tolist(), "lengths": lengths.tolist(),
+        **shares(outcomes),
     }  # fmt: skip

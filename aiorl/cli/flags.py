@@ -154,8 +154,8 @@ def number(text: str) -> int | float | str:
 
 
 def scalar(text: str) -> Any:
-    """A number, true, false, none, or the text itself: by its look, never by evaluating it."""
-    words: dict[str, Any] = {"true": True, "false": False, "none": None}
+    """A number, true, false, none, or the text itself: by its look, never by evaluating it. As in help, yes is true."""
+    words: dict[str, Any] = {"true": True, "yes": True, "false": False, "no": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]
     value = number(text)

@@ -112,7 +112,9 @@ def _load() -> float:
 def _env_speed(config: Config, seconds: float) -> EnvSpeed:
     """Step one environment, or one group where they are stepped as one."""
     size = cast(int, config.group_size)
-    spec = resolve_env(config.env, config.env_kwargs, in_process=True, native=config.native_vector)
+    spec = resolve_env(
+        config.env, config.env_kwargs, in_process=True, native=config.native_vector, frame_stack=config.frame_stack
+    )
     found = probe(spec, size)
     if found.spec.coroutines:
         return EnvSpeed(step_us=0.0, cpu_share=0.0, native=False)  # it waits on purpose, side by side with others

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import IO
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from aiorl.cli.progress import Notes, event_line, fraction, header, stamp, state
+from aiorl.cli.progress import Notes, event_line, experience, fraction, header, stamp, state
 from aiorl.cli.text import count, duration, number, rate, share, sparkline, spread
 from aiorl.events import (
     AnyEvent,
@@ -43,6 +44,7 @@ class Panel:
         self._notes = notes
         self._history: list[float] = []
         self._evaluated: Evaluated | None = None
+        self._wins: dict[str, Evaluated] = {}  # by suite, where they are told
         self._status: Status | None = None
         self._live = Live(console=self.console, auto_refresh=False, transient=True)
         self._live.start()
@@ -61,8 +63,9 @@ class Panel:
             if event.out not in line:
                 self._print(Text(f"→ {event.out}", style="bold"))
         elif (line := event_line(event)) is not None:
-            if isinstance(event, Evaluated) and event.primary:
-                self._evaluated = event
+            if isinstance(event, Evaluated):
+                self._evaluated = event if event.primary else self._evaluated
+                self._wins |= {event.suite: event} if event.wins is not None else {}
             noted = isinstance(event, Warned | WorkerGivenUp | WorkerRestarted)
             style = "yellow" if noted else "dim" if isinstance(event, Checkpointed) else ""
             if not isinstance(event, Finished):
@@ -87,12 +90,15 @@ class Panel:
 
     def _draw(self) -> None:
         if self._status is not None:
-            lines = draw(self._status, self._notes, self._history, self._evaluated, self.console.width)
+            lines = draw(self._status, self._notes, self._history, self._evaluated, self.console.width, self._wins)
             self._live.update(Group(*lines), refresh=True)
 
 
-def draw(status: Status, notes: Notes, history: Sequence[float], evaluated: Evaluated | None, width: int) -> list[Text]:
-    """The lines of the panel, none longer than `width`."""
+def draw(
+    status: Status, notes: Notes, history: Sequence[float], evaluated: Evaluated | None, width: int,
+    wins: Mapping[str, Evaluated] = MappingProxyType({}),
+) -> list[Text]:  # fmt: skip
+    """The lines of the panel, none longer than `width`. `wins` has the last evaluation of each suite that tells outcomes."""
     room = width - LABEL
     words = state(status, notes)
     now: list[Piece] = [(words, _STATE_STYLES.get(status.state, "cyan"))]
@@ -103,11 +109,12 @@ def draw(status: Status, notes: Notes, history: Sequence[float], evaluated: Eval
     if status.dropped:
         now.append((f"dropped {sum(status.dropped.values()):,}", "yellow"))
     now.append((f"version {status.version:,}", "dim"))
-    now.append((f"{status.episodes:,} episodes", "dim"))
+    now += [(words, "dim") for words in experience(status)]
     lines = [
         _bar(status, width),
         _row("return", _return(status, history, room), room),
         _row("evaluation", _evaluation(status, evaluated), room),
+        _row("won – lost", [(f"{suite} {_won(event)}".strip(), "cyan") for suite, event in wins.items()], room),
         _row("staleness", _staleness(status), room),
         _row("busy", [(f"{name} {share(part)}", "") for name, part in status.busy.items()] + _lag(status), room),
         _row("state", now, room),
@@ -148,6 +155,10 @@ def _evaluation(status: Status, evaluated: Evaluated | None) -> list[Piece]:
         pieces.append((f"best {number(status.best_evaluation)}", ""))
     pieces.append((f"at {count(evaluated.env_steps)} steps", "dim"))
     return pieces
+
+
+def _won(event: Evaluated) -> str:
+    return f"{share(event.wins or 0.0)} – {share(event.losses or 0.0)}"
 
 
 def _staleness(status: Status) -> list[Piece]:

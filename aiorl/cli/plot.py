@@ -8,7 +8,7 @@ from pathlib import Path
 
 from aiorl.cli.flags import Parser
 from aiorl.errors import ConfigError
-from aiorl.metrics.curve import Curve, read_curve, write_svg
+from aiorl.metrics.curve import Curve, read_curve, write_metric, write_svg, write_wins
 from aiorl.metrics.svg import COLOURS, short_number
 
 AXES = ("steps", "time")
@@ -18,6 +18,8 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser("plot", "Draw the learning curves of runs into one picture.", "RUN… [--x steps|time] [--out FILE]")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run directories")
     parser.add_argument("--x", metavar="|".join(AXES), help="what lies along the picture (default: steps)")
+    parser.add_argument("--metric", metavar="NAME", help="what updates say (a column of metrics.csv) instead of returns")
+    parser.add_argument("--wins", action="store_true", help="of one run, the shares of episodes won in evaluations")
     parser.add_argument("--out", metavar="FILE", help=".svg or .png (default: RUN/curve.svg, curves.svg for several)")
     given = parser.read(argv)
     if given.pop("help", False):
@@ -29,6 +31,10 @@ def main(argv: Sequence[str]) -> int:
     x = given.get("x", "steps")
     if x not in AXES:
         raise ConfigError(f"--x {x}: expected one of {', '.join(AXES)}")
+    if "metric" in given:
+        return _plot_metric(runs, given["metric"], Path(given.get("out", runs[0] / f"{given['metric']}.svg")), x)
+    if given.get("wins", False):
+        return _plot_wins(runs, Path(given.get("out", runs[0] / "wins.svg")), x)
     out = Path(given.get("out", runs[0] / "curve.svg" if len(runs) == 1 else "curves.svg"))
     if out.suffix.lower() not in (".svg", ".png"):
         raise ConfigError(f"--out {out}: expected a file that ends in .svg or .png")
@@ -40,6 +46,33 @@ def main(argv: Sequence[str]) -> int:
             write_svg(curves, out, x, names)
     except OSError as error:
         raise ConfigError(f"cannot write {out}: {error.strerror}") from None
+    print(out)
+    return 0
+
+
+def _plot_metric(runs: Sequence[Path], metric: str, out: Path, x: str) -> int:
+    if out.suffix.lower() != ".svg":
+        raise ConfigError(f"--metric: expected an .svg, got {out}")
+    try:
+        drawn = write_metric(runs, metric, out, x, [run.name for run in runs])
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror}") from None
+    if not drawn:
+        there = runs[0] / "metrics.csv"
+        raise ConfigError(f"--metric {metric}: no update tells it\n  the columns of {there} are what there is")
+    print(out)
+    return 0
+
+
+def _plot_wins(runs: Sequence[Path], out: Path, x: str) -> int:
+    if len(runs) > 1 or out.suffix.lower() != ".svg":
+        raise ConfigError(f"--wins: expected one run and an .svg, got {len(runs)} and {out}")
+    try:
+        drawn = write_wins(runs[0], out, x)
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror}") from None
+    if not drawn:
+        raise ConfigError(f"{runs[0]}: no evaluation says how its episodes ended\n  the environment has to: info['outcome']")
     print(out)
     return 0
 

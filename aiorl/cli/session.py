@@ -23,7 +23,7 @@ from aiorl.cli.progress import Display, Mode, Notes, make_display
 from aiorl.cli.summary import summary_lines
 from aiorl.config import Config
 from aiorl.errors import AiorlError, ConfigError
-from aiorl.metrics.curve import write_curve
+from aiorl.metrics.curve import write_curve, write_wins
 from aiorl.run import Run
 
 T = TypeVar("T")
@@ -197,5 +197,6 @@ def _draw_curve(run: Run, display: Display) -> None:
         return
     try:
         write_curve(directory, directory / "curve.svg")
+        write_wins(directory, directory / "wins.svg")
     except (OSError, AiorlError) as error:
         display.say(f"no curve.svg: {error}")

@@ -27,6 +27,8 @@ def summary_lines(result: Mapping[str, Any], directory: Path) -> list[str]:
         lines.append(_line("return", f"{shown} (of {result['episodes']:,})"))
     if (evaluation := _evaluation(result)) is not None:
         lines.append(_line("evaluation", evaluation))
+    if won := _won(result):
+        lines.append(_line("won – lost", won))
     if (reached := result.get("first_evaluation_at_stop_return")) is not None:
         when = f"first at {count(reached['env_steps'])} env steps, {number(reached['seconds'])} s"
         lines.append(_line("reached", f"{number(result['stop_return'])} {when}{_overshoot(result)}"))
@@ -35,7 +37,7 @@ def summary_lines(result: Mapping[str, Any], directory: Path) -> list[str]:
         lines.append(_line("skipped", f"{plural(skipped, 'update')} that came to NaN or infinity"))
     if aborted := result.get("aborted"):
         lines.append(_line("aborted", f"{plural(aborted, 'episode')}{_why_aborted(result, aborted)}"))
-    there = [name for name in ("curve.svg", "summary.json", "best/", "final/") if (directory / name).exists()]
+    there = [name for name in ("curve.svg", "wins.svg", "summary.json", "best/", "final/") if (directory / name).exists()]
     lines.append(_line("files", f"{directory}/ ({', '.join(there)})" if there else f"{directory}/"))
     return lines
 
@@ -52,6 +54,12 @@ def _evaluation(result: Mapping[str, Any]) -> str | None:
         text += f", best {number(best['mean_return'])} at {count(best['env_steps'])} env steps"
         text += f" (of {len(again)} evaluated again)" if again else ""
     return text
+
+
+def _won(result: Mapping[str, Any]) -> str:
+    """The newest shares of each suite whose environment tells how episodes ended."""
+    newest = {e.get("suite", ""): e for e in result.get("evaluations", []) if e.get("wins") is not None}
+    return ", ".join(f"{suite} {share(e['wins'])} – {share(e['losses'])}".strip() for suite, e in newest.items())
 
 
 def _overshoot(result: Mapping[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 spaces     Leaf, Spaces: observations and actions as plain arrays, without gymnasium
 spec       EnvSpec: which environment, found by name
+families   what goes around games of Atari, MinAtar and MiniGrid
+stacking   environments that show their newest observations as one
 make       making environments; Probe: what a look at one tells
 contract   checks on everything an environment returns
 cursor     GroupCursor: where a group's open episodes are; seeds of episodes

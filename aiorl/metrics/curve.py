@@ -3,12 +3,15 @@
     write_curve("runs/CartPole-v1-ppo-0", "curve.svg")
 
 The picture shows the training return (each rollout pale, the mean of the last 100 episodes solid), the evaluations with
-a band of one standard deviation, and the return that the run was to reach. Several runs can share a picture.
+a band of one standard deviation, and the return that the run was to reach. Several runs can share a picture. Another one,
+`write_wins`, shows the share of episodes won in each evaluation suite, where the environment tells, and `write_metric` what
+learners say of each update.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +21,7 @@ from typing import Any
 import msgspec
 
 from aiorl.errors import ConfigError
-from aiorl.metrics.svg import draw
+from aiorl.metrics.svg import WINS, draw
 
 POINTS = 400
 """Most points a line is drawn with: more cannot be told apart at the size of the picture."""
@@ -39,6 +42,10 @@ class _Row(msgspec.Struct, frozen=True):
     mean_return: float = 0.0
     std_return: float = 0.0
     primary: bool = True
+    suite: str = ""
+    episodes: int = 0
+    wins: float | None = None
+    metrics: dict[str, float | None] = {}
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,10 @@ class Point:
 
 @dataclass
 class Curve:
-    """What a picture shows of one run: training returns by rollout and smooth, and evaluations with their spread."""
+    """What a picture shows of one run: training returns by rollout and smooth, and evaluations with their spread.
+
+    `wins` has the shares of episodes won by suite, each with its standard error.
+    """
 
     env: str = ""
     algo: str = ""
@@ -66,6 +76,7 @@ class Curve:
     rollouts: list[Point] = field(default_factory=list["Point"])
     smooth: list[Point] = field(default_factory=list["Point"])
     evaluations: list[Point] = field(default_factory=list["Point"])
+    wins: dict[str, list[Point]] = field(default_factory=dict[str, list["Point"]])
     end: tuple[float, float] = (0.0, 0.0)
 
     @property
@@ -77,8 +88,8 @@ class Curve:
         return replace(self, rollouts=thin(self.rollouts, axis), smooth=thin(self.smooth, axis))
 
 
-def read_curve(source: str | Path | Iterable[Any], goal: float | None = None) -> Curve:
-    """The curve of a run directory, or of a sequence of events.
+def read_curve(source: str | Path | Iterable[Any], goal: float | None = None, metric: str | None = None) -> Curve:
+    """The curve of a run directory, or of a sequence of events; with `metric`, of that one instead of the returns.
 
     A run that was resumed goes on where its checkpoint was: points after it, which were done again, are left out.
     Raises ConfigError when the directory holds no events.
@@ -95,20 +106,54 @@ def read_curve(source: str | Path | Iterable[Any], goal: float | None = None) ->
             shift = _begin(curve, row)
         steps, seconds = float(row.env_steps), row.seconds + shift
         curve.end = (max(curve.end[0], steps), max(curve.end[1], seconds))
-        if row.event == "updated":
+        if metric is not None:
+            if (value := row.metrics.get(metric)) is not None:
+                curve.smooth.append(Point(steps, seconds, value))
+        elif row.event == "updated":
             if row.return_mean is not None:
                 curve.rollouts.append(Point(steps, seconds, row.return_mean))
             if row.train_return_mean_100 is not None:
                 curve.smooth.append(Point(steps, seconds, row.train_return_mean_100))
-        elif row.event == "evaluated" and row.primary:
-            curve.evaluations.append(Point(steps, seconds, row.mean_return, row.std_return))
-    curve.evaluations.sort(key=lambda point: point.env_steps)
+        elif row.event == "evaluated":
+            if row.primary:
+                curve.evaluations.append(Point(steps, seconds, row.mean_return, row.std_return))
+            if row.wins is not None:
+                error = math.sqrt(row.wins * (1 - row.wins) / max(1, row.episodes))
+                curve.wins.setdefault(row.suite, []).append(Point(steps, seconds, row.wins, error))
+    for points in (curve.evaluations, *curve.wins.values()):
+        points.sort(key=lambda point: point.env_steps)
     return curve
 
 
 def write_curve(source: str | Path | Iterable[Any], path: str | Path, x: str = "steps") -> None:
     """Draw the curve of a run directory or of a sequence of events into an SVG file. `x` is "steps" or "time"."""
     write_svg([read_curve(source)], path, x)
+
+
+def write_wins(source: str | Path | Iterable[Any], path: str | Path, x: str = "steps") -> bool:
+    """Draw the shares of episodes won, a line for each evaluation suite. False, and no file, if none has been told."""
+    curve = read_curve(source, goal=None)
+    lines = [replace(curve, goal=None, rollouts=[], smooth=[], evaluations=points) for points in curve.wins.values()]
+    if lines:
+        text = draw(lines, x, [suite or "evaluation" for suite in curve.wins], WINS)
+        Path(path).write_text(text, encoding="utf-8")
+    return bool(lines)
+
+
+def write_metric(
+    sources: Sequence[str | Path | Iterable[Any]],
+    metric: str,
+    path: str | Path,
+    x: str = "steps",
+    labels: Sequence[str] = (),
+) -> bool:
+    """Draw a metric of the updates of several runs, each under its label. False, and no file, if no run has it."""
+    curves = [replace(read_curve(source, metric=metric), goal=None) for source in sources]
+    if any(curve.smooth for curve in curves):
+        text = draw([curve.thinned(x) for curve in curves], x, labels or [metric], metric)
+        Path(path).write_text(text, encoding="utf-8")
+        return True
+    return False
 
 
 def write_svg(curves: Sequence[Curve], path: str | Path, x: str = "steps", labels: Sequence[str] = ()) -> None:
@@ -141,6 +186,8 @@ def _begin(curve: Curve, row: _Row) -> float:
         return 0.0
     for name in ("rollouts", "smooth", "evaluations"):
         setattr(curve, name, [p for p in getattr(curve, name) if p.env_steps <= row.env_steps])
+    for suite, points in curve.wins.items():
+        curve.wins[suite] = [p for p in points if p.env_steps <= row.env_steps]
     known = [p.seconds for p in (*curve.rollouts, *curve.smooth, *curve.evaluations)]
     curve.end = (float(row.env_steps), max(known, default=0.0))
     return max(0.0, curve.end[1] - row.seconds)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 INTERVAL_S = 0.05  # waking up more often would cost an idle run more than everything else in it
-KEEP = 30_000  # ten minutes; older samples give way
+KEEP = 12_000  # ten minutes; older samples give way
 
 
 class LagMeter:

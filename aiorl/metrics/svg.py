@@ -27,22 +27,27 @@ _INK = {
 }  # fmt: skip
 
 
-def draw(curves: Sequence[Curve], x: str = "steps", labels: Sequence[str] = ()) -> str:
-    """The SVG text. A single curve has colours for training and evaluation; of several, each has one of its own."""
-    single = len(curves) == 1
-    entries = _legend_entries(curves, labels)
+RETURNS, WINS = "return", "episodes won"
+SUBTITLES = {WINS: "share of episodes won in evaluations ± one standard error"}
+
+
+def draw(curves: Sequence[Curve], x: str = "steps", labels: Sequence[str] = (), what: str = RETURNS) -> str:
+    """The SVG text. A single curve of returns has colours for training and evaluation; else each has one of its own."""
+    single = len(curves) == 1 and what == RETURNS
+    entries = _legend_entries(curves, labels, single)
     rows = _legend_rows(entries)
     height = HEIGHT + LEGEND_ROW * (len(rows) - 1)
-    plot = _Plot(curves, x, height - BOTTOM - LEGEND_ROW * len(rows))
-    title = curves[0].title if single else _common_title(curves)
+    plot = _Plot(curves, x, height - BOTTOM - LEGEND_ROW * len(rows), what)
+    title = curves[0].title if len(curves) == 1 or what == WINS else _common_title(curves)
+    subtitle = _subtitle(curves) if what == RETURNS else SUBTITLES.get(what, "of each update")
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         f'role="img" font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif">',
-        f"<title>{escape(title)}: return over {'time' if x == 'time' else 'env steps'}</title>",
-        f"<style>{_style()}</style>",
+        f"<title>{escape(title)}: {what} over {'time' if x == 'time' else 'env steps'}</title>",
+        f"<style>{style()}</style>",
         f'<rect class="background frame" x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1}" rx="8"/>',
         f'<text class="ink" x="{LEFT}" y="32" font-size="17" font-weight="600">{escape(title)}</text>',
-        f'<text class="muted" x="{LEFT}" y="51" font-size="12">{escape(_subtitle(curves))}</text>',
+        f'<text class="muted" x="{LEFT}" y="51" font-size="12">{escape(subtitle)}</text>',
         *plot.axes(),
     ]
     for index, curve in enumerate(curves):
@@ -86,9 +91,9 @@ def short_time(seconds: float, end_s: float) -> str:
 class _Plot:
     """Maps values to the plane and draws into it."""
 
-    def __init__(self, curves: Sequence[Curve], x: str, bottom: float) -> None:
-        self.curves, self.axis, self.bottom = curves, x, bottom
-        self.show_time = len(curves) == 1 and x == "steps"
+    def __init__(self, curves: Sequence[Curve], x: str, bottom: float, what: str) -> None:
+        self.curves, self.axis, self.bottom, self.what = curves, x, bottom, what
+        self.show_time = len(curves) == 1 and x == "steps" and what == RETURNS
         self.top = TOP if self.show_time else TOP - 18
         self.x_end = max((c.end[1 if x == "time" else 0] for c in curves), default=0.0) or 1.0
         low, high = _value_range(curves)
@@ -106,19 +111,19 @@ class _Plot:
         for y in nice_ticks(self.low, self.high):
             at = self.py(y)
             parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-            parts.append(_text(LEFT - 8, at + 4, short_number(y), anchor="end"))
+            parts.append(label(LEFT - 8, at + 4, short_number(y), anchor="end"))
         ticks = nice_times(self.x_end) if self.axis == "time" else nice_ticks(0, self.x_end)
         for x in ticks:
             at = self.px(x)
             parts.append(f'<line class="axis" x1="{at:.1f}" x2="{at:.1f}" y1="{self.bottom}" y2="{self.bottom + 5}"/>')
             name = short_time(x, self.x_end) if self.axis == "time" else short_number(x)
-            parts.append(_text(at, self.bottom + 19, name, anchor="middle"))
+            parts.append(label(at, self.bottom + 19, name, anchor="middle"))
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{self.bottom}" y2="{self.bottom}"/>')
-        label = "wall time" if self.axis == "time" else "env steps"
-        parts.append(_text((LEFT + right) / 2, self.bottom + 37, label, anchor="middle"))
+        along = "wall time" if self.axis == "time" else "env steps"
+        parts.append(label((LEFT + right) / 2, self.bottom + 37, along, anchor="middle"))
         parts.append(
             f'<text class="muted" font-size="12" text-anchor="middle" '
-            f'transform="translate(18 {(self.top + self.bottom) / 2:.1f}) rotate(-90)">return</text>'
+            f'transform="translate(18 {(self.top + self.bottom) / 2:.1f}) rotate(-90)">{self.what}</text>'
         )
         if self.show_time:
             parts += self._time_axis(self.curves[0])
@@ -136,7 +141,7 @@ class _Plot:
                 continue
             last = at
             parts.append(f'<line class="axis" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP - 5}" y2="{TOP}"/>')
-            parts.append(_text(at, TOP - 10, short_time(seconds, curve.end[1]), anchor="middle", size=11))
+            parts.append(label(at, TOP - 10, short_time(seconds, curve.end[1]), anchor="middle", size=11))
         return [f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{TOP}" y2="{TOP}"/>', *parts]
 
     def curve(self, curve: Curve, index: int, single: bool) -> list[str]:
@@ -229,8 +234,8 @@ def _duration(seconds: float) -> str:
 Entry = tuple[str, str, str]  # mark (line, pale or dots), colour class, text
 
 
-def _legend_entries(curves: Sequence[Curve], labels: Sequence[str]) -> list[Entry]:
-    if len(curves) == 1:
+def _legend_entries(curves: Sequence[Curve], labels: Sequence[str], single: bool) -> list[Entry]:
+    if single:
         entries = [("pale", "c0", "return of a rollout"), ("line", "c0", "mean of the last 100 episodes")]
         return [*entries, ("dots", "c1", "evaluation ± one std")] if curves[0].evaluations else entries
     names = labels or [c.title for c in curves]
@@ -260,22 +265,24 @@ def _legend(rows: Sequence[Sequence[tuple[float, Entry]]], height: float) -> lis
             parts.append(f'<line class="line {css}" x1="{x}" x2="{x + 22}" y1="{y - 4}" y2="{y - 4}" {style}/>')
             if mark == "dots":
                 parts.append(f'<circle class="dot {css}" cx="{x + 11}" cy="{y - 4}" r="3.4"/>')
-            parts.append(_text(x + 28, y, text))
+            parts.append(label(x + 28, y, text))
     return parts
 
 
-def _text(x: float, y: float, text: str, anchor: str = "start", size: int = 12) -> str:
+def label(x: float, y: float, text: str, anchor: str = "start", size: int = 12) -> str:
+    """A text in the muted colour."""
     place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}"'
     return f'<text class="muted" {place}>{escape(text)}</text>'
 
 
-def _style() -> str:
+def style() -> str:
     """Colours as CSS classes, once for light pages and again for dark ones."""
 
     def rules(shade: int) -> str:
         ink = {name: shades[shade] for name, shades in _INK.items()}
         css = (
             f".background{{fill:{ink['background']}}}.frame{{stroke:{ink['frame']}}}.grid{{stroke:{ink['grid']}}}"
+            f".outline{{fill:none;stroke:{ink['grid']}}}.empty{{fill:{ink['grid']}}}"
             f".axis{{stroke:{ink['muted']}}}.ink{{fill:{ink['ink']}}}.muted{{fill:{ink['muted']}}}"
             f".goal{{stroke:{ink['goal']};stroke-width:1.3}}.goal-text{{fill:{ink['goal']}}}"
             f".dot{{stroke:{ink['background']}}}"
