@@ -38,8 +38,8 @@ _EXPORTS = {
     "aiorl.envs.coroutines": ["AsyncEnv"],
     "aiorl.algos.base": ["Algorithm", "Learner", "LearnerContext", "Policy"],
     "aiorl.errors": [
-        "AiorlError", "CheckpointError", "ConfigError", "EnvError", "InvariantError", "NonFiniteError", "ReproductionError",
-        "TrainingError", "StalledError", "WorkerError",
+        "AbandonedError", "AiorlError", "CheckpointError", "ConfigError", "EnvError", "InvariantError", "NonFiniteError",
+        "ReproductionError", "TrainingError", "StalledError", "WorkerError",
     ],
     "aiorl.events": [
         "AnyEvent", "CheckpointFailed", "Checkpointed", "DegreeChanged", "EpisodeAborted", "Evaluated",
@@ -51,13 +51,13 @@ _EXPORTS = {
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 
 __all__ = [
-    "DQN", "PPO", "QRDQN", "SAC", "TD3", "AiorlError", "Algorithm", "AnyEvent", "AsyncEnv", "CheckpointError",
-    "CheckpointFailed", "Checkpointed", "Config", "ConfigError", "DegreeChanged", "EnvError", "EpisodeAborted", "EvalSuite",
-    "Evaluated", "EvaluationSkipped", "Event", "Finished", "InvariantError", "Lagged", "Learner", "LearnerContext",
-    "LoadedPolicy", "NonFiniteError", "Paused", "Policy", "Progress",
-    "Reevaluated", "ReproductionError", "Result", "Resumed", "Run", "SelfPlay", "SettingsChanged", "Stalled", "StalledError",
-    "Started", "Status", "TrainingError", "Updated", "Warned", "WorkerError", "WorkerGivenUp", "WorkerRestarted", "load",
-    "train",
+    "DQN", "PPO", "QRDQN", "SAC", "TD3", "AbandonedError", "AiorlError", "Algorithm", "AnyEvent", "AsyncEnv",
+    "CheckpointError", "CheckpointFailed", "Checkpointed", "Config", "ConfigError", "DegreeChanged", "EnvError",
+    "EpisodeAborted", "EvalSuite", "Evaluated", "EvaluationSkipped", "Event", "Finished", "InvariantError", "Lagged",
+    "Learner", "LearnerContext", "LoadedPolicy", "NonFiniteError", "Paused", "Policy", "Progress", "Reevaluated",
+    "ReproductionError", "Result", "Resumed", "Run", "SelfPlay", "SettingsChanged", "Stalled", "StalledError",
+    "Started", "Status", "TrainingError", "Updated", "Warned", "WorkerError", "WorkerGivenUp", "WorkerRestarted",
+    "load", "train",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from aiorl.config import Config, EvalSuite
     from aiorl.envs.coroutines import AsyncEnv
     from aiorl.errors import (
+        AbandonedError,
         AiorlError,
         CheckpointError,
         ConfigError,

@@ -110,7 +110,6 @@ def test_the_command_sets_one_blas_thread_unless_told_otherwise():
         ("train CartPole-v1 --config nowhere.toml", ["nowhere.toml"]),
         ("train CartPole-v2 --dry-run", ["CartPole-v1"]),
         ("train Cartpole-v1 --dry-run", ["did you mean CartPole-v1?"]),
-        ("train ALE/Pong-v5 --dry-run", ["aiorl[atari]"]),
         ("train nowhere:make --dry-run", ["nowhere"]),
         ("train tests.toys:nothing --dry-run", ["tests.toys"]),
         ("train CartPole-v1 --env-kwargs gravity=3 --dry-run", ["gravity"]),
