@@ -118,6 +118,7 @@ def _dqn(task: Task, way: str) -> dict[str, Any]:
     h = task.dqn
     ways: dict[str, dict[str, Any]] = {
         "DQN": {"workers": 1},
+        "DQN, rollouts of 128": {"workers": 1, "segment_length": 128},
         "DQN, rollouts of 4": {"workers": 1, "segment_length": h.every},
         # Nothing but gradient steps: 16 for each env step instead of a quarter, and nothing beside them.
         "limit: gradient steps alone": {"workers": 0, "off_policy_degree": 0, "segment_length": 4},
