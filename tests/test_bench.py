@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -137,6 +138,7 @@ def test_peers_are_compared_round_by_round():
         report.table("w1", rows)
     )
     assert [row.round for row in report.disturbed([*fast, measured(3, OURS, 9.0, speed=20.0)])] == [3]
+    assert report.rows(json.loads(json.dumps(report.raw(rows)))) == rows
 
 
 def test_a_target_that_was_not_reached_is_said_and_not_counted():

@@ -150,6 +150,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one round, about 9 minutes")
     parser.add_argument("--smoke", action="store_true", help="no more than shows that everything runs")
     parser.add_argument("--json", default="bench/raw/peers.json", help="write all rows to this file; '' for none")
+    parser.add_argument("--rows", nargs="+", type=Path, help="measure nothing: take the rows of these files")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
     parser.add_argument("--peers-dir", type=Path, default=lineup.peers_directory(), help="where the peers are installed")
     parser.add_argument("--setup", action="store_true", help="install what is missing there, and end")
@@ -169,13 +170,18 @@ def main() -> None:
     print_machine()
     everything: list[report.Row] = []
     tables: list[str] = []
-    versions: dict[str, Any] = {}
+    before = [json.loads(path.read_text()) for path in options.rows or []]
+    versions: dict[str, Any] = {name: version for data in before for name, version in data["versions"].items()}
+    known = report.rows(row for data in before for row in data["rows"])
     for work, entries in lineup.chosen(options.work, options.peers, options.all).items():
-        rows = compare(entries, options, versions)
+        rows = [row for row in known if row.entry.work == work] if before else compare(entries, options, versions)
+        if not rows:
+            continue
         everything += rows
         tables.append(text(work, rows))
         print(f"\n{tables[-1]}\n", flush=True)
-    settings = {"rounds": options.rounds, "seconds": options.seconds, "versions": versions}
+    rounds = 1 + max((row.round for row in everything), default=-1)
+    settings = {"rounds": rounds, "seconds": options.seconds, "versions": versions}
     write_json(options.json if not options.smoke else None, {**settings, "rows": report.raw(everything)})
     if options.write:
         write(tables)

@@ -28,8 +28,8 @@ EQUAL = {
     "the last 20 training episodes is 475. The clock starts when everything is built and all workers are ready.",
     "w3": "2 x 256 relu network, batch 128, one gradient step for 4 env steps, target network copied "
     "every 250 gradient steps, buffer of 50,000; 20,000 env steps after 1,000 of warm-up. `limit` is the gradient "
-    "step alone on one core: aiorl's with its sampling, and the hand-written one on a batch that stays the same. aiorl collects "
-    "the next rollout, of 32 env steps if not said otherwise, while it learns from one; the others take turns.",
+    "step alone on one core: aiorl's with its sampling, and the hand-written one on a batch that stays the same. aiorl "
+    "collects the next rollout, of 32 env steps if not said otherwise, while it learns from one; the others take turns.",
     "w4": "2 x 256 relu networks for actor and twin critics, batch 256, one gradient step of all for each env step after "
     "1,000 with random actions, Adam 1e-3, gamma 0.99, targets moved by 0.005 each step, temperature tuned from 1 to an "
     "entropy of -1, buffer of 50,000. The target is met when the mean of the last 10 training episodes is -200; the rate is "

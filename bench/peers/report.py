@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -170,3 +170,10 @@ def disturbed(rows: Rows) -> list[Row]:
 def raw(rows: Rows) -> list[dict[str, Any]]:
     """For the JSON file."""
     return [{**row._asdict(), "entry": row.entry._asdict()} for row in rows]
+
+
+def rows(raw_rows: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """The inverse of `raw`."""
+    return [
+        Row(**{**row, "entry": Entry(**row["entry"]), "speed": (row["speed"][0], row["speed"][1])}) for row in raw_rows
+    ]
