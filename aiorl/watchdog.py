@@ -173,7 +173,7 @@ class LoopWatch:
             late_s = now_s - self._lag.woke_s - INTERVAL_S
             held_s = held_s + min(now_s - before_s, 2 * POLL_S) if late_s > 2 * POLL_S else 0.0
             before_s = now_s
-            if held_s:
+            if late_s > POLL_S:  # soon, for on a busy machine this thread may not get many looks
                 self._place = self._where() or self._place
             if held_s > self._limit_s and not told:
                 told = True
