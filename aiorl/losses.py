@@ -20,7 +20,7 @@ Values = Any
 """A tensor, or a NumPy array."""
 
 
-def library_of(x: Values) -> Any:
+def module_of(x: Values) -> Any:
     """The module whose functions take `x`: numpy or torch."""
     return np if isinstance(x, np.ndarray) else torch
 
@@ -47,7 +47,7 @@ def choose(x: Values, index: Values) -> Values:
 
 def spread(values: Values, index: Values, like: Values) -> Values:
     """Zeros like [N, A, …], with values[i] at [i, index[i]]."""
-    result = library_of(like).zeros_like(like)
+    result = module_of(like).zeros_like(like)
     result[_places(like), index] = values
     return result
 
@@ -63,7 +63,7 @@ def mean(x: Values) -> Values:
 
 def joined(parts: Sequence[Values]) -> Values:
     """[n] each to one [N]."""
-    return library_of(parts[0]).concatenate(parts)
+    return module_of(parts[0]).concatenate(parts)
 
 
 def numbers(rows: Sequence[Sequence[Values]]) -> Array:
@@ -100,10 +100,10 @@ def clipped_surrogate(
     for actions that an older policy chose; None where both are the same.
     """
     check_shapes(log_ratio=log_ratio, advantage=advantage, weight=weight)
-    library = library_of(log_ratio)
-    ratio = library.exp(log_ratio)
+    module = module_of(log_ratio)
+    ratio = module.exp(log_ratio)
     gain, limited = ratio * advantage, ratio.clip(1 - clip_range, 1 + clip_range) * advantage
-    objective, slope = library.minimum(gain, limited), gain * (gain <= limited)
+    objective, slope = module.minimum(gain, limited), gain * (gain <= limited)
     if weight is not None:
         objective, slope = objective * weight, slope * weight
     return -mean(objective), slope * (-1 / len(slope))
@@ -119,20 +119,20 @@ def value_loss(
         return 0.5 * mean(error * error), error / len(error)
     if old_value is None:
         raise ValueError("clip_range needs old_value")
-    library, change = library_of(error), value - old_value
+    module, change = module_of(error), value - old_value
     limited = old_value + change.clip(-clip_range, clip_range) - target
-    slope = library.where(abs(error) >= abs(limited), error, limited * (abs(change) <= clip_range))
-    return 0.5 * mean(library.maximum(error * error, limited * limited)), slope / len(error)
+    slope = module.where(abs(error) >= abs(limited), error, limited * (abs(change) <= clip_range))
+    return 0.5 * mean(module.maximum(error * error, limited * limited)), slope / len(error)
 
 
 def clipped_share(log_ratio: Values, clip_range: float) -> Values:
     """Share of the probability ratios that differ from 1 by more than `clip_range`."""
-    return mean(abs(library_of(log_ratio).expm1(log_ratio)) > clip_range)
+    return mean(abs(module_of(log_ratio).expm1(log_ratio)) > clip_range)
 
 
 def approximate_kl(log_ratio: Values) -> Values:
     """KL(old || new) from samples of old, low in variance and never negative: mean of ratio - 1 - log ratio (Schulman)."""
-    return mean(library_of(log_ratio).expm1(log_ratio) - log_ratio)
+    return mean(module_of(log_ratio).expm1(log_ratio) - log_ratio)
 
 
 def q_targets(
@@ -199,8 +199,8 @@ def quantile_huber(
     part = slope * (error - 0.5 * slope)
     # tau where a target lies above its quantile, 1 - tau below
     above = error > 0
-    tau = (library_of(error).arange(k, **_like(error)) + 0.5)[:, None] / k
-    share = library_of(error).where(above, tau, 1 - tau)
+    tau = (module_of(error).arange(k, **_like(error)) + 0.5)[:, None] / k
+    share = module_of(error).where(above, tau, 1 - tau)
     part, slope = (part * share).mean(2).sum(1), (slope * share).mean(2)
     if weight is not None:
         part, slope = part * weight, slope * weight[:, None]

@@ -19,7 +19,7 @@ from aiorl.acting import LOG_2PI
 from aiorl.convolution import Convolutions
 from aiorl.envs.spaces import Leaf
 from aiorl.layers import MLP, apply_mlp, apply_network, grad_of, make_network
-from aiorl.losses import Values, library_of, near, tensor
+from aiorl.losses import Values, module_of, near, tensor
 from aiorl.segments import Array
 from aiorl.trees import check_tree
 
@@ -38,15 +38,15 @@ class Categorical:
     """Log-probabilities and entropies [N] of logits [N, A] and int64 actions [N], all tensors or all arrays."""
 
     def __init__(self, logits: Values, actions: Values) -> None:
-        library = library_of(logits)
+        module = module_of(logits)
         # Each action's numbers in a row: sums over rows are quick.
-        columns = logits.t().contiguous() if library is torch else logits.T.copy()
-        shifted = columns - library.amax(columns, 0)
-        exps = library.exp(shifted)
+        columns = logits.t().contiguous() if module is torch else logits.T.copy()
+        shifted = columns - module.amax(columns, 0)
+        exps = module.exp(shifted)
         total = exps.sum(0)
-        self._log_probs, self._probs = shifted - library.log(total), exps / total
-        self._at = actions * len(logits) + library.arange(len(logits), **_place(logits))
-        self.log_prob = library.take(self._log_probs, self._at)
+        self._log_probs, self._probs = shifted - module.log(total), exps / total
+        self._at = actions * len(logits) + module.arange(len(logits), **_place(logits))
+        self.log_prob = module.take(self._log_probs, self._at)
         self.entropy = -(self._probs * self._log_probs).sum(0)
 
     def backward(self, d_log_prob: Values, d_entropy: float) -> Values:
@@ -75,19 +75,19 @@ class MultiCategorical:
 
     def backward(self, d_log_prob: Values, d_entropy: float) -> Values:
         parts = [part.backward(d_log_prob, d_entropy) for part in self._parts]
-        return library_of(d_log_prob).concatenate(parts, 1)
+        return module_of(d_log_prob).concatenate(parts, 1)
 
 
 class Gaussian:
     """Log-densities and entropies [N] of means [N, k], log standard deviations [k] and actions [N, k]."""
 
     def __init__(self, mean: Values, log_std: Values, actions: Values) -> None:
-        library = library_of(mean)
-        self._inverse_std = library.exp(-log_std)
+        module = module_of(mean)
+        self._inverse_std = module.exp(-log_std)
         self._z = (actions - mean) * self._inverse_std
         constant = log_std.sum() + 0.5 * LOG_2PI * mean.shape[1]
         self.log_prob = -0.5 * (self._z * self._z).sum(1) - constant
-        self.entropy = library.broadcast_to(constant + 0.5 * mean.shape[1], self.log_prob.shape)
+        self.entropy = module.broadcast_to(constant + 0.5 * mean.shape[1], self.log_prob.shape)
         self.d_log_std: Values = None
 
     def backward(self, d_log_prob: Values, d_entropy: float) -> Values:

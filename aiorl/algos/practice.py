@@ -280,8 +280,8 @@ def together(found: Sequence[Results]) -> dict[str, Any]:
     """What several batches of one gradient step say, as if they were one: the mean of numbers, arrays side by side."""
     if len(found) == 1:
         return dict(found[0])
-    library = losses.library_of(found[0]["q"])
-    arrays = {name: library.concatenate([x[name] for x in found], -1) for name in ("q", "td_error")}
+    module = losses.module_of(found[0]["q"])
+    arrays = {name: module.concatenate([x[name] for x in found], -1) for name in ("q", "td_error")}
     return {name: arrays.get(name, sum(x[name] for x in found) / len(found)) for name in found[0]}
 
 
