@@ -16,6 +16,7 @@ from aiorl.algos import algorithm_class, algorithm_name
 from aiorl.algos.base import Algorithm, CentralAlgorithm
 from aiorl.errors import ConfigError
 from aiorl.structs import (
+    as_in_a_file,
     check_bounds,
     check_plain,
     convert,
@@ -247,7 +248,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         check_plain(env_kwargs, "env_kwargs")
         return self.replace(
             env=env,
-            env_kwargs=msgspec.json.decode(msgspec.json.encode(env_kwargs)),  # as a file gives them: lists, no tuples
+            env_kwargs=as_in_a_file(env_kwargs),
             algo=self.algorithm,
             group_size=self._size_of_groups,
             workers=workers,
@@ -393,7 +394,7 @@ def _suites(given: Any) -> dict[str, EvalSuite]:
         except TypeError:
             raise not_for_toml(where, suite) from None
         check_plain(table, where)
-        suites[name] = convert(msgspec.json.decode(msgspec.json.encode(table)), EvalSuite, where)
+        suites[name] = convert(as_in_a_file(table), EvalSuite, where)
     return suites
 
 

@@ -122,6 +122,11 @@ def not_for_toml(name: str, value: Any) -> ConfigError:
     )
 
 
+def as_in_a_file(value: Any) -> Any:
+    """A struct or plain data as reading a file would give it: tables and lists, no tuples. Raises TypeError for the rest."""
+    return msgspec.json.decode(msgspec.json.encode(value))
+
+
 def without_none(table: Mapping[str, Any]) -> dict[str, Any]:
     """A table without what is None, also within the tables in it: TOML leaves out what is not set."""
     kept = {key: value for key, value in table.items() if value is not None}

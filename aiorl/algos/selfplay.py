@@ -23,7 +23,7 @@ from aiorl.envs.spaces import Leaf, Spaces
 from aiorl.errors import CheckpointError, ConfigError, InvariantError
 from aiorl.league import BOTS, SELF, UNKNOWN, Game, League
 from aiorl.segments import Array, Column, Rollout, Segment
-from aiorl.structs import check_bounds, convert, without_none
+from aiorl.structs import as_in_a_file, check_bounds, convert, without_none
 from aiorl.trees import check_tree
 
 OPPONENT, OUTCOME = "obs.opponent", "obs.outcome"
@@ -75,8 +75,7 @@ class SelfPlay(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @classmethod
     def of(cls, algorithm: Any, **settings: Any) -> Self:
-        fields = msgspec.json.decode(msgspec.json.encode(algorithm))  # as a file gives them: lists, no tuples
-        return cls(algo=algorithm_name(algorithm), inner=without_none(fields), **settings)
+        return cls(algo=algorithm_name(algorithm), inner=without_none(as_in_a_file(algorithm)), **settings)
 
     @property
     def algorithm(self) -> Any:

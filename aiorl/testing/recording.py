@@ -19,7 +19,7 @@ from aiorl.algos.base import CentralAlgorithm, Forward, LearnerContext, StateTre
 from aiorl.envs.spaces import Spaces
 from aiorl.errors import ConfigError
 from aiorl.segments import Array, Column, Rollout, SegmentHeader
-from aiorl.structs import convert, without_none
+from aiorl.structs import as_in_a_file, convert, without_none
 
 ACTED_WITH = "acted_with"
 """The column that says which weights chose an action: `weights_crc` of them, int64."""
@@ -90,8 +90,7 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @classmethod
     def of(cls, algorithm: Any) -> Recording:
-        fields = msgspec.json.decode(msgspec.json.encode(algorithm))  # as a file gives them: lists, no tuples
-        return cls(algo=algorithm_name(algorithm), settings=without_none(fields))
+        return cls(algo=algorithm_name(algorithm), settings=without_none(as_in_a_file(algorithm)))
 
     @property
     def algorithm(self) -> Any:
