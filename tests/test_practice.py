@@ -186,6 +186,19 @@ def test_weights_are_factors_on_the_losses(name: str):
     assert norms[3] == norms[4] == norms[0], "weights count without priorities"
 
 
+def steps_of(learner: Any) -> list[dict[str, Any]]:
+    """What the learner's gradient steps will say of themselves, as they are done."""
+    steps: list[dict[str, Any]] = []
+    own = learner._step
+
+    def told(*arguments: Any) -> dict[str, Any]:
+        steps.append(dict(own(*arguments)))
+        return steps[-1]
+
+    learner._step = told
+    return steps
+
+
 @every_learner
 def test_priorities_are_the_errors_of_the_step_that_drew_them(name: str, monkeypatch: pytest.MonkeyPatch):
     learner, stream = learner_of(name, priority_exponent=0.6, update_ratio=0.1), stream_of(name)
@@ -197,14 +210,7 @@ def test_priorities_are_the_errors_of_the_step_that_drew_them(name: str, monkeyp
         return put(self, batch, errors)
 
     monkeypatch.setattr(Replay, "reprioritise", spy)
-    steps: list[dict[str, Any]] = []
-    own = learner._step
-
-    def told(*arguments: Any) -> dict[str, Any]:
-        steps.append(dict(own(*arguments)))
-        return steps[-1]
-
-    learner._step = told
+    steps = steps_of(learner)
     metrics = [learner.update(stream.next()) for _ in range(3)]
     assert len(seen) == len(steps) == sum(m["gradient_steps"] for m in metrics) > 1
     for (_, errors), found in zip(seen, steps, strict=True):
@@ -345,14 +351,7 @@ def test_no_setting_is_lost_in_a_file_for_being_none(name: str):
 @every_learner
 def test_what_is_told_of_values_errors_and_parameters(name: str):
     learner, stream = learner_of(name, warmup=0, reward_scale=3.0), stream_of(name)
-    steps: list[dict[str, Any]] = []
-    own = learner._step
-
-    def told(*arguments: Any) -> dict[str, Any]:
-        steps.append(dict(own(*arguments)))
-        return steps[-1]
-
-    learner._step = told
+    steps = steps_of(learner)
     rollouts = [stream.next() for _ in range(3)]
     for rollout in rollouts:
         steps.clear()
@@ -380,14 +379,7 @@ def test_what_is_told_of_values_errors_and_parameters(name: str):
 def test_only_the_last_gradient_steps_are_kept_whole(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(practice, "LOOKED_AT", 3)
     learner, stream = learner_of("dqn", warmup=0), stream_of("dqn")
-    steps: list[dict[str, Any]] = []
-    own = learner._step
-
-    def told(*arguments: Any) -> dict[str, Any]:
-        steps.append(dict(own(*arguments)))
-        return steps[-1]
-
-    learner._step = told
+    steps = steps_of(learner)
     metrics = learner.update(stream.next())
     assert len(steps) > 3
     assert metrics["q_max"] == pytest.approx(max(float(s["q"].max()) for s in steps[-3:]))
