@@ -136,7 +136,7 @@ LEARNERS = {"ppo": "LunarLander-v3", "dqn": "CartPole-v1", "sac": "Pendulum-v1",
 
 
 async def pausing(times: int = 10) -> dict[str, Any]:
-    """From `pause()` in the middle of learning until nothing moves: the running update is finished, and so are segments."""
+    """From `pause()` in the middle of learning until nothing moves: a gradient step and an environment step are finished."""
     figures: dict[str, Any] = {}
     for algo, env in LEARNERS.items():
         took_ms: list[float] = []

@@ -1,6 +1,6 @@
 """Runs the commands of docs/results.md, several seeds each, and writes its table and curves.
 
-    python -m bench.results                                    all of them, one after the other: about an hour
+    python -m bench.results                                    all of them, one after the other: about six hours
     python -m bench.results --only ppo/CartPole-v1 --seeds 2   a part; its rows in the document are replaced
     python -m bench.results --runs runs/results                keep the runs there; finished ones are not repeated
 """
@@ -51,6 +51,10 @@ CASES = (
     Case("dqn", "Acrobot-v1", -100, 3),
     Case("sac", "Pendulum-v1", -200, 5),
     Case("td3", "Pendulum-v1", -200, 5),
+    Case("sac", "LunarLanderContinuous-v3", 200, 3),
+    Case("sac", "BipedalWalker-v3", 280, 3),  # Stable-Baselines3's zoo reports 298 for its own settings
+    Case("sac", "HalfCheetah-v5", 4_000, 1),
+    Case("sac", "Hopper-v5", 2_000, 1),
 )
 
 

@@ -11,7 +11,7 @@ import stable_baselines3
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 from torch import nn
 
 from bench.peers import learning, works
@@ -67,7 +67,7 @@ class Evaluating(BaseCallback):
 
 
 def model_of(task: Task, seed: int) -> Any:
-    h, venv = task.learner, DummyVecEnv(works.env_makers(task.envs, task.env))
+    h, venv = task.learner, VecMonitor(DummyVecEnv(works.env_makers(task.envs, task.env)))
     gradient_steps = h.ratio * task.envs  # after each step of all environments
     common: dict[str, Any] = {
         "learning_rate": h.learning_rate, "batch_size": h.batch, "buffer_size": h.capacity, "learning_starts": h.warmup,
@@ -95,9 +95,10 @@ def train(task: Task, seed: int, way: str) -> dict[str, Any]:
     model.learn(task.steps, callback=watch)
     train_s = time.perf_counter() - watch.begun_s - watch.spent_s
     watch.evaluate()
+    returns = [float(episode["r"]) for episode in model.ep_info_buffer]  # of the last 100
     return {
         "env_steps": model.num_timesteps, "gradient_steps": model._n_updates, "train_s": train_s, "begun_at": begun_at,
-        "evaluations": watch.found,
+        "train_return": float(np.mean(returns)) if returns else None, "evaluations": watch.found,
     }  # fmt: skip
 
 
