@@ -44,7 +44,7 @@ _EXPORTS = {
     "aiorl.events": [
         "AnyEvent", "CheckpointFailed", "Checkpointed", "DegreeChanged", "EpisodeAborted", "Evaluated",
         "EvaluationSkipped", "Event", "Finished", "Lagged", "Paused", "Progress", "Reevaluated", "Resumed",
-        "SettingsChanged", "Stalled", "Started", "Status", "Updated", "Warned", "WorkerGivenUp",
+        "SettingsChanged", "Stalled", "Standings", "Started", "Status", "Updated", "Warned", "WorkerGivenUp",
         "WorkerRestarted",
     ],
 }  # fmt: skip
@@ -56,8 +56,8 @@ __all__ = [
     "EpisodeAborted", "EvalSuite", "Evaluated", "EvaluationSkipped", "Event", "Finished", "InvariantError", "Lagged",
     "Learner", "LearnerContext", "LoadedPolicy", "NonFiniteError", "Paused", "Policy", "Progress", "Reevaluated",
     "ReproductionError", "Result", "Resumed", "Run", "SelfPlay", "SettingsChanged", "Stalled", "StalledError",
-    "Started", "Status", "TrainingError", "Updated", "Warned", "WorkerError", "WorkerGivenUp", "WorkerRestarted",
-    "load", "train",
+    "Standings", "Started", "Status", "TrainingError", "Updated", "Warned", "WorkerError", "WorkerGivenUp",
+    "WorkerRestarted", "load", "train",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ if TYPE_CHECKING:
         Resumed,
         SettingsChanged,
         Stalled,
+        Standings,
         Started,
         Status,
         Updated,

@@ -25,13 +25,14 @@ from aiorl.learning import Trainer
 from aiorl.ledger import Ledger
 from aiorl.metrics.curve import write_curve
 from aiorl.metrics.directory import RunFiles, hold, write_atomically
-from aiorl.offload import OffloadThread
+from aiorl.offload import Brake, OffloadThread
 from aiorl.pacing import Pacer
-from aiorl.preflight import EVAL_WIDTH, Preflight
+from aiorl.preflight import EVAL_WIDTH, Preflight, Saved
 from aiorl.record import Record
 from aiorl.report import Report, Result
+from aiorl.workers.inline import InlineWorkers
 from aiorl.workers.launch import Launcher
-from aiorl.workers.pool import InlineWorkers, ProcessWorkers, Workers, plan_stations
+from aiorl.workers.pool import ProcessWorkers, Workers, plan_stations
 from aiorl.workers.questions import MailboxLayout
 from aiorl.workers.station import StationSetup
 from aiorl.workers.weights import WeightLayout, WeightStore
@@ -126,13 +127,16 @@ async def assemble(
     learner_thread = backends.thread("aiorl-learner")
     launcher: Launcher | None = None
     lock: FileLock | None = None
+    trainer: Trainer | None = None
     try:
         checked = await files_thread.run(preflight.check, config, resume)
         lock = await files_thread.run(hold, checked.directory)
         if checked.config.workers:
             launcher = backends.launcher(checked.needs_main)  # it loads its modules while this process imports torch
             await files_thread.run(launcher.warm_up)
-        trainer = await learner_thread.run(_make_trainer, checked, record)
+        trainer = await learner_thread.run(_make_trainer, checked, record, learner_thread.brake)
+        if checked.saved is not None:
+            await learner_thread.run(_restore, trainer, checked.saved)
         weights = await learner_thread.run(_make_weights, checked, trainer)
         parts = _wire(checked, launcher, learner_thread, trainer, weights, record, backends)
         files = await files_thread.run(_begin_directory, checked)
@@ -146,13 +150,15 @@ async def assemble(
             await files_thread.run(launcher.close)
         if lock is not None:
             await files_thread.run(lock.release)
+        if trainer is not None:
+            learner_thread.submit(trainer.close)  # not waited for: it may be reading a buffer of experience
         await learner_thread.aclose(0.1)
         await files_thread.aclose(0.1)
         raise
     return Assembly(checked, parts, files, files_thread, lock, dial)
 
 
-def _make_trainer(checked: Preflight, record: Record | None) -> Trainer:
+def _make_trainer(checked: Preflight, record: Record | None, brake: Brake) -> Trainer:
     config = checked.config
     context = LearnerContext(
         seed=config.seed,
@@ -162,19 +168,23 @@ def _make_trainer(checked: Preflight, record: Record | None) -> Trainer:
         off_policy_degree=config.degree_limit,
         warmup=config.warmup,
         device=_choose_device(config.device),
+        directory=checked.directory.resolve(),
     )
     ledger = Ledger(config.groups, cast(int, config.group_size))
     settings = record.settings if record is not None else None
     skips_max = config.nonfinite_max if config.on_nonfinite == "skip" else 0
-    trainer = Trainer(
-        checked.algorithm, checked.spaces, context, ledger, config.torch_threads, settings, skips_max, checked.probe.bounds
-    )
-    if checked.saved is not None:
-        try:
-            trainer.restore(checked.saved.parts)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{checked.saved.path} does not fit this run: {error}") from error
-    return trainer
+    return Trainer(
+        checked.algorithm, checked.spaces, context, ledger, config.torch_threads, settings, skips_max,
+        checked.probe.bounds, brake,
+    )  # fmt: skip
+
+
+def _restore(trainer: Trainer, saved: Saved) -> None:
+    try:
+        trainer.restore(saved.parts)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{saved.path} does not fit this run: {error}") from error
+    del saved.parts["learner"]  # a whole buffer of experience, maybe
 
 
 def _choose_device(device: str) -> str:
@@ -273,6 +283,7 @@ def _wire(
             thread = backends.thread("aiorl-inference")
             inference = Inference(network, workers, thread, config.inference_wait_ms / 1e3)
     gate = Gate()
+    workers.on_stand = learner_thread.on_stand = gate.wake
     return loops.Parts(
         pacer=pacer,
         workers=workers,

@@ -33,6 +33,7 @@ SCHEMA = 3
 MANIFEST = "manifest.json"
 JSON_BYTES_MAX = 256 * 2**20
 CHUNK_BYTES = 2**20
+LARGE_BYTES = 2**26  # of an array
 _ZEROS = "0" * 64
 _NAME = re.compile(r"([a-z0-9_]+)\.(safetensors|json)")
 _STORED = re.compile(r"[a-z0-9_]+-[0-9a-f]{16}\.(safetensors|json)|\.[a-z0-9_.]+\.tmp")
@@ -41,6 +42,8 @@ _DTYPES = {
     "bool": "BOOL", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64", "uint8": "U8", "uint16": "U16",
     "uint32": "U32", "uint64": "U64", "float16": "F16", "float32": "F32", "float64": "F64",
 }  # fmt: skip
+
+_NUMPY = {name: dtype for dtype, name in _DTYPES.items()}
 
 Tree = dict[str, Any]
 Which = Literal["best", "final", "latest"]
@@ -290,14 +293,34 @@ def encode_arrays(arrays: Mapping[str, Array]) -> Iterator[bytes | memoryview]:
 
 
 def decode_arrays(path: Path) -> dict[str, Array]:
-    """The arrays of a safetensors file, as copies. Raises CheckpointError."""
+    """The arrays of a safetensors file, which can be written to without changing it. Raises CheckpointError.
+
+    Large ones stay in the file until they are looked at: experience that is kept on disk may be more than memory holds.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
-        with cast(Any, safe_open)(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+        with cast(Any, safe_open)(path, framework="numpy") as file:  # it checks the header
+            large = _map_large(path)
+            return large | {name: file.get_tensor(name) for name in sorted({*file.keys()} - {*large})}
     except (SafetensorError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a valid safetensors file: {error}") from None
+
+
+def _map_large(path: Path) -> dict[str, Array]:
+    """The large arrays of a safetensors file with a sound header, as private mappings of it."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+        found: dict[str, Array] = {}
+        for name, entry in header.items():
+            begin, end = entry.get("data_offsets", (0, 0))
+            if end - begin >= LARGE_BYTES and entry["dtype"] in _NUMPY:
+                dtype = np.dtype(_NUMPY[entry["dtype"]]).newbyteorder("<")
+                mapped = np.memmap(file, dtype, "c", 8 + length + begin, tuple(entry["shape"]))
+                native = mapped.view(np.ndarray).astype(dtype.newbyteorder("="), copy=False)
+                found[name] = np.require(native, requirements="A")
+    return found
 
 
 def _encode_json(plain: dict[str, Any], part: str) -> bytes:

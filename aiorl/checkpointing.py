@@ -47,7 +47,7 @@ class Checkpointer:
     async def save_periodic(self) -> None:
         """Called between two updates: capture now, write while training goes on."""
         await self._settle()
-        self._writing = await self._begin("periodic")
+        await self._start("periodic")
 
     async def look(self) -> None:
         """Called between two updates: report a write that has failed meanwhile at once, not when the next one is due."""
@@ -56,9 +56,8 @@ class Checkpointer:
 
     async def save_requested(self) -> Path:
         """Wait for the running update, capture, write; the checkpoint's path."""
-        parts = self._made.parts
-        await parts.gate.wait_for(lambda: not parts.updating)
-        writing = await self._begin("requested")
+        async with self._made.parts.between_updates():
+            writing = await self._begin("requested")
         return await writing
 
     async def save_final(self) -> None:
@@ -67,7 +66,7 @@ class Checkpointer:
         parts = self._made.parts
         version = parts.pacer.commits
         if self._saved_version != version:
-            self._writing = await self._begin("final")
+            await self._start("final")
             await self._settle()
         buffer = parts.weights.acquire(version)
         try:
@@ -85,6 +84,12 @@ class Checkpointer:
             self._writing.cancel()
 
     # -- the work --------------------------------------------------------------------------------------------------
+
+    async def _start(self, kind: str) -> None:
+        try:
+            self._writing = await self._begin(kind)
+        except OSError as error:  # a copy on disk has no room
+            self._note_failure(error)
 
     async def _begin(self, kind: str) -> asyncio.Task[Path]:
         """Capture; no update can come in between, the learner thread does one thing after the other."""

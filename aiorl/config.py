@@ -21,6 +21,7 @@ from aiorl.structs import (
     check_plain,
     convert,
     fields_of,
+    merge,
     not_for_toml,
     read_toml,
     refuse_unknown,
@@ -292,13 +293,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @classmethod
     def preset(cls, env: str, algo: str = "ppo", **changes: Any) -> Config:
         """The tuned configuration for this environment and algorithm if there is one, with `changes` on top."""
-        from aiorl.presets import preset
+        from aiorl.presets import preset, suited
 
         settings = preset(algo, env)
         own = algorithm_class(algo).name
         if isinstance(changes.get(own), Mapping):
-            changes[own] = {**settings.get(own, {}), **changes[own]}
-        return cls.from_dict({**settings, "env": env, "algo": algo, **changes}, "preset")
+            settings = suited(settings, own, changes[own].get("algo"))
+            changes[own] = merge(settings.get(own, {}), changes[own])
+        return cls.from_dict({"env": env, **settings, "algo": algo, **changes}, "preset")
 
 
 def auto_group_size(envs: int) -> int:

@@ -206,6 +206,28 @@ class DegreeChanged(Event, frozen=True, kw_only=True, tag="degree_changed"):
     error_per_lag: float | None = None
 
 
+class Opponent(msgspec.Struct, frozen=True, kw_only=True):
+    """How a learner does against one opponent: shares of `games` (old ones fade) that it won and lost, None without any.
+
+    `version` is that of a snapshot, None for others and for those from files.
+    """
+
+    name: str
+    games: float
+    wins: float | None
+    losses: float | None
+    elo: float
+    version: int | None = None
+
+
+class Standings(Event, frozen=True, kw_only=True, tag="standings"):
+    """How a learner in self-play does against all whom it may meet, itself (`self`) included. Told when its pool has a new
+    member, and at the end. `elo` is its own rating."""
+
+    elo: float
+    opponents: tuple[Opponent, ...]
+
+
 class Stalled(Event, frozen=True, kw_only=True, tag="stalled"):
     """Nothing has moved for `stall_timeout_s`: the run fails. `table` says who waits for whom, a line each."""
 
@@ -270,6 +292,6 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
 AnyEvent = (
     Started | Updated | Progress | Evaluated | EvaluationSkipped | Reevaluated | Checkpointed | CheckpointFailed
-    | Paused | Resumed | SettingsChanged | DegreeChanged | Warned | WorkerRestarted | WorkerGivenUp | EpisodeAborted
-    | Stalled | Lagged | Finished
+    | Paused | Resumed | SettingsChanged | DegreeChanged | Standings | Warned | WorkerRestarted | WorkerGivenUp
+    | EpisodeAborted | Stalled | Lagged | Finished
 )  # fmt: skip

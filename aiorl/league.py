@@ -16,9 +16,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from aiorl.errors import InvariantError, TrainingError
+from aiorl.events import Opponent
 from aiorl.segments import Array
 from aiorl.trees import check_tree
 
+LEARNER, ITSELF = "learner", "self"  # as a player, and as an opponent
 UNKNOWN = -1  # nobody has been met yet
 SELF = 0
 BOTS = 2**23  # the first code of a bot; all codes are below 2**24, so float32 holds them exactly
@@ -288,11 +290,24 @@ def standings(weights: Mapping[str, Array], bots: Sequence[str]) -> dict[str, An
     names = {place: f"snapshot {codes[first + place]}" for place in places}
     columns = [*range(first), *(first + place for place in places)]
     rows = table[[0, *(1 + place for place in places)]][:, columns].round(3)
-    opponents = ["self", *bots, *names.values()]
+    opponents = [ITSELF, *bots, *names.values()]
     return {
-        "players": ["learner", *names.values()],
+        "players": [LEARNER, *names.values()],
         "opponents": opponents,
         "versions": {name: int(weights["league.versions"][place]) for place, name in names.items()},
         "elo": dict(zip(opponents, weights["league.elo"][columns].round(1).tolist(), strict=True)),
         **{name: rows[:, :, i].tolist() for i, name in enumerate(("wins", "ties", "losses"))},
     }
+
+
+def opponents(table: Mapping[str, Any]) -> tuple[Opponent, ...]:
+    """The learner's row of `standings`."""
+    rows = zip(table["opponents"], *(table[name][0] for name in ("wins", "ties", "losses")), strict=True)
+    return tuple(_opponent(table, *row) for row in rows)
+
+
+def _opponent(table: Mapping[str, Any], name: str, wins: float, ties: float, losses: float) -> Opponent:
+    games, version = wins + ties + losses, table["versions"].get(name, -1)
+    won, lost = (wins / games, losses / games) if games else (None, None)
+    elo = table["elo"][name]
+    return Opponent(name=name, games=games, wins=won, losses=lost, elo=elo, version=version if version >= 0 else None)

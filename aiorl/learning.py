@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from aiorl.alarms import Alarms
-from aiorl.algos.base import Algorithm, Learner, LearnerContext, Weights
+from aiorl.algos.base import Algorithm, Closing, Learner, LearnerContext, Weights
 from aiorl.envs.cursor import GroupCursor, advance
 from aiorl.envs.spaces import Bounds, Spaces
 from aiorl.errors import InvariantError, NonFiniteError, TrainingError
 from aiorl.ledger import Aborted, Episode, Ledger
+from aiorl.offload import Brake
 from aiorl.pacing import RolloutPlan
 from aiorl.seals import check_seal
 from aiorl.segments import Array, Rollout, Segment, SegmentHeader
@@ -68,9 +69,11 @@ class Trainer:
         settings: Mapping[int, Mapping[str, float]] | None = None,
         skips_max: int = 0,
         bounds: Mapping[str, Bounds] | None = None,
+        brake: Brake | None = None,
     ) -> None:
         """`settings`: changes to make after so many updates (when a run is repeated). `skips_max`: how many updates in a row
-        may be skipped because they come to NaN or infinity. `bounds`: of the observations, as declared."""
+        may be skipped because they come to NaN or infinity. `bounds`: of the observations, as declared. `brake`: holds an
+        update between two gradient steps."""
         self.ledger = ledger
         self._alarms, self._skips_max, self._skips = Alarms(spaces, bounds), skips_max, 0
         self._storing = threading.Lock()
@@ -78,12 +81,16 @@ class Trainer:
         self._threads = threads
         self._restore_threads = _set_torch_threads(threads)
         self._abandoned = threading.Event()
-        self.learner: Learner = algorithm.learner(spaces, replace(context, abandoned=self._abandoned.is_set))
+        self._brake = brake or Brake()
+        context = replace(context, abandoned=self._abandoned.is_set, rest=self._brake.rest)
+        self.learner: Learner = algorithm.learner(spaces, context)
         self._fingerprint = fingerprint(self.learner.weights())
 
     def abandon(self) -> None:
-        """Let an update that is under way end as soon as it can: the run ends without it. For any thread."""
+        """Let an update that is under way end as soon as it can, also if it is held: the run ends without it. For any
+        thread."""
         self._abandoned.set()
+        self._brake.release()
 
     def update(self, plan: RolloutPlan, segments: tuple[Segment, ...]) -> Outcome:
         """Enter a rollout in the books and let the learner do all it owes for it.
@@ -96,9 +103,9 @@ class Trainer:
         rollout = Rollout(plan.index, plan.behaviour_version, segments, envs)
         if plan.index in self._settings:
             self.learner.set(**self._settings[plan.index])
-        begun = time.perf_counter()
+        begun, rested_s = time.perf_counter(), self._brake.rested_s
         metrics, skipped = self._learn(rollout)
-        took_s = time.perf_counter() - begun
+        took_s = time.perf_counter() - begun - (self._brake.rested_s - rested_s)
         if "gradient_steps" not in metrics:
             raise TrainingError(
                 f"{type(self.learner).__name__}.update returned no `gradient_steps`\n  add it to the metrics (0 in warm-up)"
@@ -182,7 +189,10 @@ class Trainer:
         self.ledger.load_state_dict(parts["run"]["ledger"])
 
     def close(self) -> None:
+        """Only the books can be used afterwards."""
         self._restore_threads()
+        if isinstance(self.learner, Closing):
+            self.learner.close()
 
 
 def _check_seals(plan: RolloutPlan, segments: tuple[Segment, ...]) -> None:

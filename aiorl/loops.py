@@ -9,8 +9,9 @@ The fourth one evaluates snapshots (`evaluation.py`).
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 from aiorl.channel import Channel, Gate
@@ -37,6 +38,39 @@ class Parts:
     inference: Inference | None = None  # None: the workers compute the network themselves
     waiting_s: dict[str, float] = field(default_factory=lambda: {"train": 0.0})
     updating: bool = False
+    waiting_for_gap: int = 0
+
+    def hold(self, held: bool) -> None:
+        """Let everybody pause between two environment steps and between two gradient steps, or go on."""
+        self.pacer.paused = held
+        self.workers.hold(held)
+        if held:
+            self.learner_thread.brake.hold()
+        else:
+            self.learner_thread.brake.release()
+        self.gate.wake()
+
+    @contextlib.asynccontextmanager
+    async def between_updates(self) -> AsyncIterator[None]:
+        """No update is under way, and none begins meanwhile. One that is held goes on to its end first."""
+        self.waiting_for_gap += 1  # else the next one may begin at once, and the next
+        self.learner_thread.brake.release()
+        try:
+            await self.gate.wait_for(lambda: not self.updating)
+            yield
+        finally:
+            self.waiting_for_gap -= 1
+            self.gate.wake()
+
+    @property
+    def may_update(self) -> bool:
+        return len(self.rollouts) > 0 and not self.pacer.paused and not self.waiting_for_gap
+
+    @property
+    def still(self) -> bool:
+        """No environment steps, no update goes on, and none will while all are held. For any thread."""
+        learns = self.updating and not self.learner_thread.brake.stands
+        return not learns and (not self.pacer.in_flight or self.workers.stands_still())
 
 
 async def collect(parts: Parts) -> None:
@@ -72,9 +106,7 @@ async def train(parts: Parts, booked: Booked) -> None:
     pacer, gate = parts.pacer, parts.gate
     while True:
         begun = time.perf_counter()
-        await gate.wait_for(
-            lambda: pacer.stopped or pacer.finished or (len(parts.rollouts) > 0 and not pacer.paused)
-        )
+        await gate.wait_for(lambda: pacer.stopped or pacer.finished or parts.may_update)
         if pacer.stopped or pacer.finished:
             return
         waited_s = time.perf_counter() - begun

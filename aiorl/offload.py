@@ -11,6 +11,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -21,13 +22,58 @@ BACKGROUND_NICENESS = 10
 """Of these threads and of workers: with every core busy the loop's thread would else wait its turn behind them."""
 
 
+class Brake:
+    """Lets a thread stand still for a while, at places of its own choosing. `rest` is for that thread, all else for others.
+
+    `rested_s` is for how long it has stood. `tell` is called, on the thread, when it comes to a stand.
+    """
+
+    def __init__(self, tell: Callable[[], None] = lambda: None) -> None:
+        self.held = False
+        self._tell = tell
+        self.rested_s = 0.0
+        self._resting = False
+        self._changed = threading.Condition()
+
+    @property
+    def stands(self) -> bool:
+        """It is held and has come to a stand: nothing goes on before `release`."""
+        return self.held and self._resting
+
+    def hold(self) -> None:
+        """From its next `rest` on the thread waits."""
+        self.held = True
+
+    def release(self) -> None:
+        with self._changed:
+            self.held = False
+            self._changed.notify_all()
+
+    def rest(self) -> None:
+        """Wait for as long as the thread is held."""
+        if not self.held:
+            return
+        begun_s = time.perf_counter()
+        with self._changed:
+            self._resting = True
+            self._tell()
+            self._changed.wait_for(lambda: not self.held)
+            self._resting = False
+        self.rested_s += time.perf_counter() - begun_s
+
+
 class OffloadThread:
-    """A daemon thread that runs one call after the other. Make and use it in one event loop."""
+    """A daemon thread that runs one call after the other. Make and use it in one event loop.
+
+    A call that asks `brake` can be held in its middle; `on_stand` is called, on the loop, when it has come to a stand.
+    """
 
     ident: int | None = None
     """The thread's number, to find out where it is."""
 
     def __init__(self, name: str) -> None:
+        self.on_stand: Callable[[], None] = lambda: None
+        self.brake = Brake(lambda: self._post(self.on_stand))
         self._loop = asyncio.get_running_loop()
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._done = asyncio.Event()

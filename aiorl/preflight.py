@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any, NamedTuple, cast
 import msgspec
 
 from aiorl import checkpoint, policy
-from aiorl.algos.base import Algorithm, CentralAlgorithm, Forward, Remembering, SplitPolicy
+from aiorl.algos.base import Algorithm, CentralAlgorithm, Filing, Forward, Ranked, Remembering, SplitPolicy, Wrapping
+from aiorl.buffers.storage import free_bytes
 from aiorl.config import Config, env_name
 from aiorl.degree import check_degree
 from aiorl.envs.make import Probe, probe
@@ -115,7 +117,8 @@ def check(config: Config, resume: str | Path | None = None, *, write: bool = Tru
         config = asked.replace(group_size=1).resolve()  # a worker serves them all at once: none needs to wait for others
     algorithm.check(found.spaces)
     forward = _forward(config, algorithm, found.spaces)
-    _check_practice(config, algorithm)
+    _check_practice(config, _learning(algorithm, found.spaces))
+    _check_bots(algorithm, found)
     _check_can_abort(config, found)
     _check_stepping(config, found)
     suites = find_suites(config, found)
@@ -126,10 +129,9 @@ def check(config: Config, resume: str | Path | None = None, *, write: bool = Tru
     if saved is not None:
         _check_fits(saved, config, found.spaces)
         _check_state(saved, config, segment)
-    if saved is not None and saved.path.parent.name == "checkpoints":
-        directory = saved.path.parent.parent
-    else:
-        directory = choose_directory(config, env_name(config.env), algorithm.name, create=write)
+    own = saved.path.parent.parent if saved is not None and saved.path.parent.name == "checkpoints" else None
+    _check_disk(config, _learning(algorithm, found.spaces), own or Path(config.out or "runs"))
+    directory = own or choose_directory(config, env_name(config.env), algorithm.name, create=write)
     if write:
         make_writable(directory)
     idle = asked.workers - cast(int, config.workers) if isinstance(asked.workers, int) else 0
@@ -149,12 +151,28 @@ def _forward(config: Config, algorithm: Algorithm, spaces: Spaces) -> Forward | 
     return forward
 
 
-def _check_practice(config: Config, algorithm: Algorithm) -> None:
+class Learning(NamedTuple):
+    """The algorithm that learns, the spaces that it sees, and where its settings stand ("sac", "selfplay.inner")."""
+
+    algorithm: Algorithm
+    spaces: Spaces
+    settings: str
+
+
+def _learning(algorithm: Algorithm, spaces: Spaces) -> Learning:
+    """The algorithm itself, or the one within."""
+    if isinstance(algorithm, Wrapping):
+        return Learning(*algorithm.within(spaces))
+    return Learning(algorithm, spaces, algorithm.name)
+
+
+def _check_practice(config: Config, learning: Learning) -> None:
     """A buffer must hold what is to be learned from, when it is: for algorithms with `capacity` and `warmup` settings."""
+    algorithm, _, settings = learning
     capacity, own = getattr(algorithm, "capacity", None), getattr(algorithm, "warmup", None)
     if not (isinstance(capacity, int) and isinstance(own, int)):
         return
-    warmup, name = (own, f"{algorithm.name}.warmup") if config.warmup is None else (config.warmup, "warmup")
+    warmup, name = (own, f"{settings}.warmup") if config.warmup is None else (config.warmup, "warmup")
     if warmup >= config.total_steps:
         raise ConfigError(
             f"{name} = {warmup:,}: the run ends after {config.total_steps:,} env steps, before the first gradient step\n"
@@ -164,9 +182,22 @@ def _check_practice(config: Config, algorithm: Algorithm) -> None:
     for what, needs in ((f"{name} is {warmup:,}", warmup), (f"a rollout has {rollout:,} env steps", rollout)):
         if needs > capacity:
             raise ConfigError(
-                f"{algorithm.name}.capacity = {capacity:,}, but {what}: some would be overwritten before they are used\n"
-                f"  raise {algorithm.name}.capacity to {needs:,} or more"
+                f"{settings}.capacity = {capacity:,}, but {what}: some would be overwritten before they are used\n"
+                f"  raise {settings}.capacity to {needs:,} or more"
             )
+
+
+def _check_bots(algorithm: Algorithm, found: Probe) -> None:
+    """Otherwise a worker would find out, as the first game against it begins."""
+    if isinstance(algorithm, Ranked) and found.bots is not None:
+        for name in algorithm.bots:
+            if name not in found.bots:
+                near = difflib.get_close_matches(name, found.bots, 1)
+                hint = f" — did you mean {near[0]}?" if near else ""
+                raise ConfigError(
+                    f"{algorithm.name}.bots: {found.spec.name} has no bot {name!r}{hint}\n"
+                    f"  it has: {', '.join(found.bots) or 'none'}"
+                )
 
 
 def _check_can_abort(config: Config, found: Probe) -> None:
@@ -263,19 +294,37 @@ def _check_memory(config: Config, algorithm: Algorithm, spaces: Spaces, segment:
             f"({source})\n  use at most {fits} environments, a shorter segment_length (now {segment.steps}) "
             "or a smaller off_policy_degree or degree_max"
         )
-    if isinstance(algorithm, Remembering):
-        _check_experience(config, algorithm, spaces, limit - need, source)
+    _check_experience(config, _learning(algorithm, spaces), limit - need, source)
 
 
-def _check_experience(config: Config, algorithm: Any, spaces: Spaces, limit: int, source: str) -> None:
+def _check_experience(config: Config, learning: Learning, limit: int, source: str) -> None:
     """What is kept has to be there twice while a checkpoint is written."""
+    algorithm, spaces, settings = learning
+    if not isinstance(algorithm, Remembering):
+        return
     kept = min(algorithm.capacity, config.total_steps)
     need = 2 * algorithm.experience_bytes(spaces, config.envs, kept)
     if need > limit:
         raise ConfigError(
-            f"{algorithm.name}.capacity = {algorithm.capacity:,}: {kept:,} transitions and their copy in a checkpoint need "
+            f"{settings}.capacity = {algorithm.capacity:,}: {kept:,} transitions and their copy in a checkpoint need "
             f"{need / 2**30:.2f} GiB, there are {max(0, limit) / 2**30:.2f} GiB ({source})\n"
             f"  use a capacity of at most {max(1, kept * limit // need):,}"
+        )
+
+
+def _check_disk(config: Config, learning: Learning, place: Path) -> None:
+    """Experience on disk has its room taken at once, and is there twice more while a checkpoint is written."""
+    algorithm, spaces, settings = learning
+    free = free_bytes(place)
+    if not isinstance(algorithm, Filing) or free is None:
+        return
+    kept = min(algorithm.capacity, config.total_steps)
+    need = sum(n * algorithm.disk_bytes(spaces, config.envs, size) for n, size in ((1, algorithm.capacity), (2, kept)))
+    if need > free:
+        raise ConfigError(
+            f"{settings}.capacity = {algorithm.capacity:,} on disk: the buffer, its copy and a checkpoint need "
+            f"{need / 2**30:.2f} GiB in {place}, where {free / 2**30:.2f} GiB are free\n"
+            f"  use a smaller capacity, another out, or {settings}.storage = \"memory\""
         )
 
 
@@ -317,7 +366,8 @@ def resumed_config(path: str | Path, **changes: Any) -> Config:
 
 # A resumed run must agree in these with its checkpoint.
 _FIXED = (
-    "env", "env_kwargs", "native_vector", "algo", "seed", "envs", "group_size", "segment_length", "schedule", "inference",
+    "env", "env_kwargs", "native_vector", "frame_stack", "algo", "seed", "envs", "group_size", "segment_length", "schedule",
+    "inference",
 )  # fmt: skip
 
 

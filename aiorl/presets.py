@@ -1,12 +1,15 @@
 """Settings that are known to solve an environment, by algorithm and environment. Plain data: keys of `Config`, and a table
-under the algorithm's name for its own fields. `docs/results.md` says what they reach."""
+under the algorithm's name for its own fields. An `env` among them is the form of the environment that the algorithm needs.
+`docs/results.md` says what they reach."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
+from aiorl.algos import algorithm_class
 from aiorl.envs.spec import full_id
+from aiorl.structs import fields_of
 
 # Hockey: trained on mixtures, with repeated actions and a reward by potential; evaluated in the game as it is, by wins.
 _HOCKEY: dict[str, Any] = {
@@ -14,7 +17,7 @@ _HOCKEY: dict[str, Any] = {
     "envs": 16,
     "segment_length": 16,
     "env_kwargs": {
-        "mode": ["NORMAL", "NORMAL", "TRAIN_SHOOTING", "TRAIN_DEFENSE"],
+        "mode": ["NORMAL", "TRAIN_SHOOTING", "TRAIN_SHOOTING", "TRAIN_DEFENSE"],
         "opponent": ["weak", "strong"],
         "frame_skip": 2,
         "shaping": 2.0,
@@ -36,10 +39,32 @@ _HOCKEY_LEARNER: dict[str, Any] = {
     "learning_rate": 5e-4,
     "gamma": 0.98,
     "n_step": 3,
-    "update_ratio": 0.03,
+    "update_ratio": 0.06,
     "normalise_obs": True,
     "warmup": 10_000,
     "random_steps": 10_000,
+}
+
+# Half of the games against its past, whoever is hard to beat first; whoever joins has held its own against those before.
+_HOCKEY_SELFPLAY: dict[str, Any] = {
+    **_HOCKEY,
+    "env": "aiorl.envs.hockey.selfplay:hockey",
+    "env_kwargs": {name: value for name, value in _HOCKEY["env_kwargs"].items() if name != "opponent"},
+    "eval_suites": {  # who shoots is the first player
+        name: {"env_kwargs": suite["env_kwargs"] | {"swap_seats": name != "shooting"}}
+        for name, suite in _HOCKEY["eval_suites"].items()
+    },
+    "selfplay": {
+        "algo": "sac",
+        "inner": {**_HOCKEY_LEARNER, "alpha": 0.2},
+        "bots": {"weak": 0.2, "strong": 0.2},
+        "self_share": 0.1,
+        "pool": 8,
+        "matchmaking": "hard",
+        "admit_every": 100,
+        "admit_win_rate": 0.5,
+        "admit_games": 30,
+    },
 }
 
 # Young and Tian 2019 (arXiv 1903.03176) for DQN: a batch of 32 after each frame from 5,000 on, 100,000 frames kept, the
@@ -75,6 +100,25 @@ _ATARI_LEARNER: dict[str, Any] = {
     "epsilon_fraction": 0.1,
     "hidden": [512],
     "network": "nature",
+}
+
+# SAC's own defaults after 10,000 random env steps, as Stable-Baselines3's zoo has it for MuJoCo.
+_MUJOCO: dict[str, Any] = {
+    "total_steps": 300_000,
+    "envs": 2,
+    "segment_length": 4,
+    "eval_episodes": 10,
+    "sac": {"capacity": 300_000, "warmup": 10_000, "random_steps": 10_000},
+}
+
+# Rates, networks and discounts are those of Stable-Baselines3's zoo, without its state-dependent exploration. It makes a
+# gradient step for each env step: an hour and a half on one core, so here there are fewer, and more environments.
+_BOX2D: dict[str, Any] = {"total_steps": 500_000, "envs": 8, "segment_length": 4}
+_BOX2D_LEARNER: dict[str, Any] = {
+    "learning_rate": 7.3e-4,
+    "warmup": 10_000,
+    "random_steps": 10_000,
+    "hidden": [400, 300],
 }
 
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
@@ -184,13 +228,15 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "segment_length": 4,
         "td3": {"gamma": 0.98, "capacity": 20_000},
     },
-    # SAC's own defaults after 10,000 random env steps, as Stable-Baselines3's zoo has it for MuJoCo.
-    ("sac", "HalfCheetah-v5"): {
-        "total_steps": 300_000,
-        "envs": 2,
-        "segment_length": 4,
-        "eval_episodes": 10,
-        "sac": {"capacity": 300_000, "warmup": 10_000, "random_steps": 10_000},
+    ("sac", "HalfCheetah-v5"): _MUJOCO,
+    ("sac", "Hopper-v5"): _MUJOCO,
+    ("sac", "LunarLanderContinuous-v3"): {
+        **_BOX2D,
+        "sac": {**_BOX2D_LEARNER, "anneal": True, "tau": 0.01, "capacity": 500_000, "update_ratio": 0.25},
+    },
+    ("sac", "BipedalWalker-v3"): {
+        **_BOX2D,
+        "sac": {**_BOX2D_LEARNER, "gamma": 0.98, "tau": 0.02, "capacity": 300_000, "update_ratio": 0.5},
     },
     **{
         (algo, f"MinAtar/{game}-v1"): {**_MINATAR, algo: _MINATAR_LEARNER}
@@ -200,9 +246,20 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("qrdqn", "ALE/Pong-v5"): {**_ATARI, "qrdqn": _ATARI_LEARNER},
     ("sac", "aiorl/Hockey-v0"): {**_HOCKEY, "sac": {**_HOCKEY_LEARNER, "alpha": 0.2}},
     ("td3", "aiorl/Hockey-v0"): {**_HOCKEY, "td3": {**_HOCKEY_LEARNER, "noise": 0.2}},
+    ("selfplay", "aiorl/Hockey-v0"): _HOCKEY_SELFPLAY,
 }
 
 
 def preset(algo: str, env: str) -> dict[str, Any]:
     """The settings for an algorithm and an environment, as a copy; empty if there are none."""
     return copy.deepcopy(PRESETS.get((algo, full_id(env)), {}))
+
+
+def suited(settings: dict[str, Any], algo: str, inner: Any) -> dict[str, Any]:
+    """A preset of `algo` for another algorithm within, if `inner` names one: what that has no setting for is left out."""
+    own: dict[str, Any] = settings.get(algo, {})
+    if not isinstance(inner, str) or inner == own.get("algo", inner):
+        return settings
+    known = {field.name for field in fields_of(algorithm_class(inner))}
+    kept = {name: value for name, value in own["inner"].items() if name in known}
+    return {**settings, algo: {**own, "algo": inner, "inner": kept}}

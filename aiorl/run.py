@@ -176,32 +176,37 @@ class Run:
         self._session.stop()
 
     async def pause(self) -> None:
-        """Return when nothing moves: no environment steps, no update runs, no evaluation.
+        """Return when nothing moves: no environment steps, no update goes on, no evaluation.
 
-        Raises the run's error if it fails meanwhile, RuntimeError if it ends.
+        Workers stop between two environment steps and the learner between two gradient steps; with `workers = 0` segments
+        are finished first, and so is an evaluation. Raises the run's error if it fails meanwhile, RuntimeError if it ends.
         """
         parts = self._going()
-        parts.pacer.paused = True
-        parts.gate.wake()
-        await self._while_going(parts.gate.wait_for(self._session.is_quiet))
+        parts.hold(True)
+        await self._while_going(self._rest(parts))
         self._session.tell.emit(Paused(**self._session.tell.now()))
 
     def resume(self) -> None:
         """Go on after `pause`."""
         parts = self._going()
         if parts.pacer.paused:
-            parts.pacer.paused = False
             assert self._session.made is not None
             if self._session.made.dial is not None:
                 self._session.made.dial.forget_time()
-            parts.gate.wake()
+            parts.hold(False)
             self._session.tell.emit(Resumed(**self._session.tell.now()))
 
     async def checkpoint(self) -> Path:
-        """Save now (between two updates) and return the checkpoint's directory. Raises OSError if it cannot be written."""
-        self._going()
+        """Save now (between two updates) and return the checkpoint's directory. Raises OSError if it cannot be written.
+
+        An update in whose middle the run was paused is finished first; then nothing moves again.
+        """
+        parts = self._going()
         assert self._session.checkpointer is not None
-        return await self._while_going(self._session.checkpointer.save_requested())
+        path = await self._while_going(self._session.checkpointer.save_requested())
+        if parts.pacer.paused:
+            await self._while_going(self._rest(parts))
+        return path
 
     async def evaluate(self, episodes: int = 20, suite: str | None = None) -> Evaluated:
         """Evaluate the newest version beside training and return the result (also emitted as an event).
@@ -215,6 +220,8 @@ class Run:
     async def set(self, **changes: float) -> None:
         """Change settings of the learner such as `learning_rate` between two updates. ConfigError for unknown ones.
 
+        An update in whose middle the run was paused is finished first, as it began.
+
         `off_policy_degree` can be set too: 0 to the configured `degree_max`, or -1 to let it tune itself from here on.
         """
         parts = self._going()
@@ -225,11 +232,28 @@ class Run:
             self._session.turn_degree(int(degree))
             if not changes:
                 return
+
+        async def change() -> int:
+            async with parts.between_updates():
+                return await parts.learner_thread.run(parts.trainer.set, changes)
+
         try:
-            version = await self._while_going(parts.learner_thread.run(parts.trainer.set, changes))
+            version = await self._while_going(change())
         except (TypeError, ValueError) as error:
             raise ConfigError(f"cannot set {', '.join(changes)}: {error}") from error
+        if parts.pacer.paused:
+            await self._while_going(self._rest(parts))
         self._session.tell.emit(SettingsChanged(**{**self._session.tell.now(), "version": version}, changes=changes))
+
+    async def _rest(self, parts: loops.Parts) -> None:
+        """Wait until nothing moves in a run that is held, or until it is not any more."""
+        is_quiet = self._session.is_quiet
+        while parts.pacer.paused:
+            if is_quiet():
+                parts.workers.take_in()  # what they had finished before they came to a stand
+                if is_quiet():
+                    return
+            await parts.gate.wait()
 
     async def _while_going(self, work: Coroutine[Any, Any, T]) -> T:
         """Await something that only happens while the run goes on; if the run ends first, raise its error."""

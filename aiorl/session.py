@@ -133,6 +133,11 @@ class Session:
     async def _finish(self, evaluator: Evaluator, evaluation: asyncio.Task[None]) -> None:
         """After the last update: save everything, let evaluation come to its end with the final version."""
         assert self.checkpointer is not None
+        assert self.parts is not None
+        weights = self.parts.weights
+        newest = weights.acquire(weights.versions[-1])
+        self.tell.standings(weights.arrays(newest))
+        weights.release(newest)
         if self.final_evaluation:
             self.state = "evaluating"
             await evaluator.due(final=True)
@@ -208,10 +213,11 @@ class Session:
     # -- state -----------------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Let the trainer end after the running update."""
+        """Let the trainer end after the running update, which may go on if it was held."""
         self.stop_requested = True
         if self.parts is not None:
             self.parts.pacer.stopped = True
+            self.parts.learner_thread.brake.release()
             self.parts.gate.wake()
 
     def turn_degree(self, degree: int) -> None:
@@ -232,7 +238,7 @@ class Session:
         parts, evaluator = self.parts, self.evaluator
         if parts is None or evaluator is None:
             return True
-        return evaluator.idle and not parts.pacer.in_flight and not parts.updating
+        return evaluator.idle and parts.still
 
     def view(self) -> View:
         """Who does what and waits for whom; for any thread."""

@@ -131,3 +131,13 @@ def without_none(table: Mapping[str, Any]) -> dict[str, Any]:
     """A table without what is None, also within the tables in it: TOML leaves out what is not set."""
     kept = {key: value for key, value in table.items() if value is not None}
     return {k: without_none(cast("Mapping[str, Any]", v)) if isinstance(v, Mapping) else v for k, v in kept.items()}
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested tables as one; where both have a value, `above` has its way."""
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping) and key != "env_kwargs"
+        result[key] = merge(cast("dict[str, Any]", old), cast("dict[str, Any]", value)) if both else value
+    return result

@@ -8,17 +8,20 @@ from typing import Any, cast
 import numpy as np
 
 from aiorl.alarms import blame
+from aiorl.algos.base import Ranked, Weights
 from aiorl.assembly import Assembly
 from aiorl.events import (
     AnyEvent,
     EpisodeAborted,
     Stalled,
+    Standings,
     Started,
     Updated,
     Warned,
     WorkerGivenUp,
     WorkerRestarted,
 )
+from aiorl.league import ITSELF, opponents
 from aiorl.learning import Outcome
 from aiorl.ledger import NOT_FINITE, Aborted
 from aiorl.metrics.broadcast import Broadcast
@@ -35,6 +38,7 @@ class Teller:
         self._report = report
         self._made: Assembly | None = None
         self._blamed: set[tuple[int, str]] = set()  # environments, and what they have been told off for
+        self._admitted: float | None = None  # opponents, so far
 
     def about(self, made: Assembly) -> None:
         """The run has been wired: from here on events go to its files too."""
@@ -107,6 +111,19 @@ class Teller:
         for message in outcome.alarms:
             self.warned(message)
         self._aborted(self._made, outcome)
+        admitted = outcome.metrics.get("pool_admitted", self._admitted)
+        if admitted != self._admitted:
+            self._admitted = admitted
+            self.standings(outcome.weights)
+
+    def standings(self, weights: Weights) -> None:
+        """How the learner does against its opponents, if it is one that has any."""
+        assert self._made is not None
+        algorithm = self._made.checked.algorithm
+        if isinstance(algorithm, Ranked):
+            now, table = self.now(), algorithm.standings(weights)
+            self.emit(Standings(**now, elo=table["elo"][ITSELF], opponents=opponents(table)))
+            self._made.files.standings({"version": now["version"], "env_steps": now["env_steps"], **table})
 
     def _aborted(self, made: Assembly, outcome: Outcome) -> None:
         """Every episode that was given up is an event; the environment is blamed once."""

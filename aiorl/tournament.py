@@ -49,7 +49,7 @@ def pairs(players: int) -> list[tuple[int, int]]:
     return list(combinations(range(players), 2))
 
 
-def wilson(part: float, whole: int, confidence: float = 0.95) -> Interval:
+def wilson(part: float, whole: float, confidence: float = 0.95) -> Interval:
     """The interval of the share behind `part` of `whole` independent trials (Wilson's score interval).
 
     Unlike the mean plus or minus so many standard errors it stays within [0, 1] and has a width at 0 and at 1. Two games
@@ -68,16 +68,16 @@ def wilson(part: float, whole: int, confidence: float = 0.95) -> Interval:
 
 
 class Score(msgspec.Struct, frozen=True):
-    """How one side did against another; means are NaN without a game."""
+    """How one side did against another; means are NaN without a game. Counts are whole, unless old games fade."""
 
-    wins: int
-    ties: int
-    losses: int
+    wins: float
+    ties: float
+    losses: float
     mean_return: float
     mean_length: float
 
     @property
-    def games(self) -> int:
+    def games(self) -> float:
         return self.wins + self.ties + self.losses
 
     @property

@@ -111,7 +111,7 @@ def view_of(parts: Parts, others: list[Row], counts: tuple[int, ...]) -> View:
         process = f" (process {pid})" if pid is not None else ""
         rows.append(Row(f"{worker}{process}", f"{doing}; {outstanding} credits to answer", beats))
     rows.append(Row("queues", f"arrivals {len(arrivals)} of {arrivals.bound}, rollouts {len(rollouts)} of {rollouts.bound}"))
-    resting = pacer.paused and not pacer.in_flight and not parts.updating
+    resting = pacer.paused and parts.still
     return View((done, pacer.started, pacer.steps, *counts, *(w.beats for w in workers)), resting, rows)
 
 

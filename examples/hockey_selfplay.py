@@ -9,7 +9,6 @@ import asyncio
 from typing import Any
 
 import aiorl
-from aiorl.league import standings
 
 BOTS = {"weak": 0.2, "strong": 0.1}  # share of games against each; the rest is against what it was before
 
@@ -31,12 +30,10 @@ async def main(total_steps: int = 300_000, **changes: Any) -> aiorl.Result:
             match event:
                 case aiorl.Evaluated(suite=bot, wins=float(wins), losses=float(losses), env_steps=steps):
                     print(f"{steps:>8} env steps: {wins:4.0%} won and {losses:4.0%} lost against {bot}")
-                case aiorl.Updated(version=version, metrics=metrics) if version % 200 == 0:
-                    rates = {name: f"{rate:.2f}" for name, rate in metrics.items() if name.startswith("win_rate")}
-                    print(f"{event.env_steps:>8} env steps: {rates}, {metrics['pool_admitted']:.0f} snapshots so far")
-    table = standings(run.policy().weights, list(BOTS))
-    for opponent, elo in sorted(table["elo"].items(), key=lambda entry: -entry[1]):
-        print(f"{opponent:>12} {elo:7.1f}")
+                case aiorl.Standings(opponents=opponents, env_steps=steps):  # somebody has joined the pool, or the end
+                    print(f"{steps:>8} env steps, by rating:")
+                    for one in sorted(opponents, key=lambda one: -one.elo):  # "self" is the learner
+                        print(f"{one.name:>20} {one.elo:5.0f}, {one.wins or 0:4.0%} of {one.games:3.0f} training games won")
     return run.result
 
 

@@ -74,7 +74,9 @@ TREE: dict[str, Any] = {
 }
 
 
-def test_every_kind_of_value_comes_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("large", [1, 2**26])
+def test_every_kind_of_value_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: int) -> None:
+    monkeypatch.setattr(checkpoint, "LARGE_BYTES", large)
     checkpoint.save(tmp_path / "1", manifest(), {"learner": TREE, "nothing": {}})
     found, parts = checkpoint.load(tmp_path / "1", ("learner", "nothing"))
     assert_same(parts["learner"], TREE)
@@ -86,6 +88,26 @@ def test_every_kind_of_value_comes_back(tmp_path: Path) -> None:
 def test_numpy_scalars_come_back_as_numbers(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "1", manifest(), {"run": {"n": np.int64(3), "x": np.float32(0.5), "t": (1, 2)}})
     assert checkpoint.load(tmp_path / "1", ("run",))[1]["run"] == {"n": 3, "x": 0.5, "t": [1, 2]}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc")
+def test_large_arrays_stay_in_their_file_and_it_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mapped() -> bool:
+        return str(tmp_path) in Path("/proc/self/maps").read_text()
+
+    monkeypatch.setattr(checkpoint, "LARGE_BYTES", 4_000)
+    tree = {"small": np.arange(999, dtype=np.float32), "large": np.arange(1000, dtype=np.float32)}
+    checkpoint.save(tmp_path / "1", manifest(), {"learner": tree})
+    _, parts = checkpoint.load(tmp_path / "1", ("learner",))
+    assert mapped()
+    parts["learner"]["large"][...] = 7
+    assert (parts["learner"]["large"] == 7).all()
+    _, again = checkpoint.load(tmp_path / "1", ("learner",))
+    assert_same(again["learner"], tree)
+    shutil.rmtree(tmp_path / "1")
+    assert_same(again["learner"], tree)
+    del parts, again
+    assert not mapped()
 
 
 LEAVES = st.one_of(

@@ -155,23 +155,6 @@ def test_the_same_seed_gives_the_same_bits(degree: int):
     assert a == b != c
 
 
-@pytest.mark.parametrize("before", [0, 1, 8])
-def test_a_loaded_learner_goes_on_bit_for_bit(before: int):
-    """From an empty buffer, in warm-up, and after the ring has wrapped around."""
-    config = DQN(**SMALL, n_step=3, target_every=3)
-    stream = Stream(spaces(), 4, 8, resets_take_a_row=True)
-    a, b = (config.learner(stream.space, context()) for _ in range(2))
-    for _ in range(before):
-        a.update(stream.next())
-    state = a.state_dict()
-    b.load_state_dict(state)
-    for _ in range(3):
-        rollout = stream.next()
-        assert a.update(rollout) == b.update(rollout)
-        assert digest(a.state_dict()) == digest(b.state_dict())
-    assert digest(a.state_dict()) != digest(state)
-
-
 def test_a_state_that_does_not_fit_is_refused_by_name():
     state = DQN(**SMALL).learner(spaces(), context()).state_dict()
     with pytest.raises(ValueError, match=r"state\.target is missing"):

@@ -20,7 +20,7 @@ from aiorl.algos.practice import Practice, encode
 from aiorl.buffers.replay import Batch, Replay, gradient_steps_owed
 from aiorl.cli.flags import members
 from aiorl.config import Config
-from aiorl.errors import NonFiniteError
+from aiorl.errors import AbandonedError, NonFiniteError
 from aiorl.networks import FlatParameters
 from aiorl.segments import Array, Column, Rollout
 
@@ -263,6 +263,39 @@ def test_an_error_that_is_not_finite_takes_the_update_back(name: str):
     assert learner.state_dict()["practice"]["skipped_steps"] > 0
 
 
+@pytest.mark.parametrize("failure", [AbandonedError("the run is left"), None])
+@every_learner
+def test_priorities_of_an_update_that_fails_are_taken_back(name: str, failure: Exception | None):
+    """At the third gradient step, given up or with errors that are not finite: what was stored stays, and nothing else."""
+    learner, stream = learner_of(name, priority_exponent=0.6, warmup=0), stream_of(name)
+    for _ in range(8):  # the ring has come round
+        learner.update(stream.next())
+    replay = Replay(space_of(name), 4, 200, priority_exponent=0.6)
+    replay.load_state_dict(learner.state_dict()["practice"]["replay"])
+    own, steps, rollout = learner._step, [0], stream.next()
+
+    def fails(*arguments: Any) -> dict[str, Any]:
+        steps[0] += 1
+        found = dict(own(*arguments))
+        if steps[0] == 3:
+            if failure is not None:
+                raise failure
+            found["td_error"] = found["td_error"] * np.nan
+        else:
+            found["td_error"] = found["td_error"] * 1000  # above the largest so far
+        return found
+
+    learner._step = fails
+    with pytest.raises(AbandonedError if failure is not None else NonFiniteError):
+        learner.update(rollout)
+    replay.add(rollout)
+    assert steps == [3]
+    assert digest(learner._practice._replay.state_dict()) == digest(replay.state_dict())
+    learner._step = own
+    learner.update(stream.next())
+    assert digest(learner._practice._replay.state_dict()["priorities"]) != digest(replay.state_dict()["priorities"])
+
+
 # -- statistics of observations ----------------------------------------------------------------------------------------
 
 
@@ -314,11 +347,14 @@ ALL: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("settings", [{"n_step": 3}, ALL], ids=["plain", "everything"])
 @pytest.mark.parametrize("before", [0, 1, 8])
 @every_learner
-def test_a_loaded_learner_goes_on_bit_for_bit(name: str, before: int):
+def test_a_loaded_learner_goes_on_bit_for_bit(name: str, before: int, settings: dict[str, Any]):
+    """From an empty buffer, in warm-up, and after the ring has wrapped around; between two target or policy updates."""
     stream = stream_of(name, resets_take_a_row=True)
-    a, b = (learner_of(name, **ALL) for _ in range(2))
+    own = {"td3": {"policy_delay": 3}, "sac": {}}.get(name, {"target_every": 3})
+    a, b = (learner_of(name, **settings, **own) for _ in range(2))
     for _ in range(before):
         a.update(stream.next())
     state = a.state_dict()

@@ -238,6 +238,7 @@ def test_the_configuration_of_a_run_with_changes(run: Path) -> None:
         ({"segment_length": 4}, ["segment_length = 8", "says 4"]),
         ({"schedule": "eager"}, ["schedule = 'ordered'", "'eager'"]),
         ({"native_vector": False}, ["native_vector = True", "False"]),
+        ({"frame_stack": 2}, ["frame_stack = 1", "says 2"]),
     ],
 )
 def test_a_checkpoint_of_something_else(run: Path, changes: dict[str, Any], words: list[str]) -> None:

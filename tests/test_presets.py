@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from plain_loop import plain_loop
@@ -16,6 +17,7 @@ from aiorl.envs.episodes import run_episodes
 from aiorl.envs.make import probe
 from aiorl.envs.spec import resolve_env
 from aiorl.presets import PRESETS, preset
+from bench.results import CASES
 
 REACHED = {
     "CartPole-v1": 475.0,
@@ -26,9 +28,13 @@ REACHED = {
     "aiorl/Hockey-v0": 0.6,  # games won less games lost, against the weak player
 }
 # These take hours; docs/results.md says what they reach.
-SLOW = {"ALE/Pong-v5", "HalfCheetah-v5", "MinAtar/Asterix-v1", "MinAtar/Breakout-v1"}
+SLOW = {
+    "ALE/Pong-v5", "BipedalWalker-v3", "HalfCheetah-v5", "Hopper-v5", "LunarLanderContinuous-v3", "MinAtar/Asterix-v1",
+    "MinAtar/Breakout-v1",
+}  # fmt: skip
+NEEDS = {"BipedalWalker-v3": "Box2D", "LunarLanderContinuous-v3": "Box2D", "HalfCheetah-v5": "mujoco", "Hopper-v5": "mujoco"}
 BETTER = {("sac", "Pendulum-v1"): -200.0, ("td3", "Pendulum-v1"): -200.0}  # than others, in far fewer env steps
-SLOWER = {("td3", "aiorl/Hockey-v0"): 0.3}
+SLOWER = {("td3", "aiorl/Hockey-v0"): 0.3, ("selfplay", "aiorl/Hockey-v0"): 0.3}
 
 
 @pytest.mark.parametrize(("algo", "env"), PRESETS)
@@ -46,11 +52,28 @@ def test_there_is_none_for_the_unknown_and_a_copy_for_the_known():
     assert preset("ppo", "CartPole-v1")["ppo"]["gamma"] > 0
 
 
+@pytest.mark.parametrize("env", NEEDS)
+async def test_slow_presets_run(env: str, tmp_path: Path):
+    """As they are but for sizes: the environment, its actions, and a gradient step as often as the preset says."""
+    pytest.importorskip(NEEDS[env])
+    config = Config.preset(env, "sac", total_steps=128, eval_every=0, eval_episodes=1, workers=0, out=str(tmp_path / "run"))
+    small = {"warmup": 64, "random_steps": 64, "capacity": 128, "batch_size": 8, "hidden": (16,)}
+    result = await aiorl.train(msgspec.structs.replace(config, algo=msgspec.structs.replace(config.algo, **small)))
+    ratio: float = preset("sac", env)["sac"].get("update_ratio", 1.0)
+    assert (result.env_steps, result.gradient_steps) == (128, 64 * ratio)
+    assert result.final_evaluation is not None
+
+
+def test_results_are_made_with_presets():
+    assert {(case.algo, case.env) for case in CASES} <= set(PRESETS)
+    assert {env for env in NEEDS} <= {case.env for case in CASES}
+
+
 def final_return(algo: str, env: str, seed: int, degree: int) -> float:
     """Mean return of 20 greedy episodes after the preset's training."""
     config = Config.preset(env, algo).resolve()
-    suites = [suite.environment(env, config.env_kwargs) for suite in config.eval_suites.values()]
-    spec = resolve_env(env, config.env_kwargs, in_process=True)
+    suites = [suite.environment(config.env, config.env_kwargs) for suite in config.eval_suites.values()]
+    spec = resolve_env(config.env, config.env_kwargs, in_process=True)
     size: Any = config.group_size
     learner: Learner = plain_loop(
         config.algo, spec, envs=config.envs, group_size=size, steps=config.steps_per_segment, seed=seed,

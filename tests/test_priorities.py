@@ -10,7 +10,7 @@ from experience import Stream, digest, spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aiorl.buffers.marks import BLOCK, Marks
+from aiorl.buffers.marks import Marks
 from aiorl.buffers.priorities import EPSILON, Priorities, SumTree
 from aiorl.buffers.replay import Replay
 from aiorl.errors import NonFiniteError
@@ -58,7 +58,7 @@ def test_the_tree_depends_on_the_weights_alone():
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.sampled_from([1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 5]), st.integers(0, 10_000), st.floats(0, 1))
+@given(st.sampled_from([1, 7, 2**16, 2**17 + 5]), st.integers(0, 10_000), st.floats(0, 1))
 def test_marks_are_found_in_order(size: int, seed: int, share: float):
     rng, marks, truth = np.random.default_rng(seed), Marks(size), np.zeros(size, bool)
     for _ in range(5):
@@ -68,9 +68,30 @@ def test_marks_are_found_in_order(size: int, seed: int, share: float):
         truth[start : start + len(marked)] = marked
         places = np.flatnonzero(truth)
         assert len(marks) == len(places)
-        assert (marks.nth(np.arange(len(places))) == places).all()
+        assert (marks.places() == places).all()
+        if len(places):
+            drawn = marks.draw(rng, 100, size)
+            assert len(drawn) == 100
+            assert truth[drawn].all()
         some = rng.integers(size, size=20)
         assert (marks.has(some) == truth[some]).all()
+
+
+@pytest.mark.parametrize("marked", [range(500), range(0, 500, 7), [3, 499], [250], [i for i in range(500) if i % 100]])
+def test_marks_are_drawn_with_the_same_chance(marked: Any):
+    """Whether many, few or no places between them are not marked; by the place, and by when in a draw."""
+    marks, truth = Marks(600), np.zeros(600, bool)
+    truth[marked] = True
+    marks.put(0, truth)
+    rng, each = np.random.default_rng(0), 2000
+    draws = np.array([marks.draw(rng, len(marked), 500) for _ in range(each)])
+    counts = np.bincount(draws.reshape(-1), minlength=600)
+    assert counts.sum() == each * len(marked)
+    assert not counts[~truth].any()
+    assert np.abs(counts[truth] - each).max() < 5 * np.sqrt(each)
+    mean = np.mean(list(marked))
+    slack = 5 * max(1.0, float(np.std(list(marked)))) / np.sqrt(each)
+    assert (np.abs(draws.mean(0) - mean) < slack).all()
 
 
 # -- chances and weights -----------------------------------------------------------------------------------------------
@@ -85,7 +106,7 @@ def filled(exponent: float, rollouts: int = 3, **stream: Any) -> tuple[Replay, S
 
 
 def everything(replay: Replay) -> Any:
-    return replay.gather(replay._marks.nth(np.arange(len(replay))), 1, 0.9)
+    return replay.gather(replay._marks.places(), 1, 0.9)
 
 
 @pytest.mark.parametrize("alpha", [0.4, 1.0])
@@ -195,6 +216,34 @@ def test_an_error_that_is_not_finite_changes_nothing():
     with pytest.raises(NonFiniteError, match="a TD error is not finite"):
         replay.reprioritise(everything(replay), errors)
     assert digest(replay.state_dict()) == before
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.6])
+def test_errors_count_for_good_or_not_at_all(exponent: float):
+    """Rows that are drawn twice have what they had before the first time."""
+    replay, _ = filled(exponent)
+    before = digest(replay.state_dict())
+
+    def errors(*scales: float) -> None:
+        for scale in scales:
+            batch = replay.sample(np.random.default_rng(0), 20)
+            replay.reprioritise(batch, np.linspace(0, scale, 20))
+
+    def fails(*scales: float) -> None:
+        with replay.undone_by_failure():
+            errors(*scales)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails(3.0, 50.0, 0.1)
+    assert digest(replay.state_dict()) == before
+    with replay.undone_by_failure():
+        errors(3.0, 50.0)
+    after = digest(replay.state_dict())
+    assert (after != before) == bool(exponent)
+    with pytest.raises(KeyError):
+        fails()
+    assert digest(replay.state_dict()) == after, "what was kept before is taken back"
 
 
 def test_rows_whose_stack_is_not_held_are_not_drawn():

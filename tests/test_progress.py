@@ -15,7 +15,17 @@ from aiorl.cli.panel import Panel, draw
 from aiorl.cli.progress import JsonLines, Notes, PlainLines, Silent, event_line, header, make_display, progress_line
 from aiorl.cli.summary import summary_lines
 from aiorl.cli.text import count, duration, fit, number, rate, sparkline, spread, table
-from aiorl.events import CheckpointFailed, Finished, Lagged, Progress, Reevaluated, Warned, WorkerRestarted
+from aiorl.events import (
+    CheckpointFailed,
+    Finished,
+    Lagged,
+    Opponent,
+    Progress,
+    Reevaluated,
+    Standings,
+    Warned,
+    WorkerRestarted,
+)
 from tests.cli_events import evaluated, run_events, started, status, updated
 
 PLACE: dict[str, Any] = {"seconds": 12.0, "version": 3, "env_steps": 3000}
@@ -149,6 +159,32 @@ def test_a_panel_remembers_the_wins_of_every_suite():
     panel.close()
     shown = Text.from_ansi(out.getvalue()).plain
     assert "weak 50 % – 12 % · strong 25 % – 12 %" in shown
+
+
+def test_self_play_shows_how_it_does_against_whom():
+    told = {
+        "win_rate_weak": 0.45, "loss_rate_weak": 0.2, "win_rate_pool": 0.5, "loss_rate_pool": 0.25, "pool_size": 3.0,
+        "elo": 12.25, "loss": 0.5,
+    }  # fmt: skip
+    now = status(10, metrics=told)
+    text = "\n".join(line.plain for line in draw(now, Notes(), [], None, 90))
+    assert "self-play  weak 45 % – 20 % · pool 50 % – 25 % · 3 snapshots · Elo 12.2" in text
+    assert ", weak 45 % – 20 %, pool 50 % – 25 %, 3 snapshots, Elo 12.2, " in progress_line(now, Notes())
+    assert "self-play" not in "\n".join(line.plain for line in draw(status(10), Notes(), [], None, 90))
+
+
+def test_standings_in_one_line_however_many_opponents_there_are():
+    def line(*games: float) -> str:
+        met = [
+            Opponent(name=f"snapshot {i}", games=n, wins=0.5 if n else None, losses=0.25 if n else None, elo=0.0)
+            for i, n in enumerate(games)
+        ]
+        return str(event_line(Standings(**PLACE, elo=-3.0, opponents=tuple(met))))
+
+    assert line(0, 2) == "won – lost against snapshot 1 50 % – 25 % (Elo -3.0)"
+    assert line(0) == "won – lost against nobody yet (Elo -3.0)"
+    assert line(*[1] * 500).count("snapshot") == 8
+    assert "492 more" in line(*[1] * 500)
 
 
 def test_panel_before_the_first_episode_and_evaluation():

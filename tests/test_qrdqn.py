@@ -169,19 +169,6 @@ def test_the_same_seed_gives_the_same_bits():
     assert a == b != c
 
 
-@pytest.mark.parametrize("before", [0, 8])
-def test_a_loaded_learner_goes_on_bit_for_bit(before: int):
-    config, stream = QRDQN(**SMALL, n_step=3, target_every=3), Stream(spaces(), 4, 8, resets_take_a_row=True)
-    a, b = learner(config), learner(config)
-    for _ in range(before):
-        a.update(stream.next())
-    b.load_state_dict(a.state_dict())
-    for _ in range(3):
-        rollout = stream.next()
-        assert a.update(rollout) == b.update(rollout)
-        assert digest(a.state_dict()) == digest(b.state_dict())
-
-
 def test_another_number_of_quantiles_is_refused_by_name():
     state = learner(QRDQN(**SMALL)).state_dict()
     with pytest.raises(ValueError, match=r"advantage\.0\.weight: expected float32 \[10, 16\], got float32 \[12, 16\]"):

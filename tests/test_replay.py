@@ -102,7 +102,7 @@ def test_n_step_transitions(seed: int, envs: int, length: int, rollouts: int, ro
     assert replay.env_steps == sum(step.valid for env in steps for step in env)
     if not alive:
         return
-    batch = replay.gather(replay._marks.nth(np.arange(len(replay))), n, 0.9)
+    batch = replay.gather(replay._marks.places(), n, 0.9)
     seen = set()
     for i in range(len(alive)):
         time, env, _ = batch.obs["obs"][i].astype(int).tolist()

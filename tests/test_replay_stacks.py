@@ -170,7 +170,7 @@ def can_be_sampled(rows: list[Row], t: int, replay: Replay, length: int) -> bool
 
 def check_transitions(replay: Replay, film: Filming, n: int) -> None:
     where = {rows[t].stack[-1]: (b, t) for b, rows in enumerate(film.rows) for t in range(len(rows)) if rows[t].valid}
-    batch = replay.gather(replay._marks.nth(np.arange(len(replay))), n, 0.9)
+    batch = replay.gather(replay._marks.places(), n, 0.9)
     seen: set[tuple[int, int]] = set()
     for i in range(len(replay)):
         stack = batch.obs["obs.n"][i].tolist()
@@ -195,7 +195,7 @@ def check_sequences(replay: Replay, film: Filming, length: int) -> None:
     found = replay.sequences(np.random.default_rng(film.index), 7, length)
     assert found.mask.shape == (length, 7)
     for i in range(7):
-        b, t = where[found.obs["obs.n"][0, i, -1]]
+        b, t = where[float(found.obs["obs.n"][0, i, -1])]
         rows, alive, carried = film.rows[b], True, False
         for step in range(length):
             if step:
@@ -216,14 +216,14 @@ def check_sequences(replay: Replay, film: Filming, length: int) -> None:
 @given(
     seed=st.integers(0, 10_000), k=st.integers(1, 4), envs=st.integers(1, 3), length=st.integers(1, 6),
     rollouts=st.integers(1, 6), rows=st.integers(1, 10), n=st.integers(1, 4), takes_a_row=st.booleans(),
-    zeros=st.booleans(), resumed=st.booleans(),
+    zeros=st.booleans(), resumed=st.booleans(), storage=st.sampled_from(["memory", "device"]),
 )  # fmt: skip
 def test_what_is_sampled_is_what_acting_saw(
     seed: int, k: int, envs: int, length: int, rollouts: int, rows: int, n: int, takes_a_row: bool, zeros: bool,
-    resumed: bool,
+    resumed: bool, storage: Any,
 ):  # fmt: skip
     film = Filming(k, envs, length, seed, takes_a_row=takes_a_row, pads_with_zeros=zeros)
-    make = lambda: Replay(film.space, envs, rows * envs, stack=k)  # noqa: E731
+    make = lambda: Replay(film.space, envs, rows * envs, stack=k, storage=storage)  # noqa: E731
     replay = make()
     for _ in range(rollouts):
         replay.add(film.next())

@@ -13,8 +13,11 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from experience import Stream, digest, spaces
 
+from aiorl.algos.practice import encode
+from aiorl.buffers import device
 from aiorl.buffers.replay import Replay
 from aiorl.buffers.storage import Rows
 from aiorl.errors import ConfigError, InvariantError
@@ -118,6 +121,71 @@ def test_rows_do_not_move_under_somebody_who_holds_them(storage: Any, tmp_path: 
     rows.array[...] = 8
     assert set(view.tolist()) <= {7, 8}
     assert len(rows.array) == 1_000_000
+
+
+# -- on a device, which is the processor here --------------------------------------------------------------------------
+
+
+def test_what_lies_on_a_device_is_as_in_memory(monkeypatch: pytest.MonkeyPatch):
+    """Every second row ends an episode, so it grows as well. What is saved of one is loaded by the other, in parts."""
+    stream = Stream(spaces(), 2, 7)
+    buffers = Replay(stream.space, 2, 400), Replay(stream.space, 2, 400, storage="device")
+    for index in range(80):
+        rollout = stream.next()
+        for replay in buffers:
+            replay.add(rollout)
+        if index % 8 == 0:
+            one, other = (replay.sample(np.random.default_rng(index), 50, n=2, gamma=0.9) for replay in buffers)
+            for a, b in ((one.obs, other.obs), (one.next_obs, other.next_obs)):
+                assert isinstance(b["obs"], torch.Tensor)
+                assert a["obs"].tobytes() == b["obs"].numpy().tobytes()
+            one, other = (replay.sequences(np.random.default_rng(index), 5, 4) for replay in buffers)
+            assert one.next_obs["obs"].tobytes() == other.next_obs["obs"].numpy().tobytes()
+    state = buffers[1].state_dict()
+    assert digest(state) == digest(buffers[0].state_dict())
+    monkeypatch.setattr(device, "CHUNK_BYTES", 100)
+    for storage in ("memory", "device"):
+        again = Replay(stream.space, 2, 400, storage=storage)
+        again.load_state_dict(state)
+        assert digest(again.state_dict()) == digest(state)
+    buffers[1].add(stream.next())
+    assert digest(again.state_dict()) == digest(state), "no copy"
+    assert buffers[1].nbytes == buffers[0].nbytes
+    buffers[1].close()
+    assert buffers[1].nbytes < 0.9 * buffers[0].nbytes
+
+
+LEAVES = {
+    "image": gymnasium.spaces.Box(0, 255, (2, 4, 3), np.uint8),
+    "mode": gymnasium.spaces.Discrete(3, start=2),
+    "parts": gymnasium.spaces.MultiDiscrete([2, 3]),
+    "switches": gymnasium.spaces.MultiBinary(4),
+    "wide": gymnasium.spaces.Box(-1, 1, (2,), np.float64),
+    "one": gymnasium.spaces.Box(-1, 1, (), np.float32),
+}
+
+
+@pytest.mark.parametrize("standardised", [False, True])
+def test_tensors_are_encoded_like_arrays(standardised: bool):
+    space = spaces(observation=gymnasium.spaces.Dict(LEAVES))
+    each = [gymnasium.spaces.Dict(LEAVES).sample() for _ in range(50)]
+    leaves = {leaf.name: np.array([x[leaf.path[0]] for x in each], leaf.dtype) for leaf in space.observation}
+    rng = np.random.default_rng(0)
+    weights = {name: rng.random(space.features, np.float32) for name in ("obs_mean", "obs_scale")} if standardised else {}
+    tensors = {name: torch.from_numpy(leaf) for name, leaf in leaves.items()}
+    assert device.encode(space, tensors, weights).numpy().tobytes() == encode(space, leaves, weights).tobytes()
+
+
+@pytest.mark.parametrize("failure", [torch.OutOfMemoryError("CUDA out of memory. Tried"), TypeError("no such dtype")])
+def test_a_device_without_room_is_said_at_once(monkeypatch: pytest.MonkeyPatch, failure: Exception):
+    def full(*_: Any, **__: Any) -> Any:
+        raise failure
+
+    monkeypatch.setattr(device.torch, "zeros", full)
+    image = spaces(observation=gymnasium.spaces.Box(0, 255, (84, 84), np.uint8))
+    with pytest.raises(ConfigError, match=r"needs 6\.\d\d GiB on cuda:3 for uint8: (CUDA out|no such)") as caught:
+        Replay(image, 8, 1_000_000, storage="device", device="cuda:3")
+    assert len(str(caught.value).splitlines()) <= 3
 
 
 # -- whose turn it is --------------------------------------------------------------------------------------------------

@@ -292,6 +292,8 @@ async def test_a_call_that_waits_ends_with_the_run(config: Make, no_leaks: None,
     async with aiorl.Run(config(**changes)) as run:
         await first_update(run)
         workers = run._session.parts.workers  # type: ignore[union-attr]
+        # A pause waits for an evaluation; a worker that is started again meanwhile stands at once.
+        others = [asyncio.ensure_future(run.evaluate(2000))] if call == "pause" else []
         task = asyncio.ensure_future(getattr(run, call)(*([2000] if call == "evaluate" else [])))
         if call == "checkpoint":
             await task  # needs no worker
@@ -301,8 +303,9 @@ async def test_a_call_that_waits_ends_with_the_run(config: Make, no_leaks: None,
                     if isinstance(event, aiorl.Started | aiorl.WorkerRestarted):
                         for pid in workers.pids:  # type: ignore[attr-defined]
                             kill(pid)
-                with pytest.raises(aiorl.WorkerError, match="SIGKILL"):
-                    await task
+                for waiting in (task, *others):
+                    with pytest.raises(aiorl.WorkerError, match="SIGKILL"):
+                        await waiting
 
 
 async def test_calls_after_the_end_say_so(config: Make) -> None:

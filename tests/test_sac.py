@@ -430,21 +430,6 @@ def test_the_same_seed_gives_the_same_bits(degree: int):
     assert loop(5) == loop(5) != loop(6)
 
 
-@pytest.mark.parametrize("before", [0, 1, 8])
-def test_a_loaded_learner_goes_on_bit_for_bit(before: int):
-    tape = Tape(resets_take_a_row=True)
-    a, b = (learner(SAC(**SMALL, n_step=3, anneal=True)) for _ in range(2))
-    for _ in range(before):
-        a.update(tape.next())
-    state = a.state_dict()
-    b.load_state_dict(state)
-    for _ in range(3):
-        rollout = tape.next()
-        assert a.update(rollout) == b.update(rollout)
-        assert digest(a.state_dict()) == digest(b.state_dict())
-    assert digest(a.state_dict()) != digest(state)
-
-
 def test_a_state_that_does_not_fit_is_refused_by_name():
     state = learner(SAC(**SMALL)).state_dict()
     for key in state:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import random
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from test_exactness import saved_learner_sha256, tree_sha256
 import aiorl
 from aiorl.algos.base import Algorithm, Learner, Policy
 from aiorl.algos.selfplay import SelfPlayLearner, inner_spaces, inner_weights
+from aiorl.cli.plot import main as plot
 from aiorl.cli.train import main as train
 from aiorl.envs.make import probe
 from aiorl.envs.spaces import spaces_of
@@ -30,7 +31,7 @@ from aiorl.envs.spec import resolve_env
 from aiorl.errors import CheckpointError, ConfigError, InvariantError
 from aiorl.league import BOTS, SELF, UNKNOWN, League, bot_code, standings
 from aiorl.learning import params_sha256
-from aiorl.segments import Array
+from aiorl.segments import Array, Rollout
 from aiorl.testing import Recording, check_laws
 from aiorl.testing.leaks import belongings
 
@@ -144,7 +145,7 @@ def test_a_game_for_one_is_refused():
 
 def test_by_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     line = "--algo selfplay --selfplay.algo td3 --selfplay.inner hidden=[8,8] gamma=0.9 --selfplay.bots still=0.25"
-    assert train(["games:race", *line.split(), "--steps", "1000", "--out", str(tmp_path / "run"), "--dry-run"]) == 0
+    assert train(["games:race", *line.split(), "--steps", "2000", "--out", str(tmp_path / "run"), "--dry-run"]) == 0
     assert "still" in capsys.readouterr().out
 
 
@@ -184,6 +185,37 @@ def test_matches_follow_the_odds():
     seen = np.array([(chosen == code).sum() for code in codes[met]])
     assert stats.chisquare(seen, odds[met] * n).pvalue > 0.01
     assert stats.chisquare(seen, np.full(met.sum(), n / met.sum())).pvalue < 1e-6, "the test can fail"
+
+
+@pytest.mark.parametrize("matchmaking", ["uniform", "hard"])
+def test_games_are_played_against_whom_the_odds_say(matchmaking: str, monkeypatch: pytest.MonkeyPatch):
+    """From the odds of a version to the opponent that the environment shows at the end of a game, over a whole run."""
+    expected: dict[int, float] = defaultdict(float)
+    variance: dict[int, float] = defaultdict(float)
+    played: Counter[int] = Counter()
+    odds_of: dict[int, dict[int, float]] = {}
+
+    def update(self: SelfPlayLearner, rollout: Rollout) -> dict[str, float]:
+        league = league_of(self)
+        odds_of[rollout.index] = dict(zip(league.codes.tolist(), league.odds().tolist(), strict=True))
+        for segment in rollout.segments:  # a game begins where nobody has been met yet
+            begun = segment.obs["obs.opponent"][:-1] == UNKNOWN
+            for code in segment.columns["action"][..., -1][begun].astype(int).tolist():
+                played[code] += 1
+            for code, p in odds_of[rollout.behaviour_version].items():
+                expected[code] += int(begun.sum()) * p
+                variance[code] += int(begun.sum()) * p * (1 - p)
+        return original(self, rollout)
+
+    original = SelfPlayLearner.update
+    monkeypatch.setattr(SelfPlayLearner, "update", update)
+    run_plain("dqn", 250, degree=1, matchmaking=matchmaking, admit_every=20)
+    assert sum(played.values()) == pytest.approx(sum(expected.values()))
+    assert len(played) > 8, "the pool did not turn over"
+    assert played.keys() <= {code for code, wanted in expected.items() if wanted}
+    for code, wanted in expected.items():
+        if variance[code] > 5:
+            assert abs(played[code] - wanted) < 4 * variance[code] ** 0.5, code
 
 
 def test_everybody_plays_as_the_version_that_was_admitted():
@@ -322,11 +354,13 @@ async def test_a_run_equals_the_plain_loop(tmp_path: Path, algo: str, degree: in
 @pytest.mark.parametrize("degree", [0, 1])
 async def test_a_worker_killed_in_the_middle_of_a_game_changes_nothing(tmp_path: Path, degree: int):
     one = config(tmp_path / "run", off_policy_degree=degree, rollouts=30)
-    chance = random.Random(degree)
     async with asyncio.timeout(120), aiorl.Run(one) as run:
+        workers, learner = workers_of(run), run._session.parts.trainer.learner  # type: ignore[union-attr]
         async for event in run:
-            if event.version >= 7:  # games last up to 20 steps, segments 8
-                kill(chance.choice(workers_of(run).pids[:-1]))
+            codes = league_of(learner)._playing.reshape(-1, GROUP_SIZE)  # games last up to 20 steps, segments 8
+            against_a_snapshot = np.flatnonzero(((codes > SELF) & (codes < BOTS)).any(1)).tolist()
+            if event.version >= 7 and against_a_snapshot:
+                kill(workers.pids[workers.worker_of(against_a_snapshot[0])])
                 break
         result = await run.wait()
     assert (result.restarts, result.dropped) == (1, {})
@@ -361,6 +395,59 @@ async def test_a_run_holds_no_more_as_its_pool_turns_over(tmp_path: Path):
                 admitted.append(event.metrics["pool_admitted"])
     assert admitted[1] > admitted[0] + 5
     assert held[0] == held[1]
+
+
+# -- what is told ------------------------------------------------------------------------------------------------------
+
+
+async def test_how_it_does_against_everybody_is_told_and_kept(tmp_path: Path):
+    """An event for each new member of the pool and one at the end; the file says the same, and so do the weights."""
+    told: list[aiorl.Standings] = []
+    updates: dict[int, dict[str, float]] = {}
+    async with aiorl.Run(config(tmp_path / "run", rollouts=60)) as run:
+        async for event in run:
+            if isinstance(event, aiorl.Standings):
+                told.append(event)
+            elif isinstance(event, aiorl.Updated):
+                updates[event.version] = event.metrics
+    joined = [v for v in updates if v == 1 or updates[v]["pool_admitted"] > updates[v - 1]["pool_admitted"]]
+    assert [event.version for event in told] == [*joined, max(updates)]
+    assert len(joined) > 5
+    for event in told:
+        metrics = updates[event.version]
+        by_name = {one.name: one for one in event.opponents}
+        assert list(by_name)[:3] == ["self", "stroller", "still"]
+        assert len(by_name) > 3
+        assert event.elo == pytest.approx(metrics["elo"], abs=0.05)
+        for bot in ("stroller", "still"):
+            assert by_name[bot].wins == pytest.approx(metrics.get(f"win_rate_{bot}"), abs=1e-3)
+            assert by_name[bot].losses == pytest.approx(metrics.get(f"loss_rate_{bot}"), abs=1e-3)
+    assert any(one.version and one.games for event in told for one in event.opponents), "games against snapshots"
+    kept = json.loads((tmp_path / "run" / "standings.json").read_text())
+    last = run.policy().weights
+    assert kept == {"version": max(updates), "env_steps": 60 * STEPS * ENVS, **standings(last, ["stroller", "still"])}
+    row = zip(*(kept[name][0] for name in ("wins", "ties", "losses")), strict=True)
+    assert [one.games for one in told[-1].opponents] == pytest.approx([sum(counts) for counts in row])
+    written = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [e for e in written if e["event"] == "standings"] == [json.loads(json.dumps(event.to_dict())) for event in told]
+
+
+def test_by_the_command_line_there_are_pictures(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    run = tmp_path / "run"
+    (tmp_path / "a.toml").write_text(config(run, rollouts=40, workers=0, eval_every=0).to_toml())
+    assert train(["--config", str(tmp_path / "a.toml"), "--progress", "plain"]) == 0
+    shown = capfd.readouterr()
+    assert "won – lost against self " in shown.err
+    assert "opponents.svg, standings.svg, standings.json" in shown.out
+    for name, words in (
+        ("opponents", (">stroller<", ">still<", ">pool<", ">training games won<")),
+        ("standings", (">stroller<", ">learner<", ">snapshot ", ">Elo<")),
+    ):
+        svg = (run / f"{name}.svg").read_text(encoding="utf-8")
+        assert all(word in svg for word in words), name
+        (run / f"{name}.svg").unlink()
+        assert plot([str(run), f"--{name}"]) == 0
+        assert (run / f"{name}.svg").read_text(encoding="utf-8") == svg
 
 
 # -- opponents from files ----------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -14,9 +16,9 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from aiorl.envs.spaces import spaces_of
-from aiorl.errors import EnvError
+from aiorl.errors import ConfigError, EnvError
 from aiorl.matches import Scripted, Trained, play_match
-from aiorl.metrics.matrix import draw, markdown, match_rows, matrix_rows
+from aiorl.metrics.matrix import Table, draw, draw_standings, markdown, match_rows, matrix_rows, write_standings
 from aiorl.policy import LoadedPolicy
 from aiorl.tournament import Matrix, Played, distinct, fixtures, pairs, score, wilson
 
@@ -161,6 +163,39 @@ def test_a_matrix_as_text_as_a_picture_and_as_data():
     assert data["win_shares"][0] == [None, 0.1, 0.5]
     assert (data["matches"][0]["wins"], data["matches"][0]["win"]["share"]) == (10, 0.1)
     assert data["matches"][0]["win"]["low"] == pytest.approx(wilson(10, 100)[0])
+
+
+def test_standings_as_a_picture():
+    """Rows are the learner and its snapshots, columns all whom they met; of many snapshots the newest are drawn."""
+    names = [f"snapshot {i}" for i in range(1, 31)]
+    players, opponents = ["learner", *names], ["self", "weak", *names]
+    none = [[0.0] * len(opponents) for _ in players]
+    wins, ties, losses = ([list(row) for row in none] for _ in range(3))
+    wins[0][1], ties[0][1], losses[0][1] = 2.5, 5.0, 2.5
+    wins[30][1] = 4.0
+    table = Table(players, opponents, wins, ties, losses, {name: 7.0 for name in opponents} | {"self": -12.0})
+    svg = draw_standings(table, "a & b")
+    assert "a &amp; b" in svg
+    assert (svg.count(">0.25<"), svg.count(">0.50 – 0.25<"), svg.count(">1.00<")) == (1, 1, 1)
+    assert (svg.count(">snapshot 30<"), svg.count(">snapshot 19<"), svg.count(">snapshot 18<")) == (2, 2, 0)
+    assert (svg.count('class="empty"'), svg.count(">-12<")) == (13 * 14 - 2, 1)
+    small = Table(["learner"], ["self"], [[0]], [[0]], [[0]], {"self": 0.0})
+    assert ">learner<" in draw_standings(small, "")
+
+
+def test_standings_that_are_damaged_are_refused(tmp_path: Path):
+    picture = tmp_path / "standings.svg"
+    assert not write_standings(tmp_path, picture, "")
+    whole = {"players": ["learner"], "opponents": ["self"], "elo": {"self": 0}, "wins": [[1]], "ties": [[0]]}
+    whole["losses"] = [[0]]
+    changes: list[dict[str, Any]] = [{"players": [1]}, {"wins": [[]]}, {"players": ["learner", "a"]}, {"elo": {}}]
+    for text in ("", "[1]", *(json.dumps(whole | change) for change in changes)):
+        (tmp_path / "standings.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"standings\.json is damaged"):
+            write_standings(tmp_path, picture, "")
+    assert not picture.exists()
+    (tmp_path / "standings.json").write_text(json.dumps(whole))
+    assert write_standings(tmp_path, picture, "")
 
 
 # -- matches -----------------------------------------------------------------------------------------------------------

@@ -23,8 +23,9 @@ from aiorl.pacing import Grant
 from aiorl.preflight import Preflight
 from aiorl.segments import Segment
 from aiorl.workers.control import Control, Counter
+from aiorl.workers.inline import InlineWorkers
 from aiorl.workers.launch import Launcher
-from aiorl.workers.pool import InlineWorkers, ProcessWorkers, Workers, plan_stations
+from aiorl.workers.pool import ProcessWorkers, Workers, plan_stations
 from aiorl.workers.station import StationSetup
 from aiorl.workers.supervision import GivenUp, Restart
 from aiorl.workers.weights import WeightLayout, WeightStore

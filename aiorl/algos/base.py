@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "ACT", "ENV", "EVAL_ACT", "EVAL_ENV", "LEARNER", "Algorithm", "CentralAlgorithm", "Forward", "Learner",
-    "LearnerContext", "Policy", "Remembering", "SplitPolicy", "StateTree", "Weights",
+    "ACT", "ENV", "EVAL_ACT", "EVAL_ENV", "LEARNER", "Algorithm", "CentralAlgorithm", "Closing", "Filing",
+    "Forward", "Learner", "LearnerContext", "Policy", "Remembering", "SplitPolicy", "StateTree", "Weights",
 ]  # fmt: skip
 
 Weights = Mapping[str, Array]
@@ -49,15 +50,21 @@ class LearnerContext:
     off_policy_degree: int
     warmup: int | None = None
     device: str = "cpu"
+    directory: Path | None = None
+    """The run directory: for what is too large for memory. Leave nothing there that has a name."""
     abandoned: Callable[[], bool] = lambda: False
     """Whether the run is being ended at once. For any thread."""
+    rest: Callable[[], None] = lambda: None
+    """Waits while the run is paused."""
 
     def go_on(self) -> None:
-        """To be called between gradient steps; raises AbandonedError if there is no more point in the update.
+        """To be called between gradient steps: waits while the run is paused, and raises AbandonedError if there is no more
+        point in the update.
 
-        An update without it is waited for when a run is left, for half a second, and a thread that is still computing when
-        the process ends may make it abort.
+        An update without it is waited for by a pause, and when a run is left, for half a second; a thread that is still
+        computing when the process ends may make it abort.
         """
+        self.rest()
         if self.abandoned():
             raise AbandonedError("the run was ended in the middle of an update")
 
@@ -125,6 +132,15 @@ class Learner(Protocol):
 
 
 @runtime_checkable
+class Closing(Protocol):
+    """What a `Learner` has besides if it holds files, or memory that should not wait for the garbage collector."""
+
+    def close(self) -> None:
+        """Give them back. Called on the learner thread when the run has ended; nothing else is called afterwards."""
+        ...
+
+
+@runtime_checkable
 class Algorithm(Protocol):
     """The configuration of an algorithm, and the factory of its halves. Implement it as a frozen `msgspec.Struct`."""
 
@@ -165,6 +181,41 @@ class Remembering(Protocol):
 
     def experience_bytes(self, spaces: Spaces, envs: int, transitions: int) -> int:
         """Memory that so many of them take in the learner's process."""
+        ...
+
+
+@runtime_checkable
+class Filing(Remembering, Protocol):
+    """What a `Remembering` one has besides if it may keep experience in the run directory."""
+
+    def disk_bytes(self, spaces: Spaces, envs: int, transitions: int) -> int:
+        """Room that so many of them take there: 0 if they are kept in memory."""
+        ...
+
+
+@runtime_checkable
+class Wrapping(Protocol):
+    """What an `Algorithm` has besides if another one, with settings of its own, learns within it."""
+
+    def within(self, spaces: Spaces) -> tuple[Algorithm, Spaces, str]:
+        """The one that learns, the spaces that it sees, and where its settings stand, such as "selfplay.inner"."""
+        ...
+
+
+@runtime_checkable
+class Ranked(Protocol):
+    """What an `Algorithm` has besides if its learner plays against others, who travel with the weights.
+
+    The metric `pool_admitted` of its updates says how many have joined them so far.
+    """
+
+    @property
+    def bots(self) -> Mapping[str, float]:
+        """Those that the environment plays, by name."""
+        ...
+
+    def standings(self, weights: Weights) -> dict[str, Any]:
+        """How everybody has done against everybody: see `aiorl.league.standings`."""
         ...
 
 

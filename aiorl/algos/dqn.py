@@ -288,7 +288,7 @@ class DQNLearner:
 
     def _look(self, leaves: Mapping[str, Array]) -> torch.Tensor:
         """What the network sees of observation leaves [N, …]."""
-        return self._tensor(self._practice.encode(leaves))
+        return self._practice.see(leaves)
 
     def _step(self, batch: Batch, rate: float, rng: np.random.Generator) -> Results:
         """One gradient step, and the target update that may be due after it."""
@@ -349,3 +349,6 @@ class DQNLearner:
     def set(self, **changes: float) -> None:
         """Change learning_rate (before annealing) from the next update on."""
         self._practice.set(**changes)
+
+    def close(self) -> None:
+        self._practice.close()

@@ -14,18 +14,22 @@ import numpy as np
 from msgspec import Meta
 
 from aiorl.algos.base import LearnerContext, StateTree, Weights
+from aiorl.buffers import device
 from aiorl.buffers.replay import Batch, Replay, gradient_steps_owed
+from aiorl.buffers.storage import Storage
 from aiorl.envs.spaces import Spaces
-from aiorl.errors import NonFiniteError
+from aiorl.errors import ConfigError, NonFiniteError
 from aiorl.lazy import LazyModule
 from aiorl.normalise import RunningMoments, normalise
 from aiorl.segments import Array, Rollout
 from aiorl.trees import check_tree
 
 if TYPE_CHECKING:
+    import torch
+
     from aiorl import losses, networks
 else:
-    losses, networks = LazyModule("aiorl.losses"), LazyModule("aiorl.networks")
+    torch, losses, networks = LazyModule("torch"), LazyModule("aiorl.losses"), LazyModule("aiorl.networks")
 
 SAMPLE = 1  # what the random numbers are for; learners use other numbers for other purposes
 LOOKED_AT = 64  # gradient steps of an update, the last ones, whose values and errors are described as a whole
@@ -57,6 +61,10 @@ class ReplaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     batch_size: BatchSize = 256
     accumulate: Annotated[int, Meta(description="batches whose mean gradient makes one gradient step", ge=1)] = 1
     capacity: Capacity = 1_000_000
+    storage: Annotated[
+        Storage,
+        Meta(description="where the buffer's observations lie: disk, nameless files in the run directory; device, the GPU"),
+    ] = "memory"
     warmup: Annotated[int, Meta(description="env steps stored before the first gradient step", ge=0)] = 1_000
     update_ratio: Ratio = 1.0
     gamma: Annotated[float, Meta(description="discount per step", ge=0, le=1)] = 0.99
@@ -84,7 +92,13 @@ class ReplaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def experience_bytes(self, spaces: Spaces, envs: int, transitions: int) -> int:
         """Memory of a replay buffer with so many transitions."""
-        return Replay.nbytes_for(spaces, envs, transitions, priority_exponent=self.priority_exponent)
+        exponent = self.priority_exponent
+        return Replay.nbytes_for(spaces, envs, transitions, priority_exponent=exponent, storage=self.storage)
+
+    def disk_bytes(self, spaces: Spaces, envs: int, transitions: int) -> int:
+        """What it takes on disk."""
+        whole = Replay.nbytes_for(spaces, envs, transitions)
+        return whole - Replay.nbytes_for(spaces, envs, transitions, storage=self.storage)
 
     def reward(self, rewards: Array) -> Array:
         """The rewards to learn from, for those that the environment gave (any shape)."""
@@ -106,9 +120,15 @@ class Practice:
 
     def __init__(self, config: ReplaySettings, spaces: Spaces, context: LearnerContext) -> None:
         self._config, self._spaces, self._context = config, spaces, context
+        if config.storage == "disk" and context.directory is None:
+            raise ConfigError(
+                f'{config.name}.storage = "disk": there is no run directory for its files\n'
+                '  set LearnerContext.directory, or storage = "memory"'
+            )
         self._replay = Replay(
-            spaces, context.envs, config.capacity, priority_exponent=config.priority_exponent, learned=config.reward
-        )
+            spaces, context.envs, config.capacity, priority_exponent=config.priority_exponent, learned=config.reward,
+            storage=config.storage, directory=context.directory, device=context.device,
+        )  # fmt: skip
         self._warmup = config.warmup if context.warmup is None else context.warmup
         self._settings = {"learning_rate": config.learning_rate}
         self._skipped_steps = 0  # gradient steps that were owed and given up
@@ -141,7 +161,7 @@ class Practice:
         take_back = undo() if owed else lambda: None
         try:
             # What is not finite is found by looking at the results, all at once: a device need not wait for each step.
-            with np.errstate(all="ignore"):
+            with np.errstate(all="ignore"), self._replay.undone_by_failure():
                 self._see(rollout)
                 if owed:
                     metrics |= self._learn(owed, step, rate, beta, self._context.rng(SAMPLE, rollout.index))
@@ -234,6 +254,13 @@ class Practice:
         """What the network sees of observation leaves, float32 [N, features]: as the policy that is published next."""
         return encode(self._spaces, leaves, self._statistics)
 
+    def see(self, *batches: Mapping[str, losses.Values]) -> torch.Tensor:
+        """What the network sees of the observation leaves of batches, one after the other: on the learner's device."""
+        if all(isinstance(leaf, np.ndarray) for leaves in batches for leaf in leaves.values()):
+            seen = [self.encode(leaves) for leaves in batches]
+            return torch.from_numpy(seen[0] if len(seen) == 1 else np.concatenate(seen)).to(self._context.device)
+        return torch.cat([device.encode(self._spaces, leaves, self._statistics) for leaves in batches])
+
     def _statistics_now(self) -> dict[str, Array]:
         if not self._config.normalise_obs:
             return {}
@@ -261,6 +288,10 @@ class Practice:
         self._settings, self._largest_reward = dict(state["settings"]), state["largest_reward"]
         self._moments.load_state_dict(state["obs_moments"], f"{path}.obs_moments")
         self._statistics = self._statistics_now()
+
+    def close(self) -> None:
+        """Give the buffer's memory and files back; of no use afterwards."""
+        self._replay.close()
 
     def set(self, **changes: float) -> None:
         """Change learning_rate (before annealing) from the next update on. Raises ValueError for any other name."""

@@ -189,8 +189,7 @@ class SACLearner:
 
     def _view(self, batch: Batch, alpha: torch.Tensor, rng: np.random.Generator) -> View:
         n = len(batch.returns)
-        # One pass for both, as the actor changes after the critics.
-        both = self._tensor(np.concatenate([self._practice.encode(leaves) for leaves in (batch.obs, batch.next_obs)]))
+        both = self._practice.see(batch.obs, batch.next_obs)  # one pass for both, as the actor changes after the critics
         obs, next_obs = both.split(n)
         seen = self._policy.actor.trace(both)
         noise = self._tensor(rng.standard_normal((2 * n, self._spaces.action.size), np.float32))
@@ -237,3 +236,6 @@ class SACLearner:
     def set(self, **changes: float) -> None:
         """Change learning_rate (before annealing) from the next update on."""
         self._practice.set(**changes)
+
+    def close(self) -> None:
+        self._practice.close()

@@ -18,10 +18,10 @@ from msgspec import Meta
 
 from aiorl import checkpoint
 from aiorl.algos import algorithm_class, algorithm_name
-from aiorl.algos.base import Algorithm, Learner, LearnerContext, Policy, StateTree, Weights
+from aiorl.algos.base import Algorithm, Closing, Learner, LearnerContext, Policy, StateTree, Weights
 from aiorl.envs.spaces import Leaf, Spaces
 from aiorl.errors import CheckpointError, ConfigError, InvariantError
-from aiorl.league import BOTS, SELF, UNKNOWN, Game, League
+from aiorl.league import BOTS, SELF, UNKNOWN, Game, League, standings
 from aiorl.segments import Array, Column, Rollout, Segment
 from aiorl.structs import as_in_a_file, check_bounds, convert, without_none
 from aiorl.trees import check_tree
@@ -101,6 +101,12 @@ class SelfPlay(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def check(self, spaces: Spaces) -> None:
         """Raise ConfigError unless these are the spaces of a `SelfPlayEnv` in which the inner algorithm can act."""
         self.algorithm.check(inner_spaces(spaces))
+
+    def within(self, spaces: Spaces) -> tuple[Algorithm, Spaces, str]:
+        return self.algorithm, inner_spaces(spaces), f"{self.name}.inner"
+
+    def standings(self, weights: Weights) -> dict[str, Any]:
+        return standings(weights, list(self.bots))
 
     def columns(self, spaces: Spaces) -> dict[str, Column]:
         return self.algorithm.columns(inner_spaces(spaces))
@@ -265,6 +271,10 @@ class SelfPlayLearner:
     def set(self, **changes: float) -> None:
         """Change settings of the inner algorithm."""
         self._inner.set(**changes)
+
+    def close(self) -> None:
+        if isinstance(self._inner, Closing):
+            self._inner.close()
 
 
 def finished(rollout: Rollout) -> Iterator[Game]:

@@ -174,7 +174,7 @@ class TD3Learner:
     def _goal(self, batch: Batch, rng: np.random.Generator) -> continuous.Goal:
         """What the critics are fitted to."""
         config = self._config
-        obs, next_obs = (self._tensor(self._practice.encode(leaves)) for leaves in (batch.obs, batch.next_obs))
+        obs, next_obs = self._practice.see(batch.obs), self._practice.see(batch.next_obs)
         noise = rng.standard_normal((len(next_obs), self._spaces.action.size), np.float32) * config.target_noise
         following = self._target.actor.trace(next_obs)[-1].tanh()
         following = continuous.smoothed(following, self._tensor(noise), config.target_noise_clip)
@@ -228,3 +228,6 @@ class TD3Learner:
     def set(self, **changes: float) -> None:
         """Change learning_rate (before annealing) from the next update on."""
         self._practice.set(**changes)
+
+    def close(self) -> None:
+        self._practice.close()

@@ -6,5 +6,6 @@ observations   each observation stored once, stacks of frames rebuilt
 marks          what can be sampled, found without looking at everything
 priorities     a sum tree
 storage        memory or disk
+device         a GPU
 turn           one thread at a time
 """

@@ -1,8 +1,9 @@
-"""What is sampled from a replay buffer. All arrays are copies."""
+"""What is sampled from a replay buffer. All arrays and tensors are copies."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from aiorl.segments import Array
 
@@ -11,15 +12,15 @@ from aiorl.segments import Array
 class Batch:
     """n-step transitions: the target of `action` in `obs` is returns + discounts * V(next_obs)."""
 
-    obs: dict[str, Array]
-    """Observation leaves [N, …] as the environment gave them."""
+    obs: dict[str, Any]
+    """Observation leaves [N, …] as the environment gave them: arrays, or tensors if they are kept on a device."""
     action: Array
     """[N, …]"""
     returns: Array
     """[N] float64: discounted rewards of the steps that count."""
     discounts: Array
     """[N] float64: gamma to the number of those steps, or 0 after termination."""
-    next_obs: dict[str, Array]
+    next_obs: dict[str, Any]
     """[N, …] what the last of those steps led to."""
     index: Array
     """[N] int64: where they begin (row * B + column)."""
@@ -33,14 +34,14 @@ class Batch:
 class Sequences:
     """Rows that followed each other in one environment, [L, N, …]. Beyond its end each sequence repeats its last row."""
 
-    obs: dict[str, Array]
+    obs: dict[str, Any]
     action: Array
     reward: Array
     """[L, N] float64"""
     terminated: Array
     truncated: Array
     """[L, N] bool both"""
-    next_obs: dict[str, Array]
+    next_obs: dict[str, Any]
     """What each step led to, true at episode ends too."""
     first: Array
     """[L, N] bool: nothing is to be carried over from the row before: the sequence, or another episode, begins."""

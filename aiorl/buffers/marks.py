@@ -1,4 +1,4 @@
-"""Which places of a ring can be sampled, and the i-th of them, without looking at all places."""
+"""Which places of a ring can be sampled, and drawing from them without looking at all places."""
 
 from __future__ import annotations
 
@@ -6,56 +6,46 @@ import numpy as np
 
 from aiorl.segments import Array
 
-BLOCK = 2**16  # places at most that are looked at together after a change
+MORE = 1.1  # times as many are tried as should be enough
 
 
 class Marks:
-    """A set of places below `size` (2^31 at most), all unmarked at first."""
+    """A set of places below `size`, empty at first."""
 
     def __init__(self, size: int) -> None:
-        self._block = min(size, BLOCK)
-        blocks = -(-size // self._block)
-        self._marked = np.zeros((blocks, self._block), bool)
-        self._members = np.zeros((blocks, self._block), np.int32)  # of each block: its marked places in order
-        self._counts = np.zeros(blocks, np.int64)
-        self._ends = np.zeros(blocks, np.int64)  # marks in all blocks up to this one
-        self._shifts = np.zeros(blocks, np.int64)  # where mark number i lies in the members, less i
-        self._gapless = True  # the marks are the first so many places
+        self._marked = np.zeros(size, bool)
+        self._count = 0
 
     @staticmethod
     def nbytes_for(size: int) -> int:
-        block = min(size, BLOCK)
-        return -(-size // block) * (block * 5 + 24)
+        return size
 
     @property
     def nbytes(self) -> int:
-        return self.nbytes_for(self._marked.size)
+        return self._marked.nbytes
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._count
 
     def put(self, start: int, marked: Array) -> None:
         """Mark or unmark the places from `start` on, as `marked` [N] bool says."""
-        stop = start + len(marked)
-        self._marked.reshape(-1)[start:stop] = marked
-        for block in range(start // self._block, -(-stop // self._block)):
-            members = np.flatnonzero(self._marked[block])
-            self._members[block, : len(members)] = members + block * self._block
-            self._counts[block] = len(members)
-        np.cumsum(self._counts, out=self._ends)
-        np.subtract(np.arange(len(self._ends)) * self._block + self._counts, self._ends, out=self._shifts)
-        count = len(self)
-        self._gapless = not count or bool(self._find(np.array([count - 1]))[0] == count - 1)
+        before = self._marked[start : start + len(marked)]
+        self._count += int(np.count_nonzero(marked)) - int(np.count_nonzero(before))
+        before[...] = marked
 
     def has(self, places: Array) -> Array:
         """[N] bool: which places are marked."""
-        return self._marked.reshape(-1).take(places)
+        return self._marked.take(places)
 
-    def nth(self, i: Array) -> Array:
-        """The places [N] of the marks numbered `i` [N] int64, in order from 0."""
-        return i if self._gapless else self._find(i)
+    def places(self) -> Array:
+        """All that are marked, in order, int64."""
+        return np.flatnonzero(self._marked)
 
-    def _find(self, i: Array) -> Array:
-        if len(self._ends) > 1:
-            i = i + self._shifts.take(self._ends.searchsorted(i, side="right"))
-        return self._members.reshape(-1).take(i).astype(np.int64)
+    def draw(self, rng: np.random.Generator, size: int, below: int) -> Array:
+        """[size] int64 marked places, with repetition, all with the same chance. There is at least one, all lie `below`."""
+        if self._count == below:
+            return rng.integers(below, size=size)
+        tried = rng.integers(below, size=int(MORE * size * below / self._count) + 16)
+        found = tried[self.has(tried)][:size]
+        missing = size - len(found)
+        return found if not missing else np.concatenate([found, self.draw(rng, missing, below)])

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from aiorl.buffers.device import DeviceRows
 from aiorl.buffers.storage import Rows
 from aiorl.errors import ConfigError, EnvError
 from aiorl.frames import stack_places
@@ -20,7 +21,7 @@ from aiorl.segments import Array, Column
 from aiorl.trees import check_tree
 
 Leaves = Mapping[str, Array]
-Make = Callable[[int, Column], Rows]
+Make = Callable[[int, Column], Rows | DeviceRows]
 
 
 class Observations:
@@ -31,7 +32,7 @@ class Observations:
     """
 
     def __init__(self, columns: Mapping[str, Column], rows: int, envs: int, stack: int, make: Make) -> None:
-        self._stack, self._envs, self._shape, self._places = stack, envs, (rows, envs), rows * envs
+        self._stack, self._envs, self._places = stack, envs, rows * envs
         self._slots = slots_at_first(rows, envs)  # places aside
         frames = {name: frame_of(name, column, stack) for name, column in columns.items()}
         self._frames = {name: make(self._places + self._slots, frame) for name, frame in frames.items()}
@@ -64,18 +65,13 @@ class Observations:
     def _in_ring(self, places: Array) -> Array:
         return places % self._places
 
-    def _ring(self, name: str) -> Array:
-        """The frames of the ring, [rows, envs, …] (a view)."""
-        frames = self._frames[name].array
-        return frames[: self._places].reshape(*self._shape, *frames.shape[1:])
-
     # -- reading -----------------------------------------------------------------------------------------------------
 
-    def take(self, places: Array) -> dict[str, Array]:
-        """Observations [N, …] of the rows at `places` [N]."""
+    def take(self, places: Array) -> dict[str, Any]:
+        """Observations [N, …] of the rows at `places` [N], as the storage has them: arrays, or tensors on a device."""
         return self._take(places if self._stack == 1 else stack_places(self._before, places, self._stack))
 
-    def take_next(self, places: Array) -> dict[str, Array]:
+    def take_next(self, places: Array) -> dict[str, Any]:
         """What the steps at `places` [N] led to, [N, …]."""
         after = self._next.take(places, mode="clip")
         if self._stack == 1:
@@ -84,9 +80,8 @@ class Observations:
         older = stack_places(self._before, places, self._stack - 1)
         return self._take(np.column_stack([older, after]))
 
-    def _take(self, places: Array) -> dict[str, Array]:
-        # All places are known to be there, and "clip" is quicker than "raise".
-        return {name: rows.array.take(places, 0, mode="clip") for name, rows in self._frames.items()}
+    def _take(self, places: Array) -> dict[str, Any]:
+        return {name: rows.take(places) for name, rows in self._frames.items()}
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -98,7 +93,7 @@ class Observations:
         places = rows[:, None] * self._envs + np.arange(self._envs)
         self._release(places.reshape(-1))
         for name, leaf in leaves.items():
-            self._ring(name)[rows] = self._newest(name, leaf)
+            self._frames[name].put(places, self._newest(name, leaf))
         self._next[places] = self._in_ring(places + self._envs)
         if self._stack > 1:
             self._before[places] = np.where(follows, self._in_ring(places - self._envs), places)
@@ -112,7 +107,7 @@ class Observations:
     def _put_next(self, places: Array, frames: Leaves) -> None:
         aside = self._reserve(len(places))
         for name, frame in frames.items():
-            self._frames[name].array[aside] = frame
+            self._frames[name].put(aside, frame)
         self._next[places] = aside
 
     def join(self, places: Array) -> None:
@@ -120,8 +115,9 @@ class Observations:
         self._give_back(self._next[places])
         self._next[places] = self._in_ring(places + self._envs)
 
-    def compare(self, given: Leaves, read: Leaves) -> None:
+    def compare(self, given: Leaves, read: Mapping[str, Any]) -> None:
         """Raise EnvError if stacks [N, k, …] as acting saw them are not those that are read."""
+        read = on_host(read)
         for name, leaf in given.items():
             found = read[name]
             wrong = (leaf != found) & ~((leaf != leaf) & (found != found))  # NaN is like NaN here
@@ -137,7 +133,7 @@ class Observations:
         """The newest frames of observations with any axes in front."""
         if self._stack == 1:
             return leaf
-        return leaf[(*[slice(None)] * (leaf.ndim - self._frames[name].array.ndim), -1)]
+        return leaf[(*[slice(None)] * (leaf.ndim - 1 - len(self._frames[name].row.shape)), -1)]
 
     def _keep_older(self, places: Array, stacks: Leaves) -> None:
         """Keep the older frames of stacks [N, k, …] that do not just repeat the newest."""
@@ -151,7 +147,7 @@ class Observations:
         count = self._stack - 1
         aside = self._reserve(len(places) * count).reshape(len(places), count)
         for name, frames in older.items():
-            self._frames[name].array[aside] = frames
+            self._frames[name].put(aside, frames)
         self._before[aside[:, :1]] = aside[:, :1]
         self._before[aside[:, 1:]] = aside[:, :-1]
         self._before[places] = aside[:, -1]
@@ -187,23 +183,28 @@ class Observations:
     # -- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self, used: int) -> dict[str, Any]:
-        """What the first `used` rows hold, as copies. It does not depend on where things are kept aside."""
+        """What the first `used` rows hold, as copies, frames where these are. It does not depend on where things are kept
+        aside. Raises OSError if there is no room for the copies."""
         after, older = self._next[: used * self._envs], self._before[: used * self._envs]
         ends, begins = np.flatnonzero(after >= self._places), np.flatnonzero(older >= self._places)
         chains = stack_places(self._before, older[begins], max(1, self._stack - 1))
         return {
-            "frames": {name: self._ring(name)[:used].copy() for name in self._frames},
-            "after": {"at": ends} | self._take(after[ends]),
-            "older": {"at": begins} | self._take(chains),
+            "frames": {name: self._copy(rows, used) for name, rows in self._frames.items()},
+            "after": {"at": ends} | on_host(self._take(after[ends])),
+            "older": {"at": begins} | on_host(self._take(chains)),
         }
+
+    def _copy(self, frames: Rows | DeviceRows, used: int) -> Array:
+        copied = frames.copy(used * self._envs)
+        return copied.reshape(used, self._envs, *copied.shape[1:])
 
     def load_state_dict(self, state: Mapping[str, Any], used: int, follows: Array, path: str) -> None:
         """`follows` [used * envs] bool as given to `put`. Raises ValueError naming the first mismatch."""
         places = used * self._envs
         self._check_state(state, used, path)
         self._release(np.arange(self._places))
-        for name in self._frames:
-            self._ring(name)[:used] = state["frames"][name]
+        for name, rows in self._frames.items():
+            rows.put(np.arange(places).reshape(used, self._envs), state["frames"][name])
         everywhere = np.arange(self._places)
         self._next = self._in_ring(everywhere + self._envs)
         if self._stack > 1:
@@ -213,14 +214,14 @@ class Observations:
         self._put_next(state["after"]["at"], {name: state["after"][name] for name in self._frames})
 
     def _check_state(self, state: Mapping[str, Any], used: int, path: str) -> None:
-        like: dict[str, Any] = {"frames": {name: self._ring(name)[:used] for name in self._frames}}
+        like: dict[str, Any] = {"frames": {n: _like(rows.row, used, self._envs) for n, rows in self._frames.items()}}
         for part, lead in (("after", ()), ("older", (max(1, self._stack - 1),))):
             count = _length(state, part)
             if count and part == "older" and self._stack == 1:
                 raise ValueError(f"{path}.older: there are no stacks here")
             like[part] = {"at": np.zeros(count, np.int64)}
             for name, rows in self._frames.items():
-                like[part][name] = np.zeros((count, *lead, *rows.array.shape[1:]), rows.array.dtype)
+                like[part][name] = _like(rows.row, count, *lead)
         check_tree(state, like, path)
         for part in ("after", "older"):
             at, places = state[part]["at"], used * self._envs
@@ -231,6 +232,11 @@ class Observations:
 def slots_at_first(rows: int, envs: int) -> int:
     """Places aside that need not be made later: what the newest row leads to, and ends of episodes of 64 steps."""
     return envs + rows * envs // 64
+
+
+def on_host(leaves: Mapping[str, Any]) -> dict[str, Array]:
+    """Observations as arrays, wherever they were taken from."""
+    return {name: leaf if isinstance(leaf, np.ndarray) else leaf.cpu().numpy() for name, leaf in leaves.items()}
 
 
 def alike(a: Array, b: Array) -> Array:
@@ -248,6 +254,11 @@ def frame_of(name: str, column: Column, stack: int) -> Column:
             "  put the frames on the first axis of every leaf, or set stack = 1"
         )
     return Column(column.shape[1:], column.dtype)
+
+
+def _like(row: Column, *lead: int) -> Array:
+    """Something of the shape and dtype of so many rows, without their memory."""
+    return np.broadcast_to(np.zeros((), row.dtype), (*lead, *row.shape))
 
 
 def _length(state: Mapping[str, Any], part: str) -> int:

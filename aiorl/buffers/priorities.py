@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,7 @@ class Priorities:
         self._exponent = exponent
         self._tree = SumTree(size)
         self._largest = 1.0  # priority, before it is raised to the exponent
+        self._replaced: list[tuple[Array, Array]] | None = None  # places and their weights before: see `undone_by_failure`
 
     @property
     def nbytes(self) -> int:
@@ -95,7 +97,23 @@ class Priorities:
         if len(places):
             priorities = np.abs(errors.astype(np.float64)) + EPSILON
             self._largest = max(self._largest, float(priorities.max()))
+            if self._replaced is not None:
+                self._replaced.append((places, self._tree.take(places)))
             self._tree.put(places, priorities**self._exponent)
+
+    @contextmanager
+    def undone_by_failure(self) -> Iterator[None]:
+        """If what is done within raises, the calls of `update` there are taken back. Nothing may be renewed meanwhile."""
+        largest, self._replaced = self._largest, []
+        try:
+            yield
+        except BaseException:
+            self._largest = largest
+            for places, weights in reversed(self._replaced):
+                self._tree.put(places, weights)
+            raise
+        finally:
+            self._replaced = None
 
     def sample(self, rng: np.random.Generator, size: int) -> Array:
         """`size` places, one from each of `size` equal shares of the whole (so each row as often as it should be)."""

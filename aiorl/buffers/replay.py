@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from aiorl.buffers.batch import Batch, Sequences
+from aiorl.buffers.device import DeviceRows
 from aiorl.buffers.marks import Marks
-from aiorl.buffers.observations import Observations, alike
+from aiorl.buffers.observations import Observations, alike, on_host
 from aiorl.buffers.priorities import Priorities, SumTree
 from aiorl.buffers.storage import Rows, Storage
 from aiorl.buffers.turn import Turn
@@ -52,15 +54,16 @@ class Replay:
 
     def __init__(
         self, spaces: Spaces, envs: int, capacity: int, *, stack: int | None = None, priority_exponent: float = 0.0,
-        storage: Storage = "memory", directory: str | Path | None = None, learned: Callable[[Array], Array] | None = None,
+        storage: Storage = "memory", directory: str | Path | None = None, device: str = "cpu",
+        learned: Callable[[Array], Array] | None = None,
     ) -> None:  # fmt: skip
         """`capacity` is in transitions, rounded down to whole rows (one at least). Observations of a `stack` of frames
         (None: as `spaces` says) have them on the first axis of each leaf; every frame is stored once.
 
         With a `priority_exponent` rows are sampled by their priorities raised to it, else uniformly. With storage "disk"
-        the observations lie in `directory`, in files without a name which vanish with `close` or the process. Raises
-        ConfigError if there is no room for them, or a leaf is no such stack. `learned` makes of rewards as they were what
-        is sampled, each for itself.
+        the observations lie in `directory`, in files without a name which vanish with `close` or the process; with "device"
+        on `device`, and what is sampled of them are tensors there. Raises ConfigError if there is no room for them, or a
+        leaf is no such stack. `learned` makes of rewards as they were what is sampled, each for itself.
         """
         self.stack = spaces.stack if stack is None else stack
         self.envs, self.rows = envs, _rows(envs, capacity, self.stack)
@@ -69,7 +72,10 @@ class Replay:
         self._round = 0  # how often the head has come round
         self._learned = learned
         places = self.rows * envs
-        make = partial(Rows, storage=storage, directory=directory)
+        if storage == "device":
+            make = partial(DeviceRows, device=device)
+        else:
+            make = partial(Rows, storage=storage, directory=directory)
         self._obs = Observations(spaces.obs_columns, self.rows, envs, self.stack, make)
         action = spaces.action_column
         self._action = np.zeros((places, *action.shape), action.dtype)
@@ -84,14 +90,15 @@ class Replay:
         spaces: Spaces, envs: int, capacity: int, *, stack: int | None = None, priority_exponent: float = 0.0,
         storage: Storage = "memory",
     ) -> int:  # fmt: skip
-        """Bytes of memory that a buffer takes once it is full, but for the last observations of episodes."""
+        """Bytes of memory that a buffer takes once it is full, but for the last observations of episodes. (A device's memory
+        counts like any other: what lies there has to be copied here for a checkpoint.)"""
         stack = spaces.stack if stack is None else stack
         rows = _rows(envs, capacity, stack)
         frames, links = Observations.nbytes_for(spaces.obs_columns, rows, envs, stack)
         places = rows * envs
         tree = SumTree.nbytes_for(places) if priority_exponent else 0
         columns = places * (spaces.action_column.nbytes + 8 + 1)
-        return (frames if storage == "memory" else 0) + links + columns + Marks.nbytes_for(places) + tree
+        return (0 if storage == "disk" else frames) + links + columns + Marks.nbytes_for(places) + tree
 
     def __len__(self) -> int:
         """Transitions that can be sampled."""
@@ -169,7 +176,7 @@ class Replay:
         flags = self._flags[newest]
         may = (self._follows == rollout.envs) & ~rollout.aborted
         goes_on = may & (flags & VALID != 0)
-        for name, leaf in self._obs.take_next(newest).items():
+        for name, leaf in on_host(self._obs.take_next(newest)).items():
             goes_on &= alike(leaf, obs[name][0])
         ended = flags & (TERMINATED | TRUNCATED) != 0
         self._flags[newest] |= ~(may & (goes_on | ended)) * SEAM
@@ -217,7 +224,8 @@ class Replay:
             return self._gather(index, n, gamma, self._priorities.weights(index, held, beta))
 
     def _draw(self, rng: np.random.Generator, size: int) -> Array:
-        return self._marks.nth(rng.integers(self._held(), size=size))
+        self._held()
+        return self._marks.draw(rng, size, self._size * self.envs)
 
     def _held(self) -> int:
         count = len(self._marks)
@@ -305,6 +313,10 @@ class Replay:
                 self._priorities.update(batch.index[known], td_errors[known])
             return int(np.count_nonzero(~known))
 
+    def undone_by_failure(self) -> AbstractContextManager[None]:
+        """If what is done within raises, `reprioritise` there counts no more. Nothing may be added within."""
+        return nullcontext() if self._priorities is None else self._priorities.undone_by_failure()
+
     def chances(self, batch: Batch) -> Array:
         """How likely each row of a batch is to be drawn now, [N] float64."""
         if self._priorities is None:
@@ -325,7 +337,7 @@ class Replay:
         return {name: column.reshape(self.rows, self.envs, *column.shape[1:]) for name, column in flat.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """All rows in use, as copies."""
+        """All rows in use, as copies: on disk what is there, too. Raises OSError if it is full."""
         used = self._size * self.envs
         with self._turn.of("state_dict"):
             return {

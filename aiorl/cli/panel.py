@@ -10,7 +10,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from aiorl.cli.progress import Notes, event_line, experience, fraction, header, stamp, state
+from aiorl.cli.progress import Notes, event_line, experience, fraction, header, opponents, stamp, state
 from aiorl.cli.text import count, duration, number, rate, share, sparkline, spread
 from aiorl.events import (
     AnyEvent,
@@ -18,6 +18,7 @@ from aiorl.events import (
     Evaluated,
     Finished,
     Progress,
+    Standings,
     Started,
     Status,
     Updated,
@@ -67,10 +68,10 @@ class Panel:
                 self._evaluated = event if event.primary else self._evaluated
                 self._wins |= {event.suite: event} if event.wins is not None else {}
             noted = isinstance(event, Warned | WorkerGivenUp | WorkerRestarted)
-            style = "yellow" if noted else "dim" if isinstance(event, Checkpointed) else ""
+            style = "yellow" if noted else "dim" if isinstance(event, Checkpointed | Standings) else ""
             if not isinstance(event, Finished):
                 text = Text.assemble((stamp(event.seconds), "dim"), " ", (line, style))
-                self._print(text, cut=isinstance(event, Evaluated | Checkpointed))
+                self._print(text, cut=isinstance(event, Evaluated | Checkpointed | Standings))
 
     def say(self, line: str) -> None:
         self._print(Text(line, style="yellow"))
@@ -115,6 +116,7 @@ def draw(
         _row("return", _return(status, history, room), room),
         _row("evaluation", _evaluation(status, evaluated), room),
         _row("won – lost", [(f"{suite} {_won(event)}".strip(), "cyan") for suite, event in wins.items()], room),
+        _row("self-play", [(words, "") for words in opponents(status)], room),
         _row("staleness", _staleness(status), room),
         _row("busy", [(f"{name} {share(part)}", "") for name, part in status.busy.items()] + _lag(status), room),
         _row("state", now, room),

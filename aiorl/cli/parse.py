@@ -15,8 +15,8 @@ from aiorl.cli.flags import Parser, add_fields, field_value
 from aiorl.cli.progress import Mode
 from aiorl.config import Config
 from aiorl.errors import ConfigError
-from aiorl.presets import preset
-from aiorl.structs import read_toml
+from aiorl.presets import preset, suited
+from aiorl.structs import merge, read_toml
 
 GROUPS = {
     "what to train": ("algo", "total_steps", "seed", "env_kwargs", "out", "device", "torch_threads", "memory_gb"),
@@ -70,6 +70,9 @@ def read_train(argv: Sequence[str]) -> Request | str:
     given = _train_parser(algorithm, {}).read(argv)
     env = given.get("env", file.get("env"))
     found = preset(name, env) if given.get("preset", True) and isinstance(env, str) else {}
+    own = file.get(algorithm.name)
+    inner = own.get("algo") if isinstance(own, Mapping) else None
+    found = suited(found, algorithm.name, given.get(f"{algorithm.name}.algo", inner))
     base = merge(found, file)
     if given.pop("help", False):
         return _train_parser(algorithm, base).format_help()
@@ -81,7 +84,7 @@ def read_train(argv: Sequence[str]) -> Request | str:
     progress = _mode(given.pop("progress", "auto"))
     dry_run = given.pop("dry_run", False)
     flags = _typed({k: v for k, v in given.items() if k not in ("config", "preset")}, algorithm)
-    config = Config.from_dict({**merge(base, flags), "algo": name, "env": env}, "configuration")
+    config = Config.from_dict({**merge(base, flags), "algo": name, "env": found.get("env", env)}, "configuration")
     return Request(config, bool(found), progress, dry_run, flags)
 
 
@@ -99,16 +102,6 @@ def read_resume(argv: Sequence[str]) -> tuple[str, dict[str, Any], Mode] | str:
         raise ConfigError("no run given\n  for example: python -m aiorl resume runs/CartPole-v1-ppo-0")
     progress = _mode(given.pop("progress", "auto"))
     return run, _typed(given, None), progress
-
-
-def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Two nested tables as one; where both have a value, `above` has its way."""
-    result = dict(below)
-    for key, value in above.items():
-        old = result.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping) and key != "env_kwargs"
-        result[key] = merge(cast("dict[str, Any]", old), cast("dict[str, Any]", value)) if both else value
-    return result
 
 
 def _early_parser() -> Parser:

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from aiorl.cli.flags import Parser
 from aiorl.errors import ConfigError
-from aiorl.metrics.curve import Curve, read_curve, write_metric, write_svg, write_wins
+from aiorl.metrics.curve import Curve, read_curve, write_metric, write_rates, write_svg, write_wins
+from aiorl.metrics.matrix import write_standings
 from aiorl.metrics.svg import COLOURS, short_number
 
 AXES = ("steps", "time")
+
+
+class Picture(NamedTuple):
+    """Of one run: writes (run, file, axis) and returns whether there was anything to draw; why there may be nothing."""
+
+    write: Callable[[Path, Path, str], bool]
+    why_not: str
+
+
+ONE_RUN = {
+    "wins": Picture(write_wins, "no evaluation says how its episodes ended\n  the environment has to: info['outcome']"),
+    "opponents": Picture(write_rates, "no update tells of games won\n  it is drawn for self-play: --algo selfplay"),
+    "standings": Picture(
+        lambda run, out, _: write_standings(run, out, read_curve(run).title),
+        "there is no standings.json\n  runs of self-play have one: --algo selfplay",
+    ),
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -20,6 +39,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--x", metavar="|".join(AXES), help="what lies along the picture (default: steps)")
     parser.add_argument("--metric", metavar="NAME", help="what updates say (a column of metrics.csv) instead of returns")
     parser.add_argument("--wins", action="store_true", help="of one run, the shares of episodes won in evaluations")
+    parser.add_argument("--opponents", action="store_true", help="of one run, the shares of training games won in self-play")
+    parser.add_argument("--standings", action="store_true", help="of one run, who did how against whom in self-play")
     parser.add_argument("--out", metavar="FILE", help=".svg or .png (default: RUN/curve.svg, curves.svg for several)")
     given = parser.read(argv)
     if given.pop("help", False):
@@ -33,8 +54,9 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--x {x}: expected one of {', '.join(AXES)}")
     if "metric" in given:
         return _plot_metric(runs, given["metric"], Path(given.get("out", runs[0] / f"{given['metric']}.svg")), x)
-    if given.get("wins", False):
-        return _plot_wins(runs, Path(given.get("out", runs[0] / "wins.svg")), x)
+    for kind, picture in ONE_RUN.items():
+        if given.get(kind, False):
+            return _plot_one(kind, picture, runs, Path(given.get("out", runs[0] / f"{kind}.svg")), x)
     out = Path(given.get("out", runs[0] / "curve.svg" if len(runs) == 1 else "curves.svg"))
     if out.suffix.lower() not in (".svg", ".png"):
         raise ConfigError(f"--out {out}: expected a file that ends in .svg or .png")
@@ -64,15 +86,16 @@ def _plot_metric(runs: Sequence[Path], metric: str, out: Path, x: str) -> int:
     return 0
 
 
-def _plot_wins(runs: Sequence[Path], out: Path, x: str) -> int:
+def _plot_one(kind: str, picture: Picture, runs: Sequence[Path], out: Path, x: str) -> int:
+    """A picture that there is of a single run."""
     if len(runs) > 1 or out.suffix.lower() != ".svg":
-        raise ConfigError(f"--wins: expected one run and an .svg, got {len(runs)} and {out}")
+        raise ConfigError(f"--{kind}: expected one run and an .svg, got {len(runs)} and {out}")
     try:
-        drawn = write_wins(runs[0], out, x)
+        drawn = picture.write(runs[0], out, x)
     except OSError as error:
         raise ConfigError(f"cannot write {out}: {error.strerror}") from None
     if not drawn:
-        raise ConfigError(f"{runs[0]}: no evaluation says how its episodes ended\n  the environment has to: info['outcome']")
+        raise ConfigError(f"{runs[0]}: {picture.why_not}")
     print(out)
     return 0
 

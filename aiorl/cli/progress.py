@@ -27,6 +27,7 @@ from aiorl.events import (
     Resumed,
     SettingsChanged,
     Stalled,
+    Standings,
     Started,
     Status,
     Warned,
@@ -38,6 +39,9 @@ Mode = Literal["auto", "rich", "plain", "json", "none"]
 
 PLAIN_EVERY_S = 5.0
 """Seconds between two plain lines of progress."""
+
+OPPONENTS_MAX = 8
+"""So many opponents are named in a line; there may be a thousand."""
 
 
 class Notes(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,6 +155,7 @@ def progress_line(status: Status, notes: Notes) -> str:
         f"evaluation {number(status.last_evaluation)}" if status.last_evaluation is not None else "",
         f"staleness {status.staleness_mean:.2f}",
         *experience(status),
+        *opponents(status),
         state(status, notes),
     ]
     return ", ".join(part for part in parts if part)
@@ -166,6 +171,15 @@ def experience(status: Status) -> list[str]:
     per_second = status.episodes / status.seconds if status.seconds > 0 else 0.0
     held = status.metrics.get("replay_size")
     return [f"{status.episodes:,} episodes ({rate(per_second)}/s)", *([] if held is None else [f"buffer {count(held)}"])]
+
+
+def opponents(status: Status) -> list[str]:
+    """In self-play: `weak 45 % – 20 %`, won and lost in training against each bot and the pool; its size and the rating."""
+    told, named = status.metrics, "win_rate_"
+    names = [name.removeprefix(named) for name in told if name.startswith(named)]
+    rates = [f"{name} {share(told[named + name])} – {share(told.get(f'loss_rate_{name}', 0.0))}" for name in names]
+    size = [plural(int(told["pool_size"]), "snapshot")] if "pool_size" in told else []
+    return [*rates[:OPPONENTS_MAX], *size, *([f"Elo {number(told['elo'])}"] if "elo" in told else [])]
 
 
 def state(status: Status, notes: Notes) -> str:
@@ -199,6 +213,11 @@ def event_line(event: AnyEvent) -> str | None:
             return "changed " + ", ".join(f"{name} = {value:g}" for name, value in event.changes.items())
         case DegreeChanged():
             return f"off_policy_degree {event.before} -> {event.degree} ({event.reason}): {event.detail}"
+        case Standings():
+            met = [one for one in event.opponents if one.wins is not None and one.losses is not None]
+            each = [f"{one.name} {share(one.wins or 0)} – {share(one.losses or 0)}" for one in met[:OPPONENTS_MAX]]
+            more = [f"{len(met) - OPPONENTS_MAX} more"] if len(met) > OPPONENTS_MAX else []
+            return f"won – lost against {', '.join(each + more) or 'nobody yet'} (Elo {number(event.elo)})"
         case Warned():
             return f"warning: {event.message}"
         case WorkerRestarted():

@@ -23,7 +23,8 @@ from aiorl.cli.progress import Display, Mode, Notes, make_display
 from aiorl.cli.summary import summary_lines
 from aiorl.config import Config
 from aiorl.errors import AiorlError, ConfigError
-from aiorl.metrics.curve import write_curve, write_wins
+from aiorl.metrics.curve import read_curve, write_curve, write_rates, write_wins
+from aiorl.metrics.matrix import write_standings
 from aiorl.run import Run
 
 T = TypeVar("T")
@@ -198,5 +199,7 @@ def _draw_curve(run: Run, display: Display) -> None:
     try:
         write_curve(directory, directory / "curve.svg")
         write_wins(directory, directory / "wins.svg")
+        write_rates(directory, directory / "opponents.svg")
+        write_standings(directory, directory / "standings.svg", read_curve(directory).title)
     except (OSError, AiorlError) as error:
         display.say(f"no curve.svg: {error}")

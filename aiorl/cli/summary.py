@@ -9,6 +9,7 @@ from typing import Any
 from aiorl.cli.text import count, duration, number, plural, rate, share, spread
 
 LABEL = 11
+FILES = ("curve.svg", "wins.svg", "opponents.svg", "standings.svg", "standings.json", "summary.json", "best/", "final/")
 
 
 def summary_lines(result: Mapping[str, Any], directory: Path) -> list[str]:
@@ -37,7 +38,7 @@ def summary_lines(result: Mapping[str, Any], directory: Path) -> list[str]:
         lines.append(_line("skipped", f"{plural(skipped, 'update')} that came to NaN or infinity"))
     if aborted := result.get("aborted"):
         lines.append(_line("aborted", f"{plural(aborted, 'episode')}{_why_aborted(result, aborted)}"))
-    there = [name for name in ("curve.svg", "wins.svg", "summary.json", "best/", "final/") if (directory / name).exists()]
+    there = [name for name in FILES if (directory / name).exists()]
     lines.append(_line("files", f"{directory}/ ({', '.join(there)})" if there else f"{directory}/"))
     return lines
 

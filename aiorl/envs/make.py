@@ -176,7 +176,8 @@ class Probe:
     `spec` is settled on native or single environments: make groups from it. `why_single` says why a vector
     implementation that exists is not used. `exact`: as far as a look can tell, open episodes can be brought back
     exactly (a single environment shows that when it is done); else `why_inexact`. `state_bytes` is room for the state
-    of a native group of the probed size. `bounds` are those of the observations' boxes.
+    of a native group of the probed size. `bounds` are those of the observations' boxes. `bots` are the scripted players of
+    a game for two by name, None where the environment has no word for them.
     """
 
     spec: EnvSpec
@@ -188,6 +189,7 @@ class Probe:
     reward_threshold: float | None = None
     max_episode_steps: int | None = None
     bounds: Mapping[str, Bounds] = field(default_factory=dict[str, Bounds])
+    bots: tuple[str, ...] | None = None
 
     @property
     def native(self) -> bool:
@@ -246,10 +248,12 @@ def _probe_single(spec: EnvSpec) -> Probe | None:
             raise ConfigError(f"{spec.name} stacks {own} observations already\n  leave out frame_stack = {spec.stack}")
         spaces = _spaces(spec, made, "observation_space", "action_space", max(own, spec.stack))
         known = getattr(made, "spec", None)
+        bots = getattr(getattr(made, "unwrapped", made), "bots", None)
     finally:
         _close(spec, AsFunctions(made) if coroutines else made)
     return Probe(
         replace(spec, native=False, coroutines=coroutines), spaces, bounds=bounds_of(made.observation_space, spaces),
+        bots=tuple(map(str, cast("Mapping[Any, Any]", bots))) if isinstance(bots, Mapping) else None,
         reward_threshold=getattr(known, "reward_threshold", None),
         max_episode_steps=getattr(known, "max_episode_steps", None),
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from aiorl.algos.base import Policy
     from aiorl.envs.spec import EnvSpec
 
-OnStep = Callable[[int], None]
+OnStep = Callable[[int], Awaitable[None] | None]
+"""Called after each step with its row; what it returns is awaited before the next one."""
 
 
 class Acting(Protocol):
@@ -180,8 +181,8 @@ class _Members:
                 first = first.copy()
                 first[again] = True
                 await self._begin([self._next(i) for i in again], rows)
-            if on_step is not None:
-                on_step(t)
+            if on_step is not None and (stand := on_step(t)) is not None:
+                await stand
         self._first = first
         for name, leaf in leaves.items():
             self._obs[name][...] = leaf[steps]

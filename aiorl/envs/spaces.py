@@ -76,7 +76,7 @@ class Leaf(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return self.kind == "box" and self.dtype == "uint8" and self.low == (0.0,) and self.high == (255.0,)
 
     @cached_property
-    def _one_hot(self) -> tuple[Array, Array]:
+    def one_hot(self) -> tuple[Array, Array]:
         """For each feature of a discrete value: which number it looks at, and the value it stands for."""
         source = np.repeat(np.arange(len(self.nvec)), self.nvec)
         values = [np.arange(s, s + n) for s, n in zip(self.start, self.nvec, strict=True)]
@@ -86,7 +86,7 @@ class Leaf(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """[…, *shape] to float32 […, features]."""
         flat = value.reshape(*value.shape[: value.ndim - len(self.shape)], self.size)
         if self.nvec:
-            source, stands_for = self._one_hot
+            source, stands_for = self.one_hot
             return (flat[..., source] == stands_for).astype(np.float32)
         if self.is_image:
             return flat * np.float32(1 / 255)

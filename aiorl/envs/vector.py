@@ -278,8 +278,8 @@ class VectorGroup:
                     segment.add_final(t, i, dict(zip(leaves, final, strict=True)))
             if step.spent is not None:
                 valid[t], first = ~step.spent, step.spent
-            if on_step is not None:
-                on_step(t)
+            if on_step is not None and (stand := on_step(t)) is not None:
+                await stand
         self._first = first
         self._obs = [leaf[steps].copy() for leaf in rows]
         check_segment(self._spaces, segment, steps, self.envs.start)

@@ -4,8 +4,8 @@
 
 The picture shows the training return (each rollout pale, the mean of the last 100 episodes solid), the evaluations with
 a band of one standard deviation, and the return that the run was to reach. Several runs can share a picture. Another one,
-`write_wins`, shows the share of episodes won in each evaluation suite, where the environment tells, and `write_metric` what
-learners say of each update.
+`write_wins`, shows the share of episodes won in each evaluation suite, where the environment tells, `write_rates` that of
+games won in self-play, and `write_metric` what learners say of each update.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from typing import Any
 import msgspec
 
 from aiorl.errors import ConfigError
-from aiorl.metrics.svg import WINS, draw
+from aiorl.metrics.svg import RATES, WINS, draw
 
+RATE = "win_rate_"  # begins the names of metrics
 POINTS = 400
 """Most points a line is drawn with: more cannot be told apart at the size of the picture."""
 
@@ -65,7 +66,8 @@ class Point:
 class Curve:
     """What a picture shows of one run: training returns by rollout and smooth, and evaluations with their spread.
 
-    `wins` has the shares of episodes won by suite, each with its standard error.
+    `wins` has the shares of episodes won by suite, each with its standard error, `rates` those of training games by
+    opponent.
     """
 
     env: str = ""
@@ -77,6 +79,7 @@ class Curve:
     smooth: list[Point] = field(default_factory=list["Point"])
     evaluations: list[Point] = field(default_factory=list["Point"])
     wins: dict[str, list[Point]] = field(default_factory=dict[str, list["Point"]])
+    rates: dict[str, list[Point]] = field(default_factory=dict[str, list["Point"]])
     end: tuple[float, float] = (0.0, 0.0)
 
     @property
@@ -114,6 +117,9 @@ def read_curve(source: str | Path | Iterable[Any], goal: float | None = None, me
                 curve.rollouts.append(Point(steps, seconds, row.return_mean))
             if row.train_return_mean_100 is not None:
                 curve.smooth.append(Point(steps, seconds, row.train_return_mean_100))
+            for name, value in row.metrics.items():
+                if name.startswith(RATE) and value is not None:
+                    curve.rates.setdefault(name.removeprefix(RATE), []).append(Point(steps, seconds, value))
         elif row.event == "evaluated":
             if row.primary:
                 curve.evaluations.append(Point(steps, seconds, row.mean_return, row.std_return))
@@ -137,6 +143,15 @@ def write_wins(source: str | Path | Iterable[Any], path: str | Path, x: str = "s
     if lines:
         text = draw(lines, x, [suite or "evaluation" for suite in curve.wins], WINS)
         Path(path).write_text(text, encoding="utf-8")
+    return bool(lines)
+
+
+def write_rates(source: str | Path | Iterable[Any], path: str | Path, x: str = "steps") -> bool:
+    """Draw the shares of training games won, a line for each opponent. False, and no file, if none has been told."""
+    curve = read_curve(source)
+    lines = [replace(curve, goal=None, rollouts=[], smooth=thin(p, x), evaluations=[]) for p in curve.rates.values()]
+    if lines:
+        Path(path).write_text(draw(lines, x, list(curve.rates), RATES), encoding="utf-8")
     return bool(lines)
 
 
@@ -186,8 +201,9 @@ def _begin(curve: Curve, row: _Row) -> float:
         return 0.0
     for name in ("rollouts", "smooth", "evaluations"):
         setattr(curve, name, [p for p in getattr(curve, name) if p.env_steps <= row.env_steps])
-    for suite, points in curve.wins.items():
-        curve.wins[suite] = [p for p in points if p.env_steps <= row.env_steps]
+    for named in (curve.wins, curve.rates):
+        for name, points in named.items():
+            named[name] = [p for p in points if p.env_steps <= row.env_steps]
     known = [p.seconds for p in (*curve.rollouts, *curve.smooth, *curve.evaluations)]
     curve.end = (float(row.env_steps), max(known, default=0.0))
     return max(0.0, curve.end[1] - row.seconds)

@@ -85,7 +85,8 @@ def _not_writable(path: Path, error: OSError) -> ConfigError:
 
 
 class RunFiles:
-    """Appends to events.jsonl, metrics.csv and schedule.jsonl, also to those of a run that is resumed.
+    """Appends to events.jsonl, metrics.csv and schedule.jsonl, also to those of a run that is resumed, and replaces
+    standings.json.
 
     Make it and call `write` on the files' thread, the rest on the loop.
     """
@@ -95,6 +96,8 @@ class RunFiles:
         self._events: list[AnyEvent] = []
         self._schedule: list[dict[str, Any]] = []
         self._encoder = msgspec.json.Encoder()
+        self._standings: dict[str, Any] | None = None  # the newest, and what is in the file
+        self._standing: dict[str, Any] | None = None
         # What has been taken and is not in a file yet: on a full disk it waits here until there is room.
         self._lines = {"events.jsonl": b"", "schedule.jsonl": b""}
         self._updates: list[Updated] = []
@@ -109,6 +112,10 @@ class RunFiles:
 
     def rollout(self, line: dict[str, Any]) -> None:
         self._schedule.append(line)
+
+    def standings(self, table: dict[str, Any]) -> None:
+        """What standings.json is to hold from the next `write` on."""
+        self._standings = table
 
     def take(self) -> tuple[list[AnyEvent], list[dict[str, Any]]]:
         """What has come since the last time."""
@@ -129,6 +136,9 @@ class RunFiles:
         if self._updates:
             self._append_metrics()
             self._updates = []
+        if (table := self._standings) is not self._standing:
+            write_atomically(self.path / "standings.json", msgspec.json.format(self._encoder.encode(table)) + b"\n")
+            self._standing = table
 
     def _append_metrics(self) -> None:
         target, updates = self.path / "metrics.csv", self._updates
@@ -181,7 +191,8 @@ def _metric_names(path: Path) -> list[str]:
 
 def _remove_leftovers(path: Path) -> None:
     """Files that a killed run had not given their name yet."""
-    names = re.compile(r"\.(config\.toml|metrics\.csv|summary\.json|curve\.svg|error\.txt)\.tmp|\.write-test-\d+")
+    written = r"config\.toml|metrics\.csv|summary\.json|standings\.json|curve\.svg|error\.txt"
+    names = re.compile(rf"\.({written})\.tmp|\.write-test-\d+")
     for file in path.iterdir():
         if names.fullmatch(file.name):
             with contextlib.suppress(OSError):

@@ -1,10 +1,17 @@
-"""A tournament's results as rows of text, as Markdown, and as a heat map in SVG."""
+"""Who won how often against whom: a tournament's results as rows of text, as Markdown and as a heat map in SVG, and the
+standings of self-play as a heat map."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 
+import msgspec
+
+from aiorl.errors import ConfigError
+from aiorl.league import ITSELF
 from aiorl.metrics.svg import label, style
 from aiorl.tournament import Interval, Matrix, Score, pairs
 
@@ -12,6 +19,7 @@ MATCH_HEADING: list[str] = ["first", "second", "games", "won (95 %)", "tied", "l
 CELL_W, CELL_H, TOP, MARGIN = 112, 64, 96, 20
 CHAR = 7.2  # estimated width of a character of 13 pixels
 LEAST_WIDTH = 560  # the lines of text need it
+SNAPSHOTS = 12  # of standings, in a picture
 STRONGEST = 0.6  # opacity of a cell with all points: text stays legible on it
 
 
@@ -56,9 +64,69 @@ def _table(rows: Sequence[Sequence[str]], names: int) -> str:
 
 def draw(matrix: Matrix, title: str) -> str:
     """The SVG text: in each row how a player did against those above, bluer the more points it took, else more orange."""
-    n = len(matrix.names)
-    left = MARGIN + max(90.0, CHAR * max(map(len, matrix.names)) + 16)
-    width, height = max(LEAST_WIDTH, left + n * CELL_W + 80 + MARGIN), TOP + n * CELL_H + 44
+    about = "share of games that the player on the left won, its 95 % interval, and tied – lost"
+    players = list(zip(matrix.names, matrix.ratings(), strict=True))
+    return _picture(title, about, players, matrix.names, matrix.cells)
+
+
+class Table(msgspec.Struct, frozen=True):
+    """What a picture shows of standings.json (see `aiorl.league.standings`)."""
+
+    players: list[str]
+    opponents: list[str]
+    wins: list[list[float]]
+    ties: list[list[float]]
+    losses: list[list[float]]
+    elo: dict[str, float]
+
+    def __post_init__(self) -> None:
+        shape = [len(self.opponents)] * len(self.players)
+        if any([len(row) for row in counts] != shape for counts in (self.wins, self.ties, self.losses)):
+            raise ValueError(f"expected {len(self.players)} rows of {len(self.opponents)} counts")
+        if missing := {ITSELF, *self.players[1:]} - self.elo.keys():
+            raise ValueError(f"elo.{min(missing)} is missing")
+
+
+def write_standings(run: Path, path: Path, title: str) -> bool:
+    """Draw the standings of a run directory. False, and no file, if it has none.
+
+    Raises ConfigError if they are damaged.
+    """
+    try:
+        table = msgspec.json.decode((run / "standings.json").read_bytes(), type=Table)
+    except FileNotFoundError:
+        return False
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise ConfigError(f"{run / 'standings.json'} is damaged: {error}") from None
+    path.write_text(draw_standings(table, title), encoding="utf-8")
+    return True
+
+
+def draw_standings(table: Table, title: str) -> str:
+    """The SVG text: how the learner, and each snapshot when it was the learner, did against everybody; of snapshots the
+    newest `SNAPSHOTS`."""
+    old = set(table.players[1 : max(1, len(table.players) - SNAPSHOTS)])
+    rows = [i for i, name in enumerate(table.players) if name not in old]
+    columns = [j for j, name in enumerate(table.opponents) if name not in old]
+    cells: dict[tuple[int, int], Score] = {}
+    for a, i in enumerate(rows):
+        for b, j in enumerate(columns):
+            counts = table.wins[i][j], table.ties[i][j], table.losses[i][j]
+            if any(counts):
+                cells[a, b] = Score(*counts, math.nan, math.nan)
+    players = [(table.players[i], table.elo[table.players[i] if i else ITSELF]) for i in rows]
+    about = "share of training games won, its 95 % interval, and tied – lost; a snapshot's as it joined"
+    return _picture(title, about, players, [table.opponents[j] for j in columns], cells)
+
+
+def _picture(
+    title: str, about: str, players: Sequence[tuple[str, float]], opponents: Sequence[str],
+    cells: Mapping[tuple[int, int], Score],
+) -> str:  # fmt: skip
+    """A row for each player, with its rating, and a column for each opponent."""
+    n = len(opponents)
+    left = MARGIN + max(90.0, CHAR * max(len(name) for name, _ in players) + 16)
+    width, height = max(LEAST_WIDTH, left + n * CELL_W + 80 + MARGIN), TOP + len(players) * CELL_H + 44
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" width="{width:.0f}" height="{height}" '
         f'role="img" font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif">',
@@ -66,18 +134,19 @@ def draw(matrix: Matrix, title: str) -> str:
         f"<style>{style()}</style>",
         f'<rect class="background frame" x="0.5" y="0.5" width="{width - 1:.0f}" height="{height - 1}" rx="8"/>',
         _ink(MARGIN, 34, title, 16, "start", 600),
-        label(MARGIN, 53, "share of games that the player on the left won, its 95 % interval, and tied – lost"),
+        label(MARGIN, 53, about),
         label(left + n * CELL_W + 40, TOP - 12, "Elo", "middle"),
         label(MARGIN, height - 16, "blue: more than half of the points (a tie is half a point); orange: fewer"),
     ]
-    for i, (name, rating) in enumerate(zip(matrix.names, matrix.ratings(), strict=True)):
-        x, y = left + (i + 0.5) * CELL_W, TOP + (i + 0.5) * CELL_H
-        parts.append(_ink(x, TOP - 12, _fitting(name), 13, "middle"))
+    for i, name in enumerate(opponents):
+        parts.append(_ink(left + (i + 0.5) * CELL_W, TOP - 12, _fitting(name), 13, "middle"))
+    for i, (name, rating) in enumerate(players):
+        y = TOP + (i + 0.5) * CELL_H
         parts.append(_ink(left - 12, y + 5, name, 13, "end"))
         parts.append(_ink(left + n * CELL_W + 40, y + 5, f"{rating:.0f}", 13, "middle"))
-    for a in range(n):
+    for a in range(len(players)):
         for b in range(n):
-            parts += _cell(matrix.cells.get((a, b)), left + b * CELL_W, TOP + a * CELL_H)
+            parts += _cell(cells.get((a, b)), left + b * CELL_W, TOP + a * CELL_H)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

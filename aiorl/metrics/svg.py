@@ -27,8 +27,11 @@ _INK = {
 }  # fmt: skip
 
 
-RETURNS, WINS = "return", "episodes won"
-SUBTITLES = {WINS: "share of episodes won in evaluations ± one standard error"}
+RETURNS, WINS, RATES = "return", "episodes won", "training games won"
+SUBTITLES = {
+    WINS: "share of episodes won in evaluations ± one standard error",
+    RATES: "share of games won in self-play, by opponent; old games fade",
+}
 
 
 def draw(curves: Sequence[Curve], x: str = "steps", labels: Sequence[str] = (), what: str = RETURNS) -> str:
@@ -38,7 +41,7 @@ def draw(curves: Sequence[Curve], x: str = "steps", labels: Sequence[str] = (), 
     rows = _legend_rows(entries)
     height = HEIGHT + LEGEND_ROW * (len(rows) - 1)
     plot = _Plot(curves, x, height - BOTTOM - LEGEND_ROW * len(rows), what)
-    title = curves[0].title if len(curves) == 1 or what == WINS else _common_title(curves)
+    title = curves[0].title if len(curves) == 1 or what in SUBTITLES else _common_title(curves)
     subtitle = _subtitle(curves) if what == RETURNS else SUBTITLES.get(what, "of each update")
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '

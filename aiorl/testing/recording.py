@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from aiorl.algos import algorithm_class, algorithm_name
-from aiorl.algos.base import CentralAlgorithm, Forward, LearnerContext, StateTree, Weights
+from aiorl.algos.base import CentralAlgorithm, Closing, Forward, LearnerContext, StateTree, Weights
 from aiorl.envs.spaces import Spaces
 from aiorl.errors import ConfigError
 from aiorl.segments import Array, Column, Rollout, SegmentHeader
@@ -196,3 +196,7 @@ class RecordedLearner:
 
     def set(self, **changes: float) -> None:
         self._learner.set(**changes)
+
+    def close(self) -> None:
+        if isinstance(self._learner, Closing):
+            self._learner.close()

@@ -22,11 +22,12 @@ from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 import numpy as np
 
 from aiorl.assembly import Backends
-from aiorl.offload import OffloadThread
+from aiorl.offload import Brake, OffloadThread
 from aiorl.testing.faults import Doer, Fault, FaultPlan, InjectedFault
 from aiorl.testing.sim import THREAD_PREFIX, Sim
 from aiorl.workers.control import Control, Stopped
 from aiorl.workers.control import Counter as Places
+from aiorl.workers.hold import Rest, Standing
 from aiorl.workers.launch import Launcher, WorkerProcess
 from aiorl.workers.questions import Ask, Asking
 from aiorl.workers.records import READ_BYTES, RECORD_BYTES, Kind, Record, unpack
@@ -129,14 +130,42 @@ class World(Doer):
         return None
 
 
+class _Brake(Brake):
+    """Holds a thread that is a task: before a call, for in its middle it could not wait."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        super().__init__(tell)
+        self._free = asyncio.Event()
+
+    def release(self) -> None:
+        super().release()
+        self._free.set()
+
+    def rest(self) -> None:
+        pass
+
+    async def let_through(self) -> None:
+        while self.held:
+            self._resting = True
+            self._tell()
+            self._free.clear()
+            await self._free.wait()
+        self._resting = False
+
+
 class SimThread(OffloadThread):
     """A task that runs one call after the other, each at once within the virtual time that it takes."""
 
     def __init__(self, world: World, name: str) -> None:
         self._world, self._label = world, name
+        self.on_stand: Callable[[], None] = lambda: None
+        self.brake = _Brake(self._stands)
         self._queue: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
         self._more, self._ended, self._closing = asyncio.Event(), asyncio.Event(), False
         self._task = asyncio.get_running_loop().create_task(self._work(), name=f"{THREAD_PREFIX}{name}")
+
+    def _stands(self) -> None:
+        self.on_stand()
 
     def submit(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:
         if self._closing:
@@ -167,6 +196,7 @@ class SimThread(OffloadThread):
             call, result = self._queue.popleft()
             takes_s, share = self._world.draw_s(mean_s), self._world.share()
             await _sleep(takes_s * share)
+            await self.brake.let_through()
             try:
                 value, error = call(), None
             except Exception as raised:
@@ -222,8 +252,8 @@ class _Cut(BaseException):
 class _Station(Station):
     """A station that notices at every step what is to go wrong."""
 
-    def __init__(self, setup: StationSetup, world: World, worker: int, ask: Ask) -> None:
-        super().__init__(setup, ask=ask)
+    def __init__(self, setup: StationSetup, world: World, worker: int, ask: Ask, standing: Standing) -> None:
+        super().__init__(setup, ask=ask, standing=standing)
         self._world, self._worker, self.late_s = world, worker, 0.0
 
     def _beat(self, row: memoryview, step: int) -> None:
@@ -261,7 +291,7 @@ class SimProcess:
         """OSError if there can be no process now."""
         if self._world.refuses(self.number):
             raise OSError(errno.EAGAIN, "planned: no more processes")
-        self._credits_fd, self._doorbell_fd = self._fds = [os.dup(fd) for fd in self._pipes.fds]
+        self._credits_fd, self._doorbell_fd, self._hold_fd = self._fds = [os.dup(fd) for fd in self._pipes.fds]
         self.sentinel, alive_fd = os.pipe()
         self._fds.append(alive_fd)
         self._task = asyncio.get_running_loop().create_task(self._live(), name=f"{THREAD_PREFIX}{self.name}")
@@ -309,7 +339,8 @@ class SimProcess:
         if self.exitcode is not None:
             return
         self.exitcode = exitcode
-        asyncio.get_running_loop().remove_reader(self._credits_fd)
+        for fd in (self._credits_fd, self._hold_fd):
+            asyncio.get_running_loop().remove_reader(fd)
         for fd in self._fds:
             os.close(fd)
 
@@ -335,7 +366,8 @@ class SimProcess:
         inbox: asyncio.Queue[Record | None] = asyncio.Queue()
         asyncio.get_running_loop().add_reader(self._credits_fd, self._receive, inbox)
         await self._take(world.draw_s(pace.start_s), control)
-        stations = [_Station(setup, world, self.number, self._ask) for setup in self.setups]
+        rest = Rest(self._hold_fd, self._ring, blocks=False)
+        stations = [_Station(setup, world, self.number, self._ask, rest.wait) for setup in self.setups]
         of = {group: station for station in stations for group in station.groups}
         for station in stations:
             station.open()

@@ -1,8 +1,8 @@
 """What a station tells of itself in shared memory: a row of counters for itself and for each of its groups, and last words.
 
-Written by the station, read by the training process at any moment, also after the station's death. One number goes the
-other way: which process may fill the slots. One that has been given up finds another number there, or none, and stops
-before its next environment step.
+Written by the station, read by the training process at any moment, also after the station's death. Two numbers go the
+other way: which process may fill the slots, and whether it is held. One that has been given up finds another number there,
+or none, and stops before its next environment step; one that is held waits there.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ DISMISSED = -1
 
 
 class Counter:
-    """Places in a row. ERROR_LENGTH and LIFE are used in the station's own row alone, which comes first."""
+    """Places in a row. ERROR_LENGTH and LIFE are used in the station's own row alone, which comes first. HELD says in that
+    one that the station is held, in a group's that it stands."""
 
-    PHASE, ORDINAL, STEP, BEATS, STEPPING, ERROR_LENGTH, LIFE = range(7)
+    PHASE, ORDINAL, STEP, BEATS, STEPPING, ERROR_LENGTH, LIFE, HELD = range(8)
 
 
 class Phase:
@@ -64,13 +65,22 @@ class Control:
     # -- who may fill the slots --------------------------------------------------------------------------------------
 
     def admit(self, life: int) -> None:
-        """All is as before a station began, and the process with this number may."""
-        self.table[:] = 0
+        """All is as before a station began, and the process with this number may. A station that is held stays so."""
+        self.table[0, : Counter.HELD] = 0
+        self.table[1:] = 0
         self.table[0, Counter.LIFE] = life
 
     def dismiss(self) -> None:
         """Nobody may any more."""
         self.table[0, Counter.LIFE] = DISMISSED
+
+    def hold(self, held: bool) -> None:
+        """Before its next environment step each group waits, or goes on."""
+        self.table[0, Counter.HELD] = held
+
+    def stands(self, group: int) -> bool:
+        """It is held and has come to a stand."""
+        return bool(self.table[0, Counter.HELD] and self.of(Counter.HELD, group))
 
     # -- what a station does -----------------------------------------------------------------------------------------
 

@@ -1,30 +1,29 @@
-"""All the workers of a run behind one narrow interface, `Workers`; with processes, or inline for `workers = 0`."""
+"""All the workers of a run behind one narrow interface, `Workers`, and the backend that runs them as processes."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from aiorl.channel import Channel
-from aiorl.envs.checked import at_once
 from aiorl.envs.cursor import GroupCursor
 from aiorl.errors import WorkerError
 from aiorl.offload import OffloadThread
 from aiorl.pacing import Grant
 from aiorl.seals import lay_guards
 from aiorl.segments import Array, Segment
-from aiorl.workers.control import Control, Counter, Phase, where
+from aiorl.workers.control import Control
+from aiorl.workers.hold import Hold
 from aiorl.workers.launch import Launcher
 from aiorl.workers.memory import SharedBlock
 from aiorl.workers.questions import Question, Questions
 from aiorl.workers.records import Kind, Record
-from aiorl.workers.station import Played, Station, StationSetup, evaluation_results, mailboxes_of, segments_of
+from aiorl.workers.station import Played, StationSetup, evaluation_results, mailboxes_of, segments_of
 from aiorl.workers.supervision import GivenUp, Keeper, Means, Restart, Where, WorkerView, after_restarts
 
 
@@ -53,6 +52,8 @@ class Workers(Protocol):
 
     arrivals: Channel[Arrival]
     """One place per slot, so that putting never fails: the grants are the backpressure."""
+    on_stand: Callable[[], None]
+    """Called when a group that is held has come to a stand, and its worker perhaps with it."""
 
     async def start(self) -> None:
         """Return when all are ready; WorkerError if one is not in time or fails."""
@@ -76,6 +77,18 @@ class Workers(Protocol):
 
     async def evaluate(self, buffer: int, episodes: int, suite: int = 0, *, fresh: bool = False) -> Played:
         """Run episodes of a suite with the weights in `buffer`."""
+        ...
+
+    def hold(self, held: bool) -> None:
+        """Let all groups wait before their next environment step, or go on. Evaluation is not held."""
+        ...
+
+    def stands_still(self) -> bool:
+        """No environment of a group steps, and none will while they are held. For any thread."""
+        ...
+
+    def take_in(self) -> None:
+        """Let everything arrive that has been finished by now."""
         ...
 
     async def watch(self, tell: Tell = unheard) -> None:
@@ -153,7 +166,9 @@ class ProcessWorkers:
         self._evaluated: deque[asyncio.Future[None]] = deque()  # for each evaluation that has been asked for
         self._evaluating = asyncio.Lock()
         self._thread: OffloadThread | None = thread("aiorl-launch")
-        means = Means(launcher, self._thread, where, log_dir, start_timeout_s, step_timeout_s)
+        self._hold = Hold()
+        self.on_stand: Callable[[], None] = lambda: None
+        means = Means(launcher, self._thread, where, log_dir, start_timeout_s, step_timeout_s, self._hold)
         self._keepers = [Keeper(setup, means, self._on_record) for setup in (*plan.training, plan.evaluation)]
         self._by_group = {group: keeper for keeper in self._keepers for group in keeper.groups}
         self._watching: list[asyncio.Task[None]] = []
@@ -192,7 +207,22 @@ class ProcessWorkers:
         return self._by_group[group].index
 
     def unfinished_steps(self, grants: Sequence[Grant]) -> int:
-        return sum(_partial(setup, self.segment, grants) for setup in self._plan.training)
+        return sum(partial_steps(setup, self.segment, grants) for setup in self._plan.training)
+
+    def hold(self, held: bool) -> None:
+        if held:  # first the pipe: whoever finds itself held waits for it
+            self._hold.turn(True)
+        for keeper in self._keepers:
+            keeper.hold(held)
+        if not held:
+            self._hold.turn(False)
+
+    def stands_still(self) -> bool:
+        return all(keeper.stands_still() for keeper in self._keepers) and not len(self.arrivals)
+
+    def take_in(self) -> None:
+        for keeper in self._keepers:
+            keeper.take_in()
 
     async def evaluate(self, buffer: int, episodes: int, suite: int = 0, *, fresh: bool = False) -> Played:
         credit = Record(Kind.EVALUATE, suite, 0, buffer, int(fresh), episodes)
@@ -224,6 +254,8 @@ class ProcessWorkers:
     def _on_record(self, record: Record) -> None:
         if record.kind is Kind.ASK:
             self.questions.put(record, self._mailboxes[record.group].features)
+        elif record.kind is Kind.STANDS:
+            self.on_stand()
         elif record.kind is Kind.COLLECTED:
             self.questions.filled(record.group)
             self.arrivals.put_nowait(Arrival(record.group, record.slot, record.buffer, record.value))
@@ -238,8 +270,10 @@ class ProcessWorkers:
             task.cancel()
         await asyncio.gather(*self._watching, return_exceptions=True)
         await thread.run(_nothing)  # behind a launch that is under way
+        self._hold.turn(False)  # each finds out that it is dismissed
         await asyncio.gather(*(keeper.stop() for keeper in self._keepers))
         self.arrivals.close()
+        self._hold.close()
         await thread.run(self._launcher.close)
         await thread.aclose(1.0)
         for keeper in self._keepers:
@@ -257,141 +291,11 @@ class ProcessWorkers:
         return [keeper.pid for keeper in self._keepers if keeper.pid is not None]
 
 
-class InlineWorkers:
-    """The backend of `workers = 0`: the same stations in this process, one segment after the other on one thread.
-
-    Environments that are coroutines wait on an event loop of that thread. With central inference `compute` answers there.
-    """
-
-    def __init__(
-        self, plan: StationPlan, thread: Callable[[str], OffloadThread] = OffloadThread, compute: Compute | None = None
-    ) -> None:
-        self._plan = plan
-        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop) if plan.training[0].env.coroutines else None
-        self._waiting: asyncio.Task[Any] | None = None
-        self._mailboxes, self._compute = mailboxes_of(plan.training[0]), compute
-        ask = self._ask if compute is not None else None
-        self._station = Station(plan.training[0], drive=at_once if self._runner is None else self._wait, ask=ask)
-        self._eval_station = Station(plan.evaluation)
-        slots = len(plan.training[0].groups) * plan.training[0].slots
-        self.arrivals: Channel[Arrival] = Channel(slots)
-        self._segments = segments_of(plan.training[0])
-        self._thread: OffloadThread | None = thread("aiorl-collect")
-        self._failure: asyncio.Future[WorkerError] = asyncio.get_running_loop().create_future()
-        self._evaluating = asyncio.Lock()
-
-    async def _ask(self, record: Record) -> None:
-        """On the thread: answer a question at once."""
-        assert self._compute is not None
-        mailbox = self._mailboxes[record.group]
-        (mailbox.outputs[...],) = self._compute([Question(record, mailbox.features, 0.0)])
-
-    def _wait(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """On the thread: the result of a coroutine that may have to wait."""
-
-        async def cancellable() -> Any:
-            self._waiting = asyncio.current_task()
-            return await work
-
-        assert self._runner is not None
-        return self._runner.run(cancellable())
-
-    async def start(self) -> None:
-        assert self._thread is not None
-        try:
-            await self._thread.run(self._station.open)
-        except Exception as error:
-            raise _failure(self._station, error) from error
-
-    def collect(self, grant: Grant, buffer: int) -> None:
-        credit = Record(Kind.COLLECT, grant.group, grant.slot, buffer, grant.ordinal, grant.version)
-        assert self._thread is not None
-        self._thread.submit(self._station.serve, credit).add_done_callback(self._collected)
-
-    def _collected(self, answer: asyncio.Future[Record]) -> None:
-        if answer.cancelled():
-            return
-        error = answer.exception()  # looked at even if it is too late: asyncio reports errors that nobody has seen
-        if self.arrivals.closed:
-            return
-        if error is None:
-            done = answer.result()
-            self.arrivals.put_nowait(Arrival(done.group, done.slot, done.buffer, done.value))
-        elif not self._failure.done():
-            self._failure.set_result(_failure(self._station, error))
-
-    def segment(self, group: int, slot: int) -> Segment:
-        return self._segments[group, slot]
-
-    def worker_of(self, group: int) -> int:
-        return 0
-
-    def unfinished_steps(self, grants: Sequence[Grant]) -> int:
-        return _partial(self._plan.training[0], self.segment, grants)
-
-    async def evaluate(self, buffer: int, episodes: int, suite: int = 0, *, fresh: bool = False) -> Played:
-        credit = Record(Kind.EVALUATE, suite, 0, buffer, int(fresh), episodes)
-        async with self._evaluating:
-            assert self._thread is not None
-            try:
-                await self._thread.run(self._eval_station.serve, credit)
-            except Exception as error:
-                raise _failure(self._eval_station, error) from error
-            return evaluation_results(self._plan.evaluation).first(episodes)
-
-    async def watch(self, tell: Tell = unheard) -> None:
-        raise await asyncio.shield(self._failure)  # there is nothing to kill, and nothing is started again
-
-    async def aclose(self) -> None:
-        thread, self._thread = self._thread, None
-        if thread is None:
-            return
-        self.arrivals.close()
-        self._station.control.dismiss()  # the credits that wait on the thread come to nothing
-        self._eval_station.control.dismiss()
-        if self._waiting is not None:  # perhaps for something that never comes
-            self._waiting.get_loop().call_soon_threadsafe(self._waiting.cancel)
-        with contextlib.suppress(TimeoutError, Exception):
-            async with asyncio.timeout(1.5):
-                await thread.run(_close_all, (self._station, self._eval_station), self._runner)
-        await thread.aclose(0.2)
-        self._segments.clear()
-        self._mailboxes.clear()
-        del self._station, self._eval_station
-        for setup in (*self._plan.training, self._plan.evaluation):
-            setup.block.close()
-
-    def views(self) -> list[WorkerView]:
-        named = (("collecting here", self._station), ("evaluating here", self._eval_station))
-        return [_inline_view(name, station.control) for name, station in named]
-
-    pids: tuple[int, ...] = ()
-
-
-def _inline_view(name: str, control: Control) -> WorkerView:
-    doing = where([control])
-    busy = len(control.at_work()) or int(control.of(Counter.PHASE) == Phase.EVALUATING)
-    return WorkerView(name, None, doing, busy, sum(control.beats))
-
-
 def _nothing() -> None:
     pass
 
 
-def _close_all(stations: Iterable[Station], runner: asyncio.Runner | None) -> None:
-    for station in stations:
-        station.close()
-    if runner is not None:
-        runner.close()
-
-
-def _failure(station: Station, error: BaseException) -> WorkerError:
-    station.control.put_error(error)  # unless it is there already
-    words = station.control.error() or {"message": str(error), "detail": ""}
-    return WorkerError(f"collecting in this process failed\n  {words['message']}", detail=words["detail"])
-
-
-def _partial(setup: StationSetup, segment: Callable[[int, int], Segment], grants: Sequence[Grant]) -> int:
+def partial_steps(setup: StationSetup, segment: Callable[[int, int], Segment], grants: Sequence[Grant]) -> int:
     """Valid transitions in the slots that a station was filling, of grants that have not arrived."""
     control, found = Control(setup.block, setup.groups), 0
     for grant in grants:

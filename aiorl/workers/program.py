@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from aiorl.envs.checked import at_once
 from aiorl.offload import BACKGROUND_NICENESS, OffloadThread
 from aiorl.workers.control import Control, Stopped
+from aiorl.workers.hold import Rest
 from aiorl.workers.questions import Asking
 from aiorl.workers.records import READ_BYTES, RECORD_BYTES, Kind, Record, unpack
 from aiorl.workers.station import Station, StationSetup
@@ -33,10 +34,12 @@ Ring = Callable[[Record], None]
 
 @dataclass(frozen=True)
 class Pipes:
-    """A worker's ends of its two pipes, as descriptors on their way into the process."""
+    """A worker's ends of its two pipes, and of the one that all share for being held, as descriptors on their way into the
+    process."""
 
     credits: Any
     doorbell: Any
+    hold: Any
 
 
 def prepare(log_path: str | None) -> None:
@@ -87,7 +90,8 @@ async def main(setups: Sequence[StationSetup], pipes: Pipes) -> None:
     loop.add_reader(credits_fd, receive)
     try:
         places = _places(setups[0])
-        stations = [Station(setup, places, tell=_into_log, ask=asking.ask) for setup in setups]
+        rest = Rest(pipes.hold.detach(), ring, blocks=setups[0].stepping == "threads")
+        stations = [Station(setup, places, tell=_into_log, ask=asking.ask, standing=rest.wait) for setup in setups]
         if setups[0].has_lanes:
             await _serve_side_by_side(stations, inbox, ring, asking)
         else:

@@ -27,6 +27,7 @@ class Kind(IntEnum):
     EVALUATED = 13
     FAILED = 14
     ASK = 15
+    STANDS = 16
 
 
 class Record(NamedTuple):
@@ -35,7 +36,7 @@ class Record(NamedTuple):
     `group` and `slot` say where in memory, `buffer` which weights, `ordinal` is the group's segment number, `value` the
     weights' version in a credit and the valid transitions in a doorbell. Of an evaluation `group` is the number of the
     suite, `value` that of the episodes, and `ordinal` is 1 if they have fresh seeds.
-    ASK and ANSWER: see `workers.questions`.
+    ASK and ANSWER: see `workers.questions`. STANDS: some group is held and has come to a stand.
     """
 
     kind: Kind

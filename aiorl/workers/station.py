@@ -21,12 +21,14 @@ from aiorl.envs.checked import at_once
 from aiorl.envs.cursor import GroupCursor
 from aiorl.envs.episodes import run_episodes
 from aiorl.envs.group import make_group
+from aiorl.envs.single import OnStep
 from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import EnvSpec
 from aiorl.seals import seal
 from aiorl.seeding import ACT
 from aiorl.segments import ALIGN, Array, Segment, SegmentHeader, SegmentLayout
 from aiorl.workers.control import Control, Counter, Phase, Stopped, control_bytes
+from aiorl.workers.hold import Standing, unheld
 from aiorl.workers.memory import SharedBlock
 from aiorl.workers.questions import Ask, AskingPolicy, Mailbox, MailboxLayout, question
 from aiorl.workers.records import Kind, Record
@@ -164,7 +166,7 @@ class Station:
 
     `places` caps the environment steps under way (a semaphore, see `Turn`). `drive` is how `open`, `serve` and `close` get
     a coroutine done: those of environments that wait need an event loop. `tell` gets a line for each episode given up, `ask`
-    the questions of central inference.
+    the questions of central inference. `standing` is where a group waits that is held.
     """
 
     def __init__(
@@ -174,8 +176,10 @@ class Station:
         drive: Callable[[Coroutine[Any, Any, Any]], Any] = at_once,
         tell: Callable[[str], None] = untold,
         ask: Ask | None = None,
+        standing: Standing = unheld,
     ) -> None:
         self._setup, self._places, self._drive, self._tell, self._ask = setup, places, drive, tell, ask
+        self._standing, self._stood_s = standing, dict.fromkeys(setup.groups, 0.0)
         self.control = Control(setup.block, setup.groups)
         self._row = self.control.row()
         self._rows = {group: self.control.row(group) for group in setup.groups}
@@ -254,23 +258,26 @@ class Station:
 
     async def collect(self, credit: Record) -> Record:
         """Fill a slot."""
+        self._go_on()
+        if self._row[Counter.HELD]:
+            await self._stand(credit.group)
+        self._stood_s[credit.group] = 0.0
         with self._filling(credit) as (policy, segment, on_step):
             await self._groups[credit.group].fill(policy, segment, segment.steps, on_step)
         return credit._replace(kind=Kind.COLLECTED, value=segment.env_steps)
 
     @contextlib.contextmanager
-    def _filling(self, credit: Record) -> Iterator[tuple[Policy | AskingPolicy, Segment, Callable[[int], None]]]:
+    def _filling(self, credit: Record) -> Iterator[tuple[Policy | AskingPolicy, Segment, OnStep]]:
         """What `Group.fill` needs, with all that is to be done before and after it."""
         setup, row = self._setup, self._rows[credit.group]
-        self._go_on()
         row[Counter.STEP], row[Counter.ORDINAL] = 0, credit.ordinal
         row[Counter.PHASE] = Phase.COLLECTING
         segment, policy = self._segments[credit.group, credit.slot], self._policies[credit.group]
         key = np.random.SeedSequence(setup.seed, spawn_key=(ACT, credit.ordinal, credit.group))
         started_s = time.monotonic()
         policy.begin(self._view(credit.buffer), credit.ordinal, np.random.default_rng(key), segment.steps)
-        yield self._asking(policy, credit), segment, functools.partial(self._beat, row)
-        segment.header[SegmentHeader.STARTED_S] = started_s
+        yield self._asking(policy, credit), segment, functools.partial(self._stepped, credit.group)
+        segment.header[SegmentHeader.STARTED_S] = started_s + self._stood_s[credit.group]
         segment.header[SegmentHeader.ENDED_S] = time.monotonic()
         seal(segment, setup.index, credit.group, credit.ordinal)
         row[Counter.PHASE] = Phase.IDLE
@@ -304,6 +311,11 @@ class Station:
             self._weights[buffer] = self._setup.weights.view(self._setup.weight_block.buffer, buffer)
         return self._weights[buffer]
 
+    def _stepped(self, group: int, step: int) -> Coroutine[Any, Any, None] | None:
+        """After a step of a group: what it has to wait for, if it is held."""
+        self._beat(self._rows[group], step)
+        return self._stand(group) if self._row[Counter.HELD] else None
+
     def _beat(self, row: memoryview, step: int) -> None:
         row[Counter.STEP] = step + 1
         row[Counter.BEATS] += 1
@@ -312,6 +324,14 @@ class Station:
     def _go_on(self) -> None:
         if self._row[Counter.LIFE] != self._setup.life:
             raise Stopped
+
+    async def _stand(self, group: int) -> None:
+        row, begun_s = self._rows[group], time.monotonic()
+        row[Counter.HELD] = 1
+        await self._standing(lambda: self._row[Counter.HELD] != 0 and self._row[Counter.LIFE] == self._setup.life)
+        row[Counter.HELD] = 0
+        self._stood_s[group] += time.monotonic() - begun_s
+        self._go_on()
 
     async def close_group(self, index: int) -> None:
         group = self._groups.pop(index, None)

@@ -23,6 +23,8 @@ from aiorl.envs.cursor import GroupCursor
 from aiorl.errors import WorkerError
 from aiorl.offload import OffloadThread
 from aiorl.segments import Segment
+from aiorl.workers.control import Control
+from aiorl.workers.hold import Hold
 from aiorl.workers.launch import Launcher
 from aiorl.workers.records import Kind, Record
 from aiorl.workers.station import StationSetup, segments_of
@@ -92,6 +94,7 @@ class Means:
     log_dir: str | None
     start_timeout_s: float
     step_timeout_s: float
+    hold: Hold
     lives: Iterator[int] = field(default_factory=lambda: itertools.count(1))  # a number for each process
 
 
@@ -154,8 +157,8 @@ class Keeper:
     def _make(self, setups: list[StationSetup]) -> Worker:
         """A worker for these stations, to be launched."""
         log_path = f"{self._means.log_dir}/worker-{setups[0].index}.log" if self._means.log_dir else None
-        life = next(self._means.lives)
-        return Worker([replace(s, life=life) for s in setups], self._means.launcher, log_path, self._receive)
+        means, life = self._means, next(self._means.lives)
+        return Worker([replace(s, life=life) for s in setups], means.launcher, log_path, self._receive, means.hold)
 
     @property
     def groups(self) -> list[int]:
@@ -205,8 +208,9 @@ class Keeper:
             self._worker.send(record)
 
     def _receive(self, doorbell: Record) -> None:
-        if doorbell.kind is Kind.ASK:
-            self._asking.add((doorbell.group, doorbell.slot))
+        if doorbell.kind in (Kind.ASK, Kind.STANDS):
+            if doorbell.kind is Kind.ASK:
+                self._asking.add((doorbell.group, doorbell.slot))
             self._on_record(doorbell)
             return
         key = _key(doorbell)
@@ -233,6 +237,25 @@ class Keeper:
         if self._looking is not None:
             with contextlib.suppress(RuntimeError):  # it is about to look anyway
                 self._looking.reschedule(_now_s())
+
+    def hold(self, held: bool) -> None:
+        """Let its groups wait before their next step, or go on."""
+        for setup in self.setups:
+            if setup.groups:
+                Control(setup.block, setup.groups).hold(held)
+
+    def stands_still(self) -> bool:
+        """No environment of its groups steps, and none will while they are held. For any thread."""
+        return not self.groups or not self._outstanding or (self._serving and self._waits())
+
+    def take_in(self) -> None:
+        """Hear every doorbell that has rung, also before the loop gets round to it."""
+        self._worker.take_in()
+
+    def _waits(self) -> bool:
+        """Held, it goes on with nothing: one group that stands holds up those whose turn comes after it."""
+        standing, owing = self._worker.standing, {group for group, *_ in list(self._outstanding)}
+        return owing <= standing if self.setups[0].has_lanes else bool(standing)
 
     # -- supervision -----------------------------------------------------------------------------------------------
 
@@ -280,7 +303,7 @@ class Keeper:
         worker.take_in()  # it may have answered while the loop was late
         asking = {group for group, _ in self._asking}
         stepping = {place: group for place, group in worker.stepping.items() if group not in asking}
-        owing = bool(self._outstanding) and not asking
+        owing = bool(self._outstanding) and not asking and not self._waits()
         still_s, group = self._patience.look(_now_s(), 2 * limit_s / LOOKS, worker.beats, stepping, owing)
         if still_s <= limit_s:
             return None

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from aiorl.errors import WorkerError
 from aiorl.workers.control import Control, Counter, Phase, where
+from aiorl.workers.hold import Hold
 from aiorl.workers.launch import Launcher, WorkerProcess
 from aiorl.workers.memory import dup_for_child
 from aiorl.workers.program import Pipes, main, prepare
@@ -41,8 +42,9 @@ class Worker:
         launcher: Launcher,
         log_path: str | None,
         on_record: Callable[[Record], None],
+        hold: Hold,
     ) -> None:
-        self.setups = setups
+        self.setups, self._hold = setups, hold
         self.name = f"worker {setups[0].index}" if setups[0].groups else "evaluation worker"
         self.log_path = log_path
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -67,7 +69,7 @@ class Worker:
             process = self._launcher.process(
                 f"aiorl-{self.name.replace(' ', '-')}",
                 main,
-                (self.setups, PipesOnTheirWay(child_credits, child_doorbell)),
+                (self.setups, PipesOnTheirWay(child_credits, child_doorbell, self._hold.fd)),
                 prepare,
                 (self.log_path,),
             )
@@ -125,16 +127,23 @@ class Worker:
 
     @property
     def stepping(self) -> dict[int, int]:
-        """The groups that are at work, and cannot be waiting for their turn: place in `beats` -> group."""
+        """The groups that are at work, and can be waiting neither for their turn nor for the end of a pause: place in
+        `beats` -> group."""
         found: dict[int, int] = {}
         begin = 0
         for setup, control in zip(self.setups, self._controls, strict=True):
             for place, group in enumerate(setup.groups, start=begin + 1):
                 waits = setup.steps_at_once is not None and not control.of(Counter.STEPPING, group)
+                waits = waits or control.stands(group)
                 if control.of(Counter.PHASE, group) == Phase.COLLECTING and not waits and not setup.takes_turns:
                     found[place] = group
             begin += 1 + len(setup.groups)
         return found
+
+    @property
+    def standing(self) -> set[int]:
+        """The groups that are held and have come to a stand."""
+        return {group for control in self._controls for group in control.groups if control.stands(group)}
 
     def where(self, group: int | None = None) -> str:
         """What the worker, or one group of it, is or was doing, for messages."""
@@ -241,8 +250,8 @@ class Worker:
 class PipesOnTheirWay:
     """Pickles into a worker as its `Pipes`."""
 
-    def __init__(self, credits_fd: int, doorbell_fd: int) -> None:
-        self.fds = credits_fd, doorbell_fd
+    def __init__(self, credits_fd: int, doorbell_fd: int, hold_fd: int) -> None:
+        self.fds = credits_fd, doorbell_fd, hold_fd
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Pipes, tuple(dup_for_child(fd) for fd in self.fds)
