@@ -39,7 +39,7 @@ test: $(READY)  ## install, then run the quick tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 long: $(READY)  ## run the long tests (learning results, many processes)
-	$(BIN)/python -m pytest -m long $(ARGS)
+	$(BIN)/python -m pytest -m long -o faulthandler_timeout=7200 $(ARGS)
 
 soak: $(READY)  ## train while workers die and the disk is full (MINUTES=20 ALGO=ppo), then check the laws
 	$(BIN)/python -m bench.soak --minutes $(MINUTES) --algo $(ALGO) $(ARGS)
