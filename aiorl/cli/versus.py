@@ -104,7 +104,12 @@ def tournament(
                 film.ended(index, game)
 
         sides = players[a], players[b]
-        matches[a, b] = play_match([t.game for t in tables], sides, games, seed, on_end=on_end, on_frame=on_frame)
+        try:
+            matches[a, b] = play_match([t.game for t in tables], sides, games, seed, on_end=on_end, on_frame=on_frame)
+        except BaseException:
+            if sys.stderr.isatty():
+                print(file=sys.stderr)  # what went wrong gets a line of its own
+            raise
     return Matrix(names, matches)
 
 
