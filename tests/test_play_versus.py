@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -19,11 +20,12 @@ from checkpoints import edit_manifest
 from PIL import Image
 from test_tournament import Auction
 
-from aiorl.cli import main
+from aiorl.cli import main, versus
 from aiorl.cli.record import Film, Recorder, Strip, captioned
 from aiorl.envs.hockey.parallel import HockeyParallelEnv
 from aiorl.envs.twoplayer import SelfPlayEnv
 from aiorl.errors import EnvError
+from aiorl.tournament import Played
 
 TINY = ["--no-preset", "--envs", "2", "--group-size", "2", "--segment-length", "16", "--steps", "64", "--workers", "0",
         "--eval-episodes", "1", "--progress", "none"]  # fmt: skip
@@ -151,6 +153,19 @@ def test_a_table_a_matrix_and_files_for_people(tmp_path: Path, capsys: pytest.Ca
 def test_mistakes(words: str, expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(Path(__file__).parent.parent)
     assert expected in refused(capsys, *words.split())
+
+
+def test_an_interrupted_tournament_ends_its_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*_: Any, on_end: Callable[[int, Played], None], **__: Any) -> None:
+        on_end(0, Played(1, (10.0, -10.0), 20))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(versus, "play_match", interrupted)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["play", "--versus", "weak", "strong", "--games", "5"]) == 130
+    shown = capsys.readouterr().err
+    assert shown.startswith("\rweak – strong: 1/5 games")
+    assert shown.endswith("\nerror: interrupted\n")
 
 
 def test_help_imports_neither_torch_nor_gymnasium():
