@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,18 @@ def test_marks_are_drawn_with_the_same_chance(marked: Any):
     mean = np.mean(list(marked))
     slack = 5 * max(1.0, float(np.std(list(marked)))) / np.sqrt(each)
     assert (np.abs(draws.mean(0) - mean) < slack).all()
+
+
+def test_few_marks_among_many_take_no_memory():
+    marks = Marks(1_000_000)
+    marks.put(777_777, np.ones(1, bool))
+    tracemalloc.start()
+    try:
+        drawn = marks.draw(np.random.default_rng(0), 256, 1_000_000)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+    assert set(drawn.tolist()) == {777_777}
 
 
 # -- chances and weights -----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import numpy as np
 from aiorl.segments import Array
 
 MORE = 1.1  # times as many are tried as should be enough
+RARE = 1 / 16  # share of marked places below which all are looked at
 
 
 class Marks:
@@ -45,6 +46,8 @@ class Marks:
         """[size] int64 marked places, with repetition, all with the same chance. There is at least one, all lie `below`."""
         if self._count == below:
             return rng.integers(below, size=size)
+        if self._count < RARE * below:  # trying would take ever more, the fewer there are
+            return self.places()[rng.integers(self._count, size=size)]
         tried = rng.integers(below, size=int(MORE * size * below / self._count) + 16)
         found = tried[self.has(tried)][:size]
         missing = size - len(found)
