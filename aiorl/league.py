@@ -279,14 +279,16 @@ def _stranger(code: int, bots: list[str]) -> Exception:
 
 
 def standings(weights: Mapping[str, Array], bots: Sequence[str]) -> dict[str, Any]:
-    """Plain data for JSON from a policy's weights: players, ratings, versions, how each player did against each opponent.
+    """Plain data for JSON from a policy's weights: players, snapshots by age, ratings, versions, how each player did against
+    each opponent.
 
     A snapshot's row is the learner's at its admission. `wins`, `ties` and `losses` are [players, opponents] counts in which
     old games fade.
     """
     codes, table = weights["league.codes"], weights["league.table"]
     first = 1 + len(bots)
-    places = [place for place, code in enumerate(codes[first:].tolist()) if code != UNKNOWN]
+    snapshots = codes[first:].tolist()  # places are given anew, codes rise
+    places = sorted((place for place, code in enumerate(snapshots) if code != UNKNOWN), key=snapshots.__getitem__)
     names = {place: f"snapshot {codes[first + place]}" for place in places}
     columns = [*range(first), *(first + place for place in places)]
     rows = table[[0, *(1 + place for place in places)]][:, columns].round(3)

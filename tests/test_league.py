@@ -203,6 +203,22 @@ def test_nothing_grows_as_the_pool_turns_over():
     assert sum(a.nbytes for a in one.weights().values()) == size
 
 
+def test_standings_are_in_the_order_of_age():
+    """Whatever place a snapshot has been given."""
+    one = filled(3)
+    for version in range(3, 9):
+        between_games(one, version)
+        one.record([Game(int(one.ids.max()), 1)])
+        one.advance(version, weights(version))
+    alive = sorted(one.ids[one.ids > 0].tolist())
+    assert one.ids[one.ids > 0].tolist() != alive
+    told = standings(one.weights(), ["weak", "strong"])
+    assert told["players"] == ["learner", *(f"snapshot {number}" for number in alive)]
+    newest = one.versions[one.ids.argmax()]
+    assert list(told["versions"].values())[-1] == newest
+    assert list(told["elo"].values())[-1] == one.elo[3 + one.ids.argmax()].round(1)
+
+
 # -- as a whole --------------------------------------------------------------------------------------------------------
 
 
