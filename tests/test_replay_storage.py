@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,20 @@ from aiorl.errors import ConfigError, InvariantError
 from aiorl.segments import Column
 
 
-def test_what_lies_on_disk_is_as_in_memory(tmp_path: Path):
-    """Every second row ends an episode, so the file grows as well."""
-    stream = Stream(spaces(), 2, 7)
-    buffers = Replay(stream.space, 2, 400), Replay(stream.space, 2, 400, storage="disk", directory=tmp_path)
+def filling(stream: Stream, buffers: Sequence[Replay]) -> Iterator[int]:
+    """Add the same 80 rollouts to all, one after the other; yields the index of each."""
     for index in range(80):
         rollout = stream.next()
         for replay in buffers:
             replay.add(rollout)
+        yield index
+
+
+def test_what_lies_on_disk_is_as_in_memory(tmp_path: Path):
+    """Every second row ends an episode, so the file grows as well."""
+    stream = Stream(spaces(), 2, 7)
+    buffers = Replay(stream.space, 2, 400), Replay(stream.space, 2, 400, storage="disk", directory=tmp_path)
+    for index in filling(stream, buffers):
         if index % 8 == 0:
             one, other = (replay.sample(np.random.default_rng(index), 50, n=2, gamma=0.9) for replay in buffers)
             assert one.obs["obs"].tobytes() == other.obs["obs"].tobytes()
@@ -130,10 +137,7 @@ def test_what_lies_on_a_device_is_as_in_memory(monkeypatch: pytest.MonkeyPatch):
     """Every second row ends an episode, so it grows as well. What is saved of one is loaded by the other, in parts."""
     stream = Stream(spaces(), 2, 7)
     buffers = Replay(stream.space, 2, 400), Replay(stream.space, 2, 400, storage="device")
-    for index in range(80):
-        rollout = stream.next()
-        for replay in buffers:
-            replay.add(rollout)
+    for index in filling(stream, buffers):
         if index % 8 == 0:
             one, other = (replay.sample(np.random.default_rng(index), 50, n=2, gamma=0.9) for replay in buffers)
             for a, b in ((one.obs, other.obs), (one.next_obs, other.next_obs)):
@@ -186,6 +190,13 @@ def test_a_device_without_room_is_said_at_once(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(ConfigError, match=r"needs 6\.\d\d GiB on cuda:3 for uint8: (CUDA out|no such)") as caught:
         Replay(image, 8, 1_000_000, storage="device", device="cuda:3")
     assert len(str(caught.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint64])
+def test_types_that_a_device_cannot_write_are_said_at_once(dtype: Any):
+    depth = spaces(observation=gymnasium.spaces.Box(0, 9, (4,), dtype))
+    with pytest.raises(ConfigError, match=f'on cpu for {np.dtype(dtype)}: .*not implemented.*\\n.*storage = "memory"'):
+        Replay(depth, 2, 100, storage="device")
 
 
 # -- whose turn it is --------------------------------------------------------------------------------------------------

@@ -31,7 +31,11 @@ class DeviceRows:
     def _zeros(self, rows: int) -> torch.Tensor:
         try:
             dtype = torch.from_numpy(np.zeros(0, self.row.dtype)).dtype
-            return torch.zeros((rows, *self.row.shape), dtype=dtype, device=self._device)
+            made = torch.zeros((rows, *self.row.shape), dtype=dtype, device=self._device)
+            if rows:  # torch has types that it makes tensors of and cannot write to by places
+                first = self._index(np.zeros(1, np.int64))
+                made[first] = made[first]
+            return made
         except (RuntimeError, TypeError) as error:
             raise ConfigError(
                 f"the replay buffer needs {rows * self.row.nbytes / 2**30:.2f} GiB on {self._device} for {self.row.dtype}: "
