@@ -298,12 +298,11 @@ def _check_memory(config: Config, algorithm: Algorithm, spaces: Spaces, segment:
 
 
 def _check_experience(config: Config, learning: Learning, limit: int, source: str) -> None:
-    """What is kept has to be there twice while a checkpoint is written."""
     algorithm, spaces, settings = learning
     if not isinstance(algorithm, Remembering):
         return
     kept = min(algorithm.capacity, config.total_steps)
-    need = 2 * algorithm.experience_bytes(spaces, config.envs, kept)
+    need = algorithm.experience_bytes(spaces, config.envs, kept)
     if need > limit:
         raise ConfigError(
             f"{settings}.capacity = {algorithm.capacity:,}: {kept:,} transitions and their copy in a checkpoint need "

@@ -186,8 +186,16 @@ def test_what_lies_on_disk_needs_no_memory(config: Make) -> None:
     space = spaces(observation=Box(0, 255, (84, 84), np.uint8))
     disk, memory = (config(kept).algo for kept in ("disk", "memory"))
     sizes = [algo.experience_bytes(space, 4, 10_000) for algo in (disk, memory)]
-    assert sizes[0] + disk.disk_bytes(space, 4, 10_000) == sizes[1]
-    assert disk.disk_bytes(space, 4, 10_000) >= 10_000 * 84 * 84 > 100 * sizes[0]
+    assert sizes[0] + 2 * disk.disk_bytes(space, 4, 10_000) == sizes[1]
+    assert disk.disk_bytes(space, 4, 10_000) >= 10_000 * 84 * 84 > 100 * sizes[0] / 2
+
+
+def test_what_lies_on_a_device_needs_memory_once(config: Make) -> None:
+    """For the copy in a checkpoint."""
+    space = spaces(observation=Box(0, 255, (84, 84), np.uint8))
+    sizes = {kept: config(kept).algo.experience_bytes(space, 4, 10_000) for kept in ("disk", "device", "memory")}
+    assert sizes["device"] == (sizes["disk"] + sizes["memory"]) / 2
+    assert config("device").algo.disk_bytes(space, 4, 10_000) == 0
 
 
 def test_room_is_that_of_the_disk_the_directory_will_be_on(tmp_path: Path) -> None:

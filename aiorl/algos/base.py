@@ -180,7 +180,7 @@ class Remembering(Protocol):
     def capacity(self) -> int: ...
 
     def experience_bytes(self, spaces: Spaces, envs: int, transitions: int) -> int:
-        """Memory that so many of them take in the learner's process."""
+        """Memory that so many of them take in the learner's process, with their copy while a checkpoint is written."""
         ...
 
 

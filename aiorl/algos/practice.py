@@ -91,12 +91,17 @@ class ReplaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return True
 
     def experience_bytes(self, spaces: Spaces, envs: int, transitions: int) -> int:
-        """Memory of a replay buffer with so many transitions."""
+        """Memory of a replay buffer with so many transitions and of its copy: on disk if it lies there, else here."""
         exponent = self.priority_exponent
-        return Replay.nbytes_for(spaces, envs, transitions, priority_exponent=exponent, storage=self.storage)
+        here = Replay.nbytes_for(spaces, envs, transitions, priority_exponent=exponent, storage=self.storage)
+        if self.storage != "device":
+            return 2 * here
+        return here + Replay.nbytes_for(spaces, envs, transitions, priority_exponent=exponent)
 
     def disk_bytes(self, spaces: Spaces, envs: int, transitions: int) -> int:
         """What it takes on disk."""
+        if self.storage != "disk":
+            return 0
         whole = Replay.nbytes_for(spaces, envs, transitions)
         return whole - Replay.nbytes_for(spaces, envs, transitions, storage=self.storage)
 

@@ -90,15 +90,15 @@ class Replay:
         spaces: Spaces, envs: int, capacity: int, *, stack: int | None = None, priority_exponent: float = 0.0,
         storage: Storage = "memory",
     ) -> int:  # fmt: skip
-        """Bytes of memory that a buffer takes once it is full, but for the last observations of episodes. (A device's memory
-        counts like any other: what lies there has to be copied here for a checkpoint.)"""
+        """Bytes of memory that a buffer takes once it is full, but for the last observations of episodes, and for those that
+        lie elsewhere."""
         stack = spaces.stack if stack is None else stack
         rows = _rows(envs, capacity, stack)
         frames, links = Observations.nbytes_for(spaces.obs_columns, rows, envs, stack)
         places = rows * envs
         tree = SumTree.nbytes_for(places) if priority_exponent else 0
         columns = places * (spaces.action_column.nbytes + 8 + 1)
-        return (0 if storage == "disk" else frames) + links + columns + Marks.nbytes_for(places) + tree
+        return (frames if storage == "memory" else 0) + links + columns + Marks.nbytes_for(places) + tree
 
     def __len__(self) -> int:
         """Transitions that can be sampled."""
