@@ -1,6 +1,6 @@
-"""Settings that are known to solve an environment, by algorithm and environment. Plain data: keys of `Config`, and a table
-under the algorithm's name for its own fields. An `env` among them is the form of the environment that the algorithm needs.
-`docs/results.md` says what they reach."""
+"""Settings for an environment, by algorithm and environment. Plain data: keys of `Config`, and a table under the algorithm's
+name for its own fields. An `env` among them is the form of the environment that the algorithm needs. `docs/results.md` says
+what they reach; those that have no row there are other people's settings, and have not been shown to reach anything here."""
 
 from __future__ import annotations
 
