@@ -3,6 +3,7 @@
     python -m bench.against_sb3 --setup                            once: installs Stable-Baselines3 beside this
     python -m bench.against_sb3 --envs HalfCheetah-v5 Hopper-v5    SAC, 100,000 env steps, 3 seeds each
     python -m bench.against_sb3 --envs MinAtar/Breakout-v1 --ours async qrdqn      DQN and QR-DQN, a million env steps
+    python -m bench.against_sb3 --envs ALE/Pong-v5 --seeds 1       pixels: speed and memory
     python -m bench.against_sb3 --envs HalfCheetah-v5 --steps 300000 --seeds 1 --ours async twin
     python -m bench.against_sb3 --envs Pendulum-v1 --ours async twin --without-sb3 --seeds 10      whether both learn alike
     python -m bench.against_sb3 --quick                            so little that only its running is shown

@@ -105,7 +105,8 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
             if pairs:
                 judge = _at_least if other == "sb3" else _alike
                 about = f"{env}, {NAMES[who]} against {NAMES[other]}, {len(pairs)} seeds"
-                lines += [f"{mark}  {about}: {text}" for mark, text in [judge(TASKS[env], pairs), *_sooner(pairs)]]
+                found = [judge(TASKS[env], pairs), *_sooner(pairs), *_memory(pairs)]
+                lines += [f"{mark}  {about}: {text}" for mark, text in found]
     return lines
 
 
@@ -139,6 +140,14 @@ def _sooner(pairs: Pairs) -> list[tuple[str, str]]:
         ratio = summarise([theirs[key] / ours[key] for ours, theirs in counted])
         found.append((_mark(ratio.median > 1), f"{name} {ratio.text(2)} times as fast{some}"))
     return found
+
+
+def _memory(pairs: Pairs) -> list[tuple[str, str]]:
+    """Of images only: elsewhere it is that of the libraries."""
+    if TASKS[pairs[0][0]["env"]].frame_stack == 1:
+        return []
+    ours, theirs = (max(pair[side]["memory_mib"] for pair in pairs) for side in (0, 1))
+    return [(_mark(ours <= theirs), f"the learner's process had {ours:,} MiB at most, the other {theirs:,}")]
 
 
 def _mark(reached: bool) -> str:

@@ -92,6 +92,15 @@ def test_qrdqn_is_judged_like_the_asynchronous_dqn():
     assert "training 1.00" in training
 
 
+def test_with_images_memory_counts():
+    sides = (("async", 900), ("sb3", 3_000))
+    rows = [{**row(who, 0, [1.0], 10.0), "env": "ALE/Pong-v5", "memory_mib": most} for who, most in sides]
+    told = sb3_report.verdicts(rows)[-1]
+    assert told.startswith("reached  ALE/Pong-v5, ")
+    assert told.endswith(": the learner's process had 900 MiB at most, the other 3,000")
+    assert sb3_report.verdicts([{**one, "memory_mib": 3_900 - one["memory_mib"]} for one in rows])[-1][:6] == "MISSED"
+
+
 def test_the_table_has_a_line_for_each_participant():
     lines = sb3_report.table(ROWS).splitlines()[2:]
     assert [line.split(" | ")[1] for line in lines] == ["aiorl, 2 workers", "Stable-Baselines3"]
@@ -299,7 +308,8 @@ def test_settings_are_those_that_are_held_equal(env: str, way: str, tmp_path: Pa
     assert algo.capacity == 20_000
     if isinstance(h, DQN):
         assert algo.name == ("qrdqn" if way == "qrdqn" else "dqn")
-        assert (algo.target_every, algo.double, algo.network) == (250, False, "small")  # 1,000 env steps
+        assert (algo.target_every, algo.double, algo.network) == (250, False, h.network)  # 1,000 env steps
+        assert config.frame_stack == task.frame_stack
     else:
         assert (algo.tau, algo.random_steps, algo.tune_alpha) == (0.005, h.warmup, True)
 

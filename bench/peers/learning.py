@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from bench.peers import works
 
@@ -32,9 +33,10 @@ class SAC:
 
 @dataclass(frozen=True)
 class DQN:
-    """A convolution of 16 3x3 filters and a layer of 128, relu, Adam, Huber loss, no double Q-learning.
+    """A convolutional network, relu, Adam, Huber loss, no double Q-learning.
 
     The numbers are those of Young and Tian 2019 (arXiv 1903.03176), who use RMSprop, and a gradient step for each env step.
+    Their network, "small", has a convolution of 16 3x3 filters and a layer of 128; "nature" is that of Mnih et al. 2015.
     """
 
     learning_rate: float = 2.5e-4
@@ -47,7 +49,12 @@ class DQN:
     epsilon_end: float = 0.1
     epsilon_fraction: float = 0.1  # of the run, over which epsilon falls from 1
     max_grad_norm: float = 10.0
+    network: Literal["small", "nature"] = "small"
     hidden: tuple[int, ...] = (128,)
+
+
+# As Stable-Baselines3's zoo has it for Atari, with a shorter warm-up.
+PONG = DQN(1e-4, warmup=10_000, epsilon_end=0.01, network="nature", hidden=(512,))
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ class Task:
     random: float
     good: float
     episodes: int = 10
+    frame_stack: int = 1
 
     @property
     def algo(self) -> str:
@@ -88,7 +96,8 @@ class Task:
     def text(self) -> str:
         parts = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(self.learner).items())
         pace = "" if self.learner.ratio == 1 else f"; a gradient step every {1 / self.learner.ratio:g} env steps"
-        return f"{self.algo} with {parts}{pace}; {self.envs} environments"
+        stack = f" of {self.frame_stack} frames seen at once" if self.frame_stack > 1 else ""
+        return f"{self.algo} with {parts}{pace}; {self.envs} environments{stack}"
 
 
 TASKS = {
@@ -99,6 +108,7 @@ TASKS = {
         Task("Hopper-v5", SAC(), 100_000, 2, 10_000, random=18, good=3_800),
         Task("MinAtar/Breakout-v1", DQN(), 1_000_000, 8, 50_000, random=0.4, good=10, episodes=20),
         Task("MinAtar/Asterix-v1", DQN(), 1_000_000, 8, 50_000, random=0.5, good=10, episodes=20),
+        Task("ALE/Pong-v5", PONG, 30_000, 8, 10_000, random=-20.7, good=18, episodes=2, frame_stack=4),
     )
 }
 
@@ -115,7 +125,7 @@ def carry_out(train: Callable[[Task, int, str], dict[str, Any]], *packages: str)
     `train` returns env_steps, gradient_steps, train_return (mean of the last 100 training episodes, None if none ended),
     evaluations ([env steps, seconds, mean, deviation] each, the last one final), begun_at (when everything was imported, in
     seconds of the epoch; those of evaluations count from then) and train_s (up to the last gradient step, without the
-    evaluations that training waited for).
+    evaluations that training waited for). What the process had of memory at most is added, without processes of its own.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("env", choices=TASKS)
@@ -128,4 +138,5 @@ def carry_out(train: Callable[[Task, int, str], dict[str, Any]], *packages: str)
     task = task.small() if options.small else task.of(options.steps)
     found = train(task, options.seed, options.way)
     installed = works.versions("torch", "gymnasium", "numpy", "mujoco", "minatar", *packages)
-    print(works.RESULT + json.dumps({**found, "versions": installed}), flush=True)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    print(works.RESULT + json.dumps({**found, "memory_mib": round(most), "versions": installed}), flush=True)

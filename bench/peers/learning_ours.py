@@ -23,8 +23,8 @@ SEGMENT = 4  # steps of each environment in a rollout
 def configuration(task: Task, seed: int, way: str, out: str) -> aiorl.Config:
     # Evaluations queue and none is left out; they run beside training, and their time counts in full.
     return aiorl.Config(
-        env=task.env, envs=task.envs, algo=algorithm(task.learner, way), seed=seed, total_steps=task.steps,
-        segment_length=SEGMENT, eval_every=task.eval_every, eval_episodes=task.episodes, eval_busy="queue",
+        env=task.env, envs=task.envs, frame_stack=task.frame_stack, algo=algorithm(task.learner, way), seed=seed,
+        total_steps=task.steps, segment_length=SEGMENT, eval_every=task.eval_every, eval_episodes=task.episodes, eval_busy="queue",
         checkpoint_every=0, device="cpu", out=f"{out}/run", **WAYS[way],
     )  # fmt: skip
 
@@ -40,7 +40,7 @@ def algorithm(h: SAC | DQN, way: str) -> aiorl.SAC | aiorl.DQN | aiorl.QRDQN:
             raise ValueError("QR-DQN was asked for where SAC is trained, expected an environment of DQN")
         return aiorl.SAC(tau=h.tau, random_steps=h.warmup, **common)
     common |= {
-        "network": "small", "double": False, "target_every": round(h.target_every * h.ratio), "epsilon_end": h.epsilon_end,
+        "network": h.network, "double": False, "target_every": round(h.target_every * h.ratio), "epsilon_end": h.epsilon_end,
         "epsilon_fraction": h.epsilon_fraction, "max_grad_norm": h.max_grad_norm,
     }  # fmt: skip
     return aiorl.QRDQN(**common) if way == "qrdqn" else aiorl.DQN(**common)

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
+import gymnasium
 import numpy as np
 import stable_baselines3
 import torch
+from gymnasium import wrappers
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureCNN
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 from torch import nn
 
@@ -36,7 +39,7 @@ class Evaluating(BaseCallback):
     def __init__(self, task: Task, seed: int) -> None:
         super().__init__()
         self._task, self._seed, self._due = task, seed, task.eval_every
-        self._env = works.make_env(task.env)
+        self._env = make_env(task)
         self._env.reset(seed=seed + 10_000)
         self.found: list[list[float]] = []
         self.spent_s, self.begun_s = 0.0, time.perf_counter()
@@ -66,8 +69,22 @@ class Evaluating(BaseCallback):
         return total
 
 
+def make_env(task: Task) -> Any:
+    """As aiorl makes it: Atari by gymnasium's preprocessing, rewards not clipped, episodes not ended with a life."""
+    if not task.env.startswith("ALE/"):
+        return works.make_env(task.env)
+    game = wrappers.AtariPreprocessing(gymnasium.make(task.env, disable_env_checker=True, frameskip=1))
+    return wrappers.FrameStackObservation(game, task.frame_stack, padding_type="zero")
+
+
+def features(h: DQN) -> dict[str, Any]:
+    if h.network == "nature":
+        return {"features_extractor_class": NatureCNN, "net_arch": []}  # its 512 are what features have
+    return {"features_extractor_class": Convolution, "net_arch": list(h.hidden)}
+
+
 def model_of(task: Task, seed: int) -> Any:
-    h, venv = task.learner, VecMonitor(DummyVecEnv(works.env_makers(task.envs, task.env)))
+    h, venv = task.learner, VecMonitor(DummyVecEnv([partial(make_env, task)] * task.envs))
     gradient_steps = h.ratio * task.envs  # after each step of all environments
     common: dict[str, Any] = {
         "learning_rate": h.learning_rate, "batch_size": h.batch, "buffer_size": h.capacity, "learning_starts": h.warmup,
@@ -81,11 +98,15 @@ def model_of(task: Task, seed: int) -> Any:
     return stable_baselines3.DQN(
         "MlpPolicy", venv, target_update_interval=h.target_every, exploration_fraction=h.epsilon_fraction,
         exploration_final_eps=h.epsilon_end, max_grad_norm=h.max_grad_norm,
-        policy_kwargs={"net_arch": list(h.hidden), "features_extractor_class": Convolution}, **common,
+        policy_kwargs=features(h), **common,
     )  # fmt: skip
 
 
 def train(task: Task, seed: int, way: str) -> dict[str, Any]:
+    if task.env.startswith("ALE/"):
+        import ale_py
+
+        gymnasium.register_envs(ale_py)
     if task.env.startswith("MinAtar/"):
         from minatar.gym import register_envs
 

@@ -15,7 +15,10 @@ GYMNASIUM = "gymnasium[classic-control,box2d]>=1.4,<1.5"
 # pufferlib fetches parts of itself from elsewhere when it is built, from 2.0 on; 1.0 pins old versions and needs none of
 # them. RLlib pins a gymnasium whose box2d extra has to be compiled, so it gets the wheel by its own name.
 STEPS: dict[str, list[list[str]]] = {
-    "common": [[TORCH], ["stable-baselines3>=2.9,<2.10", GYMNASIUM, "gymnasium[mujoco]", "minatar"]],
+    "common": [
+        [TORCH],
+        ["stable-baselines3>=2.9,<2.10", GYMNASIUM, "gymnasium[mujoco,atari]", "opencv-python-headless", "minatar"],
+    ],
     "puffer": [
         [TORCH, "numpy<2", "Cython", "wheel", "setuptools<80", "pettingzoo", "psutil"],
         ["--no-deps", "--no-build-isolation", "pufferlib==1.0.1"],
