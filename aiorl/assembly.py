@@ -101,18 +101,27 @@ class Assembly:
         await self.files_thread.aclose(0.2)
 
     async def aclose(self) -> None:
-        """End workers and learner and give the shared memory back."""
-        parts = self.parts
-        parts.trainer.abandon()
-        await parts.workers.aclose()
-        parts.rollouts.close()
+        """End workers and learner and give the shared memory back. What cannot be closed is raised after all else is."""
+        await _close(self.parts)
+
+
+async def _close(parts: loops.Parts) -> None:
+    async with contextlib.AsyncExitStack() as stack:  # from the last to the first
+        stack.callback(parts.weights.close)
+        stack.push_async_callback(parts.learner_thread.aclose, 0.1)
+        stack.push_async_callback(_close_trainer, parts)
         if parts.inference is not None:
-            await parts.inference.aclose(LEARNER_GRACE_S)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LEARNER_GRACE_S):
-                await parts.learner_thread.run(parts.trainer.close)
-        await parts.learner_thread.aclose(0.1)
-        parts.weights.close()
+            stack.push_async_callback(parts.inference.aclose, LEARNER_GRACE_S)
+        stack.callback(parts.rollouts.close)
+        stack.push_async_callback(parts.workers.aclose)
+        parts.trainer.abandon()
+
+
+async def _close_trainer(parts: loops.Parts) -> None:
+    """Not waited for if it takes long: the learner may be in the middle of something."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LEARNER_GRACE_S):
+            await parts.learner_thread.run(parts.trainer.close)
 
 
 async def assemble(
@@ -128,6 +137,7 @@ async def assemble(
     launcher: Launcher | None = None
     lock: FileLock | None = None
     trainer: Trainer | None = None
+    parts: loops.Parts | None = None
     try:
         checked = await files_thread.run(preflight.check, config, resume)
         lock = await files_thread.run(hold, checked.directory)
@@ -146,13 +156,16 @@ async def assemble(
         elif report.stop_return is None:
             report.stop_return = checked.probe.reward_threshold
     except BaseException:
-        if launcher is not None:
-            await files_thread.run(launcher.close)
         if lock is not None:
             await files_thread.run(lock.release)
-        if trainer is not None:
-            learner_thread.submit(trainer.close)  # not waited for: it may be reading a buffer of experience
-        await learner_thread.aclose(0.1)
+        if parts is not None:
+            await _close(parts)
+        else:
+            if launcher is not None:
+                await files_thread.run(launcher.close)
+            if trainer is not None:
+                learner_thread.submit(trainer.close)  # not waited for: it may be reading a buffer of experience
+            await learner_thread.aclose(0.1)
         await files_thread.aclose(0.1)
         raise
     return Assembly(checked, parts, files, files_thread, lock, dial)

@@ -210,8 +210,7 @@ class Evaluator:
         goal, best = self._config.stop_at, self._report.best
         if goal is not None and event.mean_return >= goal and not snapshot.final:
             self._reached = self._reached or snapshot
-            self._parts.pacer.stopped = True  # reached what was asked for: completed, not stopped
-            self._parts.gate.wake()
+            self._parts.stop()  # reached what was asked for: completed, not stopped
         if best is None or event.mean_return > best.mean_return:
             event = msgspec.structs.replace(event, best=True)
             await self._checkpointer.save_best(snapshot, {"evaluation": msgspec.to_builtins(event)})

@@ -44,22 +44,33 @@ class Parts:
         """Let everybody pause between two environment steps and between two gradient steps, or go on."""
         self.pacer.paused = held
         self.workers.hold(held)
-        if held:
+        self._set_brake()
+        self.gate.wake()
+
+    def stop(self) -> None:
+        """Begin no more updates; one that is under way goes on to its end."""
+        self.pacer.stopped = True
+        self._set_brake()
+        self.gate.wake()
+
+    def _set_brake(self) -> None:
+        """In a paused run an update stands in its middle, unless somebody waits for its end."""
+        if self.pacer.paused and not self.pacer.stopped and not self.waiting_for_gap:
             self.learner_thread.brake.hold()
         else:
             self.learner_thread.brake.release()
-        self.gate.wake()
 
     @contextlib.asynccontextmanager
     async def between_updates(self) -> AsyncIterator[None]:
         """No update is under way, and none begins meanwhile. One that is held goes on to its end first."""
         self.waiting_for_gap += 1  # else the next one may begin at once, and the next
-        self.learner_thread.brake.release()
+        self._set_brake()
         try:
             await self.gate.wait_for(lambda: not self.updating)
             yield
         finally:
             self.waiting_for_gap -= 1
+            self._set_brake()
             self.gate.wake()
 
     @property

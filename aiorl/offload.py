@@ -42,7 +42,8 @@ class Brake:
 
     def hold(self) -> None:
         """From its next `rest` on the thread waits."""
-        self.held = True
+        with self._changed:  # not while a thread that was let go is about to leave
+            self.held = True
 
     def release(self) -> None:
         with self._changed:

@@ -179,22 +179,32 @@ class Run:
         """Return when nothing moves: no environment steps, no update goes on, no evaluation.
 
         Workers stop between two environment steps and the learner between two gradient steps; with `workers = 0` segments
-        are finished first, and so is an evaluation. Raises the run's error if it fails meanwhile, RuntimeError if it ends.
+        are finished first, and so are evaluations. Raises the run's error if it fails meanwhile, RuntimeError if it ends or
+        is about to. Whoever gives up waiting leaves the run held.
         """
         parts = self._going()
-        parts.hold(True)
-        await self._while_going(self._rest(parts))
-        self._session.tell.emit(Paused(**self._session.tell.now()))
+        if not parts.pacer.stopped:
+            self._forget_time()
+            parts.hold(True)
+            await self._while_going(self._rest(parts))
+        if parts.pacer.stopped:
+            raise RuntimeError("the run is ending, it cannot be paused any more")
+        if parts.pacer.paused:  # else somebody has let it go on
+            self._session.tell.emit(Paused(**self._session.tell.now()))
 
     def resume(self) -> None:
         """Go on after `pause`."""
         parts = self._going()
         if parts.pacer.paused:
-            assert self._session.made is not None
-            if self._session.made.dial is not None:
-                self._session.made.dial.forget_time()
+            self._forget_time()
             parts.hold(False)
             self._session.tell.emit(Resumed(**self._session.tell.now()))
+
+    def _forget_time(self) -> None:
+        """Updates that are interrupted, or finished in a pause, do not say how long updates take."""
+        assert self._session.made is not None
+        if self._session.made.dial is not None:
+            self._session.made.dial.forget_time()
 
     async def checkpoint(self) -> Path:
         """Save now (between two updates) and return the checkpoint's directory. Raises OSError if it cannot be written.
@@ -220,7 +230,8 @@ class Run:
     async def set(self, **changes: float) -> None:
         """Change settings of the learner such as `learning_rate` between two updates. ConfigError for unknown ones.
 
-        An update in whose middle the run was paused is finished first, as it began.
+        An update in whose middle the run was paused is finished first, as it began. What has come into force is recorded,
+        also if nobody waits for it any more.
 
         `off_policy_degree` can be set too: 0 to the configured `degree_max`, or -1 to let it tune itself from here on.
         """
@@ -233,22 +244,28 @@ class Run:
             if not changes:
                 return
 
-        async def change() -> int:
+        def record(done: asyncio.Future[int]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                told = {**self._session.tell.now(), "version": done.result()}
+                self._session.tell.emit(SettingsChanged(**told, changes=changes))
+
+        async def change() -> None:
             async with parts.between_updates():
-                return await parts.learner_thread.run(parts.trainer.set, changes)
+                done = parts.learner_thread.submit(parts.trainer.set, changes)
+                done.add_done_callback(record)
+                await asyncio.shield(done)
 
         try:
-            version = await self._while_going(change())
+            await self._while_going(change())
         except (TypeError, ValueError) as error:
             raise ConfigError(f"cannot set {', '.join(changes)}: {error}") from error
         if parts.pacer.paused:
             await self._while_going(self._rest(parts))
-        self._session.tell.emit(SettingsChanged(**{**self._session.tell.now(), "version": version}, changes=changes))
 
     async def _rest(self, parts: loops.Parts) -> None:
-        """Wait until nothing moves in a run that is held, or until it is not any more."""
+        """Wait until nothing moves in a run that is held, or until it is not any more, or about to end."""
         is_quiet = self._session.is_quiet
-        while parts.pacer.paused:
+        while parts.pacer.paused and not parts.pacer.stopped:
             if is_quiet():
                 parts.workers.take_in()  # what they had finished before they came to a stand
                 if is_quiet():

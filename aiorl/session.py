@@ -113,7 +113,7 @@ class Session:
             evaluation = group.create_task(evaluator.run())
             await group.create_task(loops.train(parts, self._booked))
             self.report.trained_s = time.perf_counter()
-            parts.pacer.stopped = True
+            parts.stop()
             await self._finish(evaluator, evaluation)
             for task in tasks:
                 task.cancel()
@@ -161,7 +161,10 @@ class Session:
             if self.evaluator is not None:
                 self.evaluator.settle("the run failed" if self.error else "the run was ended at once")
             self.result = self._make_result(status, made, parts)
-            await made.aclose()
+            try:
+                await made.aclose()
+            except Exception as failure:  # a learner's own close, perhaps: what was reached is no less for it
+                self.tell.warned(f"at the end of the run something could not be closed: {failure!r}")
         error = str(self.error) if self.error is not None else None
         self.tell.emit(Finished(**self.tell.now(), status=status, error=error))
         if made is not None:
@@ -216,9 +219,7 @@ class Session:
         """Let the trainer end after the running update, which may go on if it was held."""
         self.stop_requested = True
         if self.parts is not None:
-            self.parts.pacer.stopped = True
-            self.parts.learner_thread.brake.release()
-            self.parts.gate.wake()
+            self.parts.stop()
 
     def turn_degree(self, degree: int) -> None:
         """Set `off_policy_degree` from the next rollout on; -1 lets it tune itself. Raises ConfigError."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -48,7 +48,7 @@ def config(tmp_path: Path) -> Make:
 
 
 class Gradual(Toy, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Makes the update of `Toy` in four gradient steps. In update `at` the second one waits until it is let go."""
+    """Makes the update of `Toy` in four gradient steps. In update `at` all but the first wait until they are let go."""
 
     name: ClassVar[str] = "gradual"
     in_step: ClassVar[threading.Event]
@@ -67,7 +67,7 @@ class GradualLearner(ToyLearner):
     def update(self, rollout: Rollout) -> dict[str, float]:
         for step in range(4):
             self._context.go_on()
-            if rollout.index == self._at and step == 1:
+            if rollout.index == self._at and step > 0:
                 Gradual.in_step.set()
                 assert Gradual.let_go.wait(60)
             metrics = super().update(rollout)
@@ -174,6 +174,120 @@ async def test_stopping_a_held_update_finishes_it(gradual: Make, no_leaks: None)
     assert set(result.dropped) <= {"stopped"}
     resumed = await aiorl.train(gradual(out=run.config.out, workers=0), resume=result.directory)
     assert resumed.params_sha256 == whole.params_sha256
+
+
+async def asked(run: aiorl.Run, what: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    """A task that waits for the end of the update."""
+    task = asyncio.create_task(what)
+    await until(lambda: parts_of(run).waiting_for_gap > 0)
+    return task
+
+
+@pytest.mark.parametrize("held", [False, True])
+async def test_a_pause_does_not_keep_a_checkpoint_waiting(gradual: Make, no_leaks: None, held: bool) -> None:
+    """Neither one that was asked for before it, nor one in a pause, when somebody pauses again."""
+    async with asyncio.timeout(60), aiorl.Run(gradual()) as run:
+        if held:
+            await pause_in_update(run)
+            Gradual.let_go.clear()
+        else:
+            await until(Gradual.in_step.is_set)
+        saving = await asked(run, run.checkpoint())
+        pausing = asyncio.create_task(run.pause())
+        await asyncio.sleep(0)
+        Gradual.let_go.set()
+        assert (await saving).name == "00000003"
+        await pausing
+        assert (run.status().state, run.status().version) == ("paused", 3)
+
+
+async def test_a_run_that_is_ending_is_not_paused(gradual: Make, no_leaks: None) -> None:
+    async with asyncio.timeout(60), aiorl.Run(gradual()) as run:
+        await until(Gradual.in_step.is_set)
+        run.stop()
+        with pytest.raises(RuntimeError, match="is ending"):
+            await run.pause()
+        Gradual.let_go.set()
+        result = await run.wait()
+    assert (result.status, result.updates) == ("stopped", 3)
+
+
+async def test_a_pause_that_a_stop_overtakes(gradual: Make, no_leaks: None) -> None:
+    async with asyncio.timeout(60), aiorl.Run(gradual()) as run:
+        await until(Gradual.in_step.is_set)
+        pausing = asyncio.create_task(run.pause())
+        await until(lambda: parts_of(run).pacer.paused)
+        run.stop()
+        with pytest.raises(RuntimeError, match="is ending"):
+            await pausing
+        Gradual.let_go.set()
+        assert (await run.wait()).updates == 3
+
+
+async def test_who_gives_up_a_checkpoint_leaves_the_run_held(gradual: Make, no_leaks: None) -> None:
+    async with asyncio.timeout(60), aiorl.Run(gradual()) as run:
+        await pause_in_update(run)
+        Gradual.let_go.clear()
+        saving = await asked(run, run.checkpoint())
+        assert not parts_of(run).learner_thread.brake.held
+        saving.cancel()
+        await asyncio.wait([saving])
+        assert parts_of(run).learner_thread.brake.held
+        Gradual.let_go.set()
+
+
+async def test_an_update_finished_in_a_pause_is_not_measured(gradual: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with asyncio.timeout(60), aiorl.Run(gradual(off_policy_degree=-1, degree_max=1)) as run:
+        assert run._session.made is not None
+        measured: list[Any] = []
+        monkeypatch.setattr(run._session.made.dial._tuner, "observe", measured.append)
+        await pause_in_update(run)
+        before = len(measured)
+        await run.checkpoint()
+        assert (run.status().version, len(measured)) == (3, before)
+        run.resume()
+        await until(lambda: len(measured) > before)
+
+
+async def test_a_pause_that_is_taken_back_is_not_told(gradual: Make, no_leaks: None) -> None:
+    told: list[str] = []
+    async with asyncio.timeout(60), aiorl.Run(gradual()) as run:
+        listening = asyncio.create_task(_names(run, told))
+        await until(Gradual.in_step.is_set)
+        pausing = asyncio.create_task(run.pause())
+        await until(lambda: parts_of(run).pacer.paused)
+        run.resume()
+        Gradual.let_go.set()
+        await pausing
+        await run.wait()
+        await listening
+    assert "Resumed" in told
+    assert "Paused" not in told
+
+
+async def test_a_setting_in_force_is_recorded_though_nobody_waits(
+    gradual: Make, monkeypatch: pytest.MonkeyPatch, no_leaks: None
+) -> None:
+    told: list[str] = []
+    Gradual.let_go.set()
+    async with asyncio.timeout(60), aiorl.Run(gradual()) as run:
+        listening = asyncio.create_task(_names(run, told))
+        await run.pause()
+        monkeypatch.setattr(run, "_rest", lambda _: asyncio.Event().wait())  # an evaluation takes long, say
+        changing = asyncio.create_task(run.set(learning_rate=0.7))
+        learner: Any = parts_of(run).trainer.learner
+        await until(lambda: learner._rate == 0.7)
+        changing.cancel()
+        await asyncio.wait([changing])
+        run.resume()
+        await run.wait()
+        await listening
+    assert told.count("SettingsChanged") == 1
+
+
+async def _names(run: aiorl.Run, told: list[str]) -> None:
+    async for event in run.events():
+        told.append(type(event).__name__)
 
 
 ENDLESS_UPDATES = {

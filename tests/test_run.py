@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import json
 import os
@@ -12,14 +13,17 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from kills import kill
-from toys import Toy
+from toys import Toy, ToyLearner
 
 import aiorl
+from aiorl import assembly
+from aiorl.algos.base import LearnerContext
 from aiorl.envs.episodes import run_episodes
+from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import resolve_env
 from aiorl.events import Paused, Resumed
 from aiorl.learning import params_sha256
@@ -426,6 +430,47 @@ def _wait_until_gone(pid: int) -> None:
         assert ready, f"worker {pid} outlived its parent"
     finally:
         os.close(fd)
+
+
+class Clinging(Toy, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Its learner cannot be closed."""
+
+    name: ClassVar[str] = "clinging"
+
+    def learner(self, spaces: Spaces, context: LearnerContext) -> ToyLearner:
+        return ClingingLearner(self, spaces, context)
+
+
+class ClingingLearner(ToyLearner):
+    def close(self) -> None:
+        raise OSError("it is in use")
+
+
+async def test_a_learner_that_cannot_be_closed_takes_nothing_with_it(config: Make, no_leaks: None) -> None:
+    told: list[aiorl.Event] = []
+    async with asyncio.timeout(60), aiorl.Run(config(algo=Clinging(), workers=1)) as run:
+        async for event in run:
+            told.append(event)
+        result = await run.wait()
+    warned = [event.message for event in told if isinstance(event, aiorl.Warned)]
+    assert any("could not be closed: OSError('it is in use')" in message for message in warned)
+    assert isinstance(told[-1], aiorl.Finished)
+    assert (result.status, told[-1].status) == ("completed", "completed")
+    assert (run.directory / "summary.json").exists()
+
+
+async def test_a_start_that_fails_late_leaves_nothing(
+    config: Make, monkeypatch: pytest.MonkeyPatch, no_leaks: None
+) -> None:
+    """When all is wired and only the directory cannot be written."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(assembly, "_begin_directory", full)
+    for changes in ({}, {"workers": 0}, {"algo": aiorl.PPO(hidden=(8,)), "inference": "central"}):
+        with pytest.raises(aiorl.TrainingError, match="no space left"):
+            await aiorl.train(config(**changes))
 
 
 async def test_the_host_is_left_as_it_was(config: Make) -> None:

@@ -327,11 +327,15 @@ class Station:
 
     async def _stand(self, group: int) -> None:
         row, begun_s = self._rows[group], time.monotonic()
-        row[Counter.HELD] = 1
-        await self._standing(lambda: self._row[Counter.HELD] != 0 and self._row[Counter.LIFE] == self._setup.life)
-        row[Counter.HELD] = 0
+        while self._is_held():
+            row[Counter.HELD] = 1
+            await self._standing(self._is_held)
+            row[Counter.HELD] = 0  # then look again: the next pause may have begun, and have seen the 1
         self._stood_s[group] += time.monotonic() - begun_s
         self._go_on()
+
+    def _is_held(self) -> bool:
+        return self._row[Counter.HELD] != 0 and self._row[Counter.LIFE] == self._setup.life
 
     async def close_group(self, index: int) -> None:
         group = self._groups.pop(index, None)

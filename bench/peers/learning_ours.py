@@ -24,8 +24,8 @@ def configuration(task: Task, seed: int, way: str, out: str) -> aiorl.Config:
     # Evaluations queue and none is left out; they run beside training, and their time counts in full.
     return aiorl.Config(
         env=task.env, envs=task.envs, frame_stack=task.frame_stack, algo=algorithm(task.learner, way), seed=seed,
-        total_steps=task.steps, segment_length=SEGMENT, eval_every=task.eval_every, eval_episodes=task.episodes, eval_busy="queue",
-        checkpoint_every=0, device="cpu", out=f"{out}/run", **WAYS[way],
+        total_steps=task.steps, segment_length=SEGMENT, eval_every=task.eval_every, eval_episodes=task.episodes,
+        eval_busy="queue", checkpoint_every=0, device="cpu", out=f"{out}/run", **WAYS[way],
     )  # fmt: skip
 
 
