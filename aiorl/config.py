@@ -295,12 +295,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """The tuned configuration for this environment and algorithm if there is one, with `changes` on top."""
         from aiorl.presets import preset, suited
 
-        settings = preset(algo, env)
-        own = algorithm_class(algo).name
+        settings, own = preset(algo, env), algorithm_class(algo).name
         if isinstance(changes.get(own), Mapping):
             settings = suited(settings, own, changes[own].get("algo"))
-            changes[own] = merge(settings.get(own, {}), changes[own])
-        return cls.from_dict({"env": env, **settings, "algo": algo, **changes}, "preset")
+        return cls.from_dict({"env": env, **merge(settings, changes), "algo": algo}, "preset")
 
 
 def auto_group_size(envs: int) -> int:

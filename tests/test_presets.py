@@ -12,6 +12,7 @@ from plain_loop import plain_loop
 
 import aiorl
 from aiorl.algos.base import Learner
+from aiorl.cli.parse import read_train
 from aiorl.config import Config
 from aiorl.envs.episodes import run_episodes
 from aiorl.envs.make import probe
@@ -50,6 +51,17 @@ def test_there_is_none_for_the_unknown_and_a_copy_for_the_known():
     assert preset("sac", "hockey") == preset("sac", "aiorl/Hockey-v0") != {}
     preset("ppo", "CartPole-v1")["ppo"]["gamma"] = 0
     assert preset("ppo", "CartPole-v1")["ppo"]["gamma"] > 0
+
+
+def test_changes_reach_as_deep_as_those_in_a_file(tmp_path: Path):
+    changed = Config.preset("hockey", "sac", eval_suites={"weak": {"episodes": 5}}, sac={"gamma": 0.9})
+    file = tmp_path / "changes.toml"
+    file.write_text('env = "hockey"\nalgo = "sac"\n[sac]\ngamma = 0.9\n[eval_suites.weak]\nepisodes = 5\n')
+    request = read_train(["--config", str(file)])
+    assert not isinstance(request, str)
+    assert changed == request.config
+    assert changed.eval_suites["weak"].env_kwargs["opponent"] == "weak"
+    assert list(changed.eval_suites) == ["weak", "strong", "shooting"]
 
 
 @pytest.mark.parametrize("env", NEEDS)
