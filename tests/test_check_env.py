@@ -20,8 +20,8 @@ import pytest
 from envs_for_tests import Walk
 
 from aiorl.testing import Finding, check_env, errors
+from aiorl.testing.env_checks import SLOW_START_S, _start_up, walk
 from aiorl.testing.env_checks import Walk as Seen
-from aiorl.testing.env_checks import walk
 from aiorl.testing.examine_env import examine
 from aiorl.testing.findings import sort, warning
 
@@ -29,7 +29,9 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 def codes(findings: list[Finding], *severities: str) -> list[str]:
-    return [f.code for f in findings if f.severity in (severities or ("error", "warning"))]
+    """A slow start is left out: where the machine is busy, everything is slow."""
+    told = [f for f in findings if f.code != "slow-start"]
+    return [f.code for f in told if f.severity in (severities or ("error", "warning"))]
 
 
 # -- sound -------------------------------------------------------------------------------------------------------------
@@ -43,6 +45,10 @@ def test_nothing_is_wrong_with_sound_environments(env: str):
     assert "a step takes" in told["step-time"]
     assert "imported and made in" in told["start-up"]
     assert "at once" in told["sigterm"]
+
+
+def test_a_slow_start_is_warned_of():
+    assert [_start_up(took_s).severity for took_s in (0.9 * SLOW_START_S, 1.1 * SLOW_START_S)] == ["info", "warning"]
 
 
 def test_keyword_arguments_and_classes():

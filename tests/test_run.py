@@ -268,11 +268,13 @@ async def test_a_hung_worker_is_noticed_at_its_deadline(config: Make, no_leaks: 
 
 
 @pytest.mark.parametrize(
-    ("env", "message"),
-    [("BadStart", "no licence file"), ("DelayedStart", "not ready after 1 s: worker 0, worker 1")],
+    ("env", "timeout_s", "message"),
+    [("BadStart", 15.0, "no licence file"), ("DelayedStart", 1.0, "not ready after 1 s: worker 0, worker 1")],
 )
-async def test_a_worker_that_never_becomes_ready(config: Make, no_leaks: None, env: str, message: str) -> None:
-    changed = config(env=f"run_envs:{env}", env_kwargs={"pid": os.getpid()}, start_timeout_s=1.0)
+async def test_a_worker_that_never_becomes_ready(
+    config: Make, no_leaks: None, env: str, timeout_s: float, message: str
+) -> None:
+    changed = config(env=f"run_envs:{env}", env_kwargs={"pid": os.getpid()}, start_timeout_s=timeout_s)
     with pytest.raises(aiorl.WorkerError, match=message):
         async with asyncio.timeout(20), aiorl.Run(changed):
             pytest.fail("the run should not have started")
