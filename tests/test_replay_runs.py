@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 from experience import Stream, context, digest, spaces
@@ -17,7 +18,7 @@ import aiorl
 from aiorl import checkpoint, preflight
 from aiorl.algos.base import Closing
 from aiorl.buffers import storage
-from aiorl.buffers.replay import Replay
+from aiorl.buffers.replay import Batch, Replay
 from aiorl.envs.make import probe
 from aiorl.envs.spec import resolve_env
 from aiorl.errors import ConfigError
@@ -62,6 +63,38 @@ def learned(out: str | Path | None) -> str:
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------------
+
+
+async def test_what_is_stored_is_what_the_physics_does(
+    config: Make, monkeypatch: pytest.MonkeyPatch, no_leaks: None
+) -> None:
+    """Through workers and shared memory into the buffer: each transition is stepped again from its observation, which is the
+    whole state of Hopper but for the place, and that changes nothing."""
+    pytest.importorskip("mujoco")
+    kept: list[Batch] = []
+    close = Replay.close
+
+    def look_and_close(self: Replay) -> None:
+        kept.append(self.gather(self._marks.places(), 1, 0.9))
+        close(self)
+
+    monkeypatch.setattr(Replay, "close", look_and_close)
+    algo = aiorl.SAC(hidden=(8,), warmup=590, random_steps=600, capacity=1_000)
+    fields: dict[str, Any] = {"env": "Hopper-v5", "envs": 2, "group_size": 1, "segment_length": 5, "off_policy_degree": 1}
+    result = await aiorl.train(config(algo=algo, workers=2, total_steps=600, **fields))
+    (batch,) = kept
+    obs, following = batch.obs["obs"], batch.next_obs["obs"]
+    assert len(obs) == 600
+    assert (batch.discounts == 0).sum() == result.episodes > 10
+    hopper: Any = gymnasium.make("Hopper-v5").unwrapped
+    hopper.reset(seed=0)
+    for i in np.flatnonzero(np.abs(obs[:, 5:]).max(1) < 10):  # faster than that it shows no more
+        hopper.set_state(np.append(0, obs[i, :5]), obs[i, 5:])
+        seen, reward, terminated, _, _ = hopper.step(batch.action[i].astype(np.float64))
+        assert np.abs(seen - following[i]).max() < 1e-9
+        assert abs(reward - batch.returns[i]) < 1e-6
+        assert terminated == (batch.discounts[i] == 0)
+    hopper.close()
 
 
 @linux
