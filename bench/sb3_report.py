@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from aiorl.cli.text import plural
 from aiorl.metrics.curve import Curve, Point, write_svg
 from aiorl.metrics.svg import short_number
 from bench.common import summarise
@@ -104,7 +105,7 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
             pairs = [(row, theirs[row["seed"]]) for row in group if row["seed"] in theirs]
             if pairs:
                 judge = _at_least if other == "sb3" else _alike
-                about = f"{env}, {NAMES[who]} against {NAMES[other]}, {len(pairs)} seeds"
+                about = f"{env}, {NAMES[who]} against {NAMES[other]}, {plural(len(pairs), 'seed')}"
                 found = [judge(TASKS[env], pairs), *_sooner(pairs), *_memory(pairs)]
                 lines += [f"{mark}  {about}: {text}" for mark, text in found]
     return lines
@@ -164,7 +165,7 @@ def curves(rows: Sequence[Row]) -> list[tuple[str, Curve]]:
         points = [_point(column) for column in zip(*(row["evaluations"] for row in group), strict=False)]
         end = (points[-1].env_steps, statistics.fmean(row["wall_s"] for row in group))
         curve = Curve(env=env, algo=TASKS[env].algo, evaluations=points, end=end)
-        found.append((f"{NAMES[who]}, {len(group)} seeds", curve))
+        found.append((f"{NAMES[who]}, {plural(len(group), 'seed')}", curve))
     return found
 
 

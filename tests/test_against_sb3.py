@@ -88,7 +88,7 @@ def test_times_are_judged_only_by_runs_that_were_made_alone():
 def test_qrdqn_is_judged_like_the_asynchronous_dqn():
     rows = [{**row(who, 0, [final], 10.0), "env": "MinAtar/Asterix-v1"} for who, final in (("qrdqn", 2.0), ("sb3", 3.0))]
     returns, training, _ = sb3_report.verdicts(rows)
-    assert returns.startswith("MISSED   MinAtar/Asterix-v1, aiorl QR-DQN, 2 workers against Stable-Baselines3, 1 seeds: ")
+    assert returns.startswith("MISSED   MinAtar/Asterix-v1, aiorl QR-DQN, 2 workers against Stable-Baselines3, 1 seed: ")
     assert "training 1.00" in training
 
 
