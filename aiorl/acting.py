@@ -32,17 +32,19 @@ ACTIVATIONS: dict[str, Callable[..., Array]] = {"tanh": np.tanh, "relu": relu}
 class MLP:
     """Forward pass of `networks.MLP` with the arrays `{name}.{i}.weight` [out, in] and `{name}.{i}.bias` [out].
 
-    The activation follows each layer but the last, or each one if `activate_last`.
+    The activation follows each layer but the last, or each one if `activate_last`: then all are hidden layers, and there may
+    be none. Raises KeyError if the last layer of another network is not there.
     """
 
     def __init__(self, weights: Mapping[str, Array], name: str, activation: str, *, activate_last: bool = False) -> None:
         self._layers: list[tuple[Array, Array]] = []
         while (weight := weights.get(f"{name}.{len(self._layers)}.weight")) is not None:
             self._layers.append((weight.T, weights[f"{name}.{len(self._layers)}.bias"]))
-        if not self._layers:
-            raise KeyError(f"{name}.0.weight")
-        activate = ACTIVATIONS[activation]
-        self._activate = [activate] * (len(self._layers) - 1) + [activate if activate_last else None]
+        self._activate: list[Callable[..., Array] | None] = [ACTIVATIONS[activation]] * len(self._layers)
+        if not activate_last:
+            if not self._layers:
+                raise KeyError(f"{name}.0.weight")
+            self._activate[-1] = None
         self._fitted = 0, self._fit(0)
 
     def _fit(self, n: int) -> list[tuple[Array, Array, Callable[..., Array] | None]]:
@@ -51,7 +53,7 @@ class MLP:
         return [(weight, np.repeat(bias[None], n, axis=0), activate) for (weight, bias), activate in parts]
 
     def __call__(self, x: Array) -> Array:
-        """[N, in] to [N, out], float32; a new array. Threads may call at the same time."""
+        """[N, in] to [N, out], float32; a new array if there are layers. Threads may call at the same time."""
         n, layers = self._fitted
         if len(x) != n:
             layers = self._fit(len(x))

@@ -25,8 +25,8 @@ from aiorl.convolution import Convolutions
 class MLP(nn.ModuleList):
     """Linear layers of the given sizes; the activation follows each but the last (or each one, if `activate_last`).
 
-    Weights are orthogonal with gain sqrt(2), the last layer's with `last_gain`; biases are 0. `rng` is the only source of
-    randomness.
+    A single size makes no layers: what goes in comes out. Weights are orthogonal with gain sqrt(2), the last layer's
+    with `last_gain`; biases are 0. `rng` is the only source of randomness.
     """
 
     def __init__(

@@ -153,17 +153,22 @@ class Evaluation:
 
 
 class QNetwork(nn.Module):
-    """Action values of a discrete space; with `dueling`, as state value plus advantage (Wang et al. 2016, 1511.06581)."""
+    """Action values of a discrete space; with `dueling`, as state value plus advantage (Wang et al. 2016, 1511.06581).
+
+    The last hidden layer is then there twice, once for each: on layers shared to the end, both together would be one linear
+    layer. With a single hidden layer all that they share is the convolutions, if there are any.
+    """
 
     def __init__(
         self, features: int, actions: int, hidden: Sequence[int], activation: str, rng: torch.Generator, *, dueling: bool,
         plan: Convolutions | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        gain = math.sqrt(2)
-        self.torso = make_network(features, hidden, activation, rng, last_gain=gain, activate_last=True, plan=plan)
-        self.advantage = MLP([hidden[-1], actions], activation, rng, last_gain=1.0)
-        self.state_value = MLP([hidden[-1], 1], activation, rng, last_gain=1.0) if dueling else None
+        shared, gain = len(hidden) - dueling, math.sqrt(2)
+        self.torso = make_network(features, hidden[:shared], activation, rng, last_gain=gain, activate_last=True, plan=plan)
+        own = [plan.dense_features if plan else features, *hidden][shared:]
+        self.advantage = MLP([*own, actions], activation, rng, last_gain=1.0)
+        self.state_value = MLP([*own, 1], activation, rng, last_gain=1.0) if dueling else None
 
     def forward(self, obs: Tensor) -> Tensor:
         """[N, features] to [N, actions]."""
@@ -171,24 +176,28 @@ class QNetwork(nn.Module):
         return self._combine(self.advantage(x), None if self.state_value is None else self.state_value(x))
 
     def trace(self, obs: Tensor) -> list[Tensor]:
-        """What goes into each layer of the torso, what comes out of it, and the action values last."""
-        seen = self.torso.trace(obs)
-        value = None if self.state_value is None else self.state_value.trace(seen[-1])[-1]
-        return [*seen, self._combine(self.advantage.trace(seen[-1])[-1], value)]
+        """The torso's trace, the hidden layers of the streams if they have any, advantage first, and the action values."""
+        torso = self.torso.trace(obs)
+        _, *own, advantage = self.advantage.trace(torso[-1])
+        if self.state_value is None:
+            return [*torso, *own, advantage]
+        _, *values_own, value = self.state_value.trace(torso[-1])
+        return [*torso, *own, *values_own, self._combine(advantage, value)]
 
     def _combine(self, advantage: Tensor, value: Tensor | None) -> Tensor:
         return advantage if value is None else value + advantage - advantage.mean(1, keepdim=True)
 
     def backward(self, seen: Sequence[Tensor], grad: Tensor) -> None:
         """Set the parameters' gradients from the action values' [N, actions]."""
-        x = seen[-2]
         if self.state_value is None:
-            d_x = self.advantage.backward([x], grad, to_input=True)
+            *torso, _ = seen
+            d_x = self.advantage.backward(torso[-1:], grad, to_input=True)
         else:
+            *torso, advantage, value, _ = seen
             total = grad.sum(1, keepdim=True)
-            d_x = self.advantage.backward([x], grad - total / grad.shape[1], to_input=True)
-            d_x = d_x + self.state_value.backward([x], total, to_input=True)  # type: ignore[operator]
-        self.torso.backward(seen[:-1], d_x)  # type: ignore[arg-type]
+            d_x = self.advantage.backward([torso[-1], advantage], grad - total / grad.shape[1], to_input=True)
+            d_x = d_x + self.state_value.backward([torso[-1], value], total, to_input=True)  # type: ignore[operator]
+        self.torso.backward(torso, d_x)  # type: ignore[arg-type]
 
 
 # -- parameters --------------------------------------------------------------------------------------------------------

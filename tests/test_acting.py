@@ -40,6 +40,11 @@ def test_weights_are_used_in_place_and_a_missing_layer_is_named():
         acting.MLP(weights, "critic", "tanh")
 
 
+def test_there_may_be_no_hidden_layers():
+    x = np.ones((2, 3), np.float32)
+    assert acting.MLP({}, "torso", "relu", activate_last=True)(x).tolist() == x.tolist()
+
+
 @pytest.mark.parametrize("activate_last", [False, True])
 def test_results_are_new_arrays_and_the_batch_may_change_its_size(activate_last: bool):
     net = networks.MLP((4, 8, 8, 3), "tanh", generator(), last_gain=1.0, activate_last=activate_last)

@@ -226,7 +226,7 @@ def test_a_buffer_that_cannot_do_is_refused(name: str, tmp_path: Path) -> None:
 
 OUT_OF_RANGE = {
     "learning_rate": 0.0, "batch_size": 0, "capacity": 0, "gamma": 1.5, "n_step": 0, "epsilon_end": 1.2,
-    "epsilon_fraction": 2.0, "target_tau": 0.0, "target_every": 0, "max_grad_norm": 0.0, "update_ratio": -1.0,
+    "epsilon_fraction": 2.0, "target_tau": 0.0, "target_every": 0, "max_grad_norm": -1.0, "update_ratio": -1.0,
 }  # fmt: skip
 
 

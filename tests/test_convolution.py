@@ -59,13 +59,13 @@ def test_images_are_taken_out_of_an_encoded_observation(leaf: Leaf) -> None:
     np.testing.assert_array_equal(after.argmax(1), obs[CHOICE.name])
 
 
-@pytest.mark.parametrize("dueling", [False, True])
+@pytest.mark.parametrize(("hidden", "dueling"), [((32, 16), False), ((32, 16), True), ((16,), True)])
 @pytest.mark.parametrize("seen", SEEN)
-def test_gradients_are_those_of_autograd(seen: str, dueling: bool) -> None:
+def test_gradients_are_those_of_autograd(seen: str, hidden: tuple[int, ...], dueling: bool) -> None:
     spaces, plan = spaces_with(*SEEN[seen]), plan_of(*SEEN[seen])
     rng = np.random.default_rng(1)
     net = networks.QNetwork(
-        spaces.features, 3, (32, 16), "relu", networks.torch_rng(rng), dueling=dueling, plan=plan
+        spaces.features, 3, hidden, "relu", networks.torch_rng(rng), dueling=dueling, plan=plan
     )  # fmt: skip
     parameters = networks.FlatParameters(net)
     x = torch.from_numpy(rng.random((6, spaces.features), np.float32))
@@ -82,10 +82,11 @@ def test_gradients_are_those_of_autograd(seen: str, dueling: bool) -> None:
     assert all(view.grad is not None and bool(view.grad.any()) for view in net.parameters())
 
 
-def test_gradients_of_part_of_a_batch() -> None:
+@pytest.mark.parametrize("dueling", [False, True])
+def test_gradients_of_part_of_a_batch(dueling: bool) -> None:
     """Learners trace two batches at once and go back through one of them."""
     plan, rng = plan_of(GRID), np.random.default_rng(1)
-    net = networks.QNetwork(plan.features, 3, (16,), "relu", networks.torch_rng(rng), dueling=False, plan=plan)
+    net = networks.QNetwork(plan.features, 3, (16,), "relu", networks.torch_rng(rng), dueling=dueling, plan=plan)
     parameters = networks.FlatParameters(net)
     x, grad = torch.from_numpy(rng.random((6, plan.features), np.float32)), torch.from_numpy(rng.random((4, 3), np.float32))
     with torch.no_grad():

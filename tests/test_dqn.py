@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from experience import Stream, context, digest, spaces
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from plain_loop import plain_loop
@@ -14,6 +15,7 @@ from plain_loop import plain_loop
 from aiorl.algos.base import Algorithm, Learner, Policy
 from aiorl.algos.dqn import DQN, epsilon_at
 from aiorl.buffers.replay import gradient_steps_owed
+from aiorl.config import Config
 from aiorl.envs.spec import resolve_env
 from aiorl.errors import ConfigError, TrainingError
 from aiorl.segments import Array
@@ -51,9 +53,9 @@ def test_epsilon_falls_linearly_by_rollout():
     assert epsilon_at(0, np.array([1.0, 0.1, 0.0], np.float32)) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("dueling", [False, True])
-def test_actions_are_greedy_but_for_the_share_of_epsilon(dueling: bool):
-    config = DQN(hidden=(16, 16), dueling=dueling, epsilon_start=0.4, epsilon_end=0.0, epsilon_fraction=0.5)
+@pytest.mark.parametrize(("hidden", "dueling"), [((16, 16), False), ((16, 16), True), ((16,), True)])
+def test_actions_are_greedy_but_for_the_share_of_epsilon(hidden: tuple[int, ...], dueling: bool):
+    config = DQN(hidden=hidden, dueling=dueling, epsilon_start=0.4, epsilon_end=0.0, epsilon_fraction=0.5)
     space = spaces(Discrete(5))
     learner = config.learner(space, context(rollouts=10))
     obs = np.random.default_rng(0).normal(size=(4000, 3)).astype(np.float32)
@@ -67,8 +69,25 @@ def test_actions_are_greedy_but_for_the_share_of_epsilon(dueling: bool):
     greedy = act(0, None)
     assert (greedy == q.argmax(1)).all()
     assert (act(5, np.random.default_rng(0)) == greedy).all()
+    weights = {name: torch.from_numpy(np.array(array)) for name, array in learner.weights().items()}
+    central = config.forward(space).apply(weights, torch.from_numpy(obs)).numpy()
+    assert (greedy == central.argmax(1)).all()
     assert (act(0, np.random.default_rng(0)) != greedy).mean() == pytest.approx(0.4 * 4 / 5, abs=0.03)
     assert (act(0, np.random.default_rng(1)) == act(0, np.random.default_rng(1))).all()
+
+
+@pytest.mark.parametrize("hidden", [[8], [16, 8]])
+def test_dueling_acts_from_images_without_the_stream_of_the_value(hidden: list[int]):
+    space = spaces(Discrete(5), Box(0, 255, (6, 6, 2), np.uint8))
+    config = DQN(hidden=tuple(hidden), dueling=True)
+    learner = config.learner(space, context())
+    assert not [name for name in learner.weights() if name.startswith("state_value")]
+    images = np.random.default_rng(0).integers(256, size=(500, 6, 6, 2), dtype=np.uint8)
+    q = learner._online(learner._tensor(space.encode({"obs": images}))).detach().numpy()
+    policy = config.policy(space)
+    policy.begin(learner.weights(), 0, None, 1)
+    assert (policy.act({"obs": images}, np.zeros(500, bool))[0] == q.argmax(1)).all()
+    assert len(set(q.argmax(1))) > 1
 
 
 # -- learning ----------------------------------------------------------------------------------------------------------
@@ -101,10 +120,12 @@ def test_the_runs_warmup_goes_before_the_algorithms():
     assert none.update(stream.next())["gradient_steps"] == 9
 
 
-def test_it_learns_the_value_of_a_bandit():
+@pytest.mark.parametrize("dueling", [False, True])
+def test_it_learns_the_value_of_a_bandit(dueling: bool):
     """Action 0 pays 0, action 1 pays 1 and both end the episode: Q is (0, 1)."""
     stream = Stream(spaces(), 4, 8)
-    learner = DQN(**SMALL | {"update_ratio": 4, "warmup": 0}, learning_rate=0.01).learner(stream.space, context())
+    config = DQN(**SMALL | {"update_ratio": 4, "warmup": 0}, learning_rate=0.01, dueling=dueling)
+    learner = config.learner(stream.space, context())
     for _ in range(6):
         rollout = stream.next()
         columns = rollout.segments[0].columns
@@ -153,6 +174,27 @@ def test_the_same_seed_gives_the_same_bits(degree: int):
     config = DQN(**SMALL, n_step=3, dueling=True)
     a, b, c = (digest(loop(config, 5, degree=degree, seed=seed).state_dict()) for seed in (5, 5, 6))
     assert a == b != c
+
+
+def test_the_state_of_another_network_is_refused_by_name():
+    """Of dueling heads that share all hidden layers, as they once did, too: its names are the plain network's and a few."""
+    plain, dueling = (DQN(**SMALL | {"hidden": (16, 8)}, dueling=d).learner(spaces(), context()) for d in (False, True))
+    with pytest.raises(ValueError, match=r"parameters\.advantage\.1\.weight is missing"):
+        dueling.load_state_dict(plain.state_dict())
+    with pytest.raises(ValueError, match=r"parameters\.torso\.1\.weight is missing"):
+        plain.load_state_dict(dueling.state_dict())
+
+
+@pytest.mark.parametrize(("limit", "clipped"), [(1e-3, True), (0.0, False)])
+def test_gradients_are_clipped_unless_the_limit_is_0(limit: float, clipped: bool):
+    config = DQN(**SMALL | {"warmup": 0, "update_ratio": 1 / 32}, max_grad_norm=limit)
+    learner = config.learner(spaces(), context())
+    found = learner.update(Stream(spaces(), 4, 8).next())
+    length = float(learner._parameters.grad.norm())
+    assert found["grad_norm"] > 1e-3
+    assert length == pytest.approx(1e-3 if clipped else found["grad_norm"], rel=1e-3)
+    given = Config(env="CartPole-v1", algo=config)
+    assert Config.from_dict(given.to_dict()).algo == config
 
 
 def test_a_state_that_does_not_fit_is_refused_by_name():

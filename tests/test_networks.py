@@ -116,8 +116,9 @@ def test_multi_discrete_is_the_sum_of_its_parts():
 
 
 @pytest.mark.parametrize("dueling", [False, True])
-def test_action_values_and_their_gradients(dueling: bool):
-    net = QNetwork(3, 4, (8, 6), "relu", rng(), dueling=dueling)
+@pytest.mark.parametrize("hidden", [(8, 6), (8,)])
+def test_action_values_and_their_gradients(hidden: tuple[int, ...], dueling: bool):
+    net = QNetwork(3, 4, hidden, "relu", rng(), dueling=dueling)
     flat = FlatParameters(net)
     obs, direction = torch.randn(5, 3), torch.randn(5, 4)
     with torch.no_grad():
@@ -128,6 +129,37 @@ def test_action_values_and_their_gradients(dueling: bool):
     assert_gradients(flat, net, (q * direction).sum())
     if net.state_value is not None:
         torch.testing.assert_close(q.mean(1, keepdim=True), net.state_value(net.torso(obs)))
+
+
+@pytest.mark.parametrize("hidden", [(16, 12), (12,)])
+def test_dueling_streams_are_more_than_one_linear_layer_on_what_they_share(hidden: tuple[int, ...]):
+    obs = torch.randn(200, 3, generator=rng())
+
+    def unexplained(net: QNetwork) -> list[float]:
+        """Share of the variance of the action values, and of both streams, that no linear layer on the torso gives."""
+        shared, outputs = net.torso(obs), [net(obs), net.advantage(net.torso(obs))]
+        if net.state_value is not None:
+            outputs.append(net.state_value(shared))
+        given = torch.cat([shared, torch.ones(len(obs), 1)], 1).detach().double().numpy()
+        found = []
+        for y in (out.detach().double().numpy() for out in outputs):
+            rest = y - given @ np.linalg.lstsq(given, y, rcond=None)[0]
+            found.append(rest.var() / y.var())
+        return found
+
+    assert max(unexplained(QNetwork(3, 4, hidden, "relu", rng(), dueling=False))) < 1e-9
+    streams = unexplained(QNetwork(3, 4, hidden, "relu", rng(), dueling=True))
+    assert len(streams) == 3
+    assert min(streams) > 0.01
+
+
+def test_both_streams_have_a_last_hidden_layer_of_their_own():
+    net = QNetwork(3, 4, (16, 12), "relu", rng(), dueling=True)
+    sizes = {name: list(p.shape) for name, p in net.named_parameters() if name.endswith("weight")}
+    assert sizes == {
+        "torso.0.weight": [16, 3], "advantage.0.weight": [12, 16], "advantage.1.weight": [4, 12],
+        "state_value.0.weight": [12, 16], "state_value.1.weight": [1, 12],
+    }  # fmt: skip
 
 
 def test_parameters_and_gradients_are_views_of_two_vectors():

@@ -3,10 +3,11 @@
 Papers: double, van Hasselt et al. 2016 (arXiv 1509.06461); dueling, Wang et al. 2016 (1511.06581); priorities, Schaul et al.
 2016 (1511.05952); together, Hessel et al. 2018 (1710.02298). Departures: the gradient is clipped by its norm; `update_ratio`
 gradient steps for each env step stored after warm-up, exactly, done rollout by rollout; epsilon is a function of the rollout
-index.
+index, also during warm-up, which is no phase of random actions: where epsilon has fallen by then, what has learned nothing
+acts; the gradient from the two dueling streams into what they share is not divided by sqrt(2), which Adam would make up for.
 
-Which version acted does not matter to one-step targets, so any staleness is sound; n-step returns leave it uncorrected, as
-they do for everything else in the buffer.
+Which version acted does not matter to one-step targets, so any staleness is sound. n-step returns (`n_step` > 1) depend on
+the actions of the version that acted, and are corrected neither for that nor for the age of what is in the buffer.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ class QSettings(ReplaySettings, frozen=True, kw_only=True, forbid_unknown_fields
     target_tau: Annotated[float, Meta(description="share taken over by each target update (1: a copy)", gt=0, le=1)] = 1.0
     epsilon_start: Annotated[float, Meta(description="share of random actions at first", ge=0, le=1)] = 1.0
     epsilon_end: Annotated[float, Meta(description="and in the end", ge=0, le=1)] = 0.05
-    epsilon_fraction: Annotated[float, Meta(description="share of the run over which it falls", ge=0, le=1)] = 0.2
+    epsilon_fraction: Annotated[
+        float, Meta(description="share of the run, counted from its first step, over which it falls", ge=0, le=1)
+    ] = 0.2
     hidden: Hidden = (128, 128)
     network: Annotated[Network, NETWORK] = "auto"
 
@@ -104,8 +107,11 @@ class DQN(QSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     name: ClassVar[str] = "dqn"
 
-    max_grad_norm: Annotated[float, Meta(description="longest gradient", gt=0)] = 10.0
-    dueling: Annotated[bool, Meta(description="state value and advantages as separate heads")] = False
+    # 0, as None could not be written to a file: what is not there has the default.
+    max_grad_norm: Annotated[float, Meta(description="longest gradient (0: no limit)", ge=0)] = 10.0
+    dueling: Annotated[
+        bool, Meta(description="state value and advantages as two streams, each with the last hidden layer for itself")
+    ] = False
     huber_delta: Annotated[
         float, Meta(description="error from which the loss grows linearly (0: squared error)", ge=0)
     ] = 1.0
@@ -132,7 +138,7 @@ class DQNPolicy:
     def begin(self, weights: Weights, rollout: int, rng: np.random.Generator | None, steps: int) -> None:
         activation = self._config.activation
         self._torso = make_acting_network(weights, "torso", activation, activate_last=True, plan=self._plan)
-        self._head = MLP(weights, "advantage", activation)  # the state's value does not change the order
+        self._head = MLP(weights, "advantage", activation)  # the state's value would not change the order
         self._weights = weights
         self._epsilon = epsilon_at(rollout, weights["epsilon"])
         self._explore = rng is not None
@@ -326,7 +332,8 @@ class DQNLearner:
         return np.array([config.epsilon_start, config.epsilon_end, over], np.float32)
 
     def weights(self) -> Weights:
-        acting = self._head.acting(self._parameters.arrays(copy=False))
+        arrays = self._parameters.arrays(copy=False)
+        acting = self._head.acting({k: array for k, array in arrays.items() if not k.startswith("state_value.")})
         return acting | self._practice.weights() | {"epsilon": self._schedule()}
 
     def state_dict(self) -> StateTree:

@@ -85,7 +85,9 @@ def corrections(algorithm: Any) -> str:
     ]
     if not algorithm().corrects_staleness:
         return "not corrected (degree 0 only)"
-    return f"corrected: {choices[0]}" if choices else "sound at any degree"
+    if choices:
+        return f"corrected: {choices[0]}"
+    return f"sound at any degree{' while n_step is 1' if hasattr(algorithm, 'n_step') else ''}"
 
 
 def _doc(algorithm: Any) -> str:
