@@ -12,8 +12,8 @@ Layers. A module imports only lower ones, or its own without a cycle (tests/test
         filelock  alarms  learning  report  record
         degree  metrics/  matches                           what a run is made from             3
     workers/                                                processes and shared memory         4
-    preflight  assembly  checkpointing  loops  evaluation
-        inference  watchdog                                            checks, set-up, the four coroutines 5
+    resuming  preflight  assembly  checkpointing  loops
+        evaluation  inference  watchdog                                checks, set-up, the four coroutines 5
     session  telling  run  replay                           wires and owns everything           6
     __main__  cli/  testing/                                the edge: programs, the test kit    -
 """

@@ -27,9 +27,10 @@ from aiorl.metrics.curve import write_curve
 from aiorl.metrics.directory import RunFiles, hold, write_atomically
 from aiorl.offload import Brake, OffloadThread
 from aiorl.pacing import Pacer
-from aiorl.preflight import EVAL_WIDTH, Preflight, Saved
+from aiorl.preflight import EVAL_WIDTH, Preflight
 from aiorl.record import Record
 from aiorl.report import Report, Result
+from aiorl.resuming import Saved
 from aiorl.workers.inline import InlineWorkers
 from aiorl.workers.launch import Launcher
 from aiorl.workers.pool import ProcessWorkers, Workers, plan_stations

@@ -6,24 +6,18 @@ import difflib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
-import msgspec
-
-from aiorl import checkpoint, policy
 from aiorl.algos.base import Algorithm, CentralAlgorithm, Filing, Forward, Ranked, Remembering, SplitPolicy, Wrapping
 from aiorl.buffers.storage import free_bytes
 from aiorl.config import Config, env_name
-from aiorl.degree import check_degree
 from aiorl.envs.make import Probe, probe
 from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import EnvSpec, main_is_guarded, resolve_env
-from aiorl.errors import CheckpointError, ConfigError
-from aiorl.ledger import check_state
+from aiorl.errors import ConfigError
 from aiorl.metrics.directory import choose_directory, make_writable
-from aiorl.report import Report
+from aiorl.resuming import Saved, check_fits, check_state, read_saved
 from aiorl.segments import Column, SegmentLayout
-from aiorl.trees import check_tree
 from aiorl.workers.memory import available_bytes
 
 EVAL_WIDTH = 10  # environments an evaluation runs side by side
@@ -60,6 +54,13 @@ class Preflight:
     def warnings(self) -> list[str]:
         """What the user should know before it matters."""
         found: list[str] = []
+        now = self.config.total_steps
+        before = now if self.saved is None else self.saved.manifest.config.get("total_steps", now)
+        if before != now:
+            found.append(
+                f"total_steps was {before:,} and is {now:,} from here on: what falls or "
+                "rises over a run (epsilon, an annealed learning rate, beta) goes by the new total"
+            )
         if self.probe.why_inexact:
             found.append(f"a resumed run may not be exact: {self.probe.why_inexact}")
         if self.idle_workers:
@@ -82,20 +83,6 @@ class Preflight:
         """Whether workers must import the program that is running: its environment or algorithm is defined there."""
         envs = [self.env, *(suite.env for suite in self.suites)]
         return any(e.name.startswith("__main__:") for e in envs) or type(self.algorithm).__module__ == "__main__"
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint to go on from."""
-
-    path: Path
-    manifest: checkpoint.Manifest
-    parts: dict[str, checkpoint.Tree]
-
-    @property
-    def degree(self) -> dict[str, Any]:
-        """What the degree had become (see `Dial.state_dict`); empty if it was as configured."""
-        return self.parts["run"].get("degree", {})
 
 
 def check(config: Config, resume: str | Path | None = None, *, write: bool = True) -> Preflight:
@@ -127,8 +114,8 @@ def check(config: Config, resume: str | Path | None = None, *, write: bool = Tru
     _check_memory(config, algorithm, found.spaces, segment)
     _check_descriptors(cast(int, config.workers))
     if saved is not None:
-        _check_fits(saved, config, found.spaces)
-        _check_state(saved, config, segment)
+        check_fits(saved, config, found.spaces)
+        check_state(saved, config, segment)
     own = saved.path.parent.parent if saved is not None and saved.path.parent.name == "checkpoints" else None
     _check_disk(config, _learning(algorithm, found.spaces), own or Path(config.out or "runs"))
     directory = own or choose_directory(config, env_name(config.env), algorithm.name, create=write)
@@ -248,7 +235,7 @@ def find_suites(config: Config, found: Probe) -> tuple[Suite, ...]:
             if seen.spaces != found.spaces:
                 raise ConfigError(
                     f"eval_suites.{name}: {env_name(env)} has other spaces than the training environment\n"
-                    f"  training: {_describe(found.spaces)}\n  suite:    {_describe(seen.spaces)}"
+                    f"  training: {found.spaces.describe()}\n  suite:    {seen.spaces.describe()}"
                 )
             spec = seen.spec
         suites.append(Suite(name, spec, suite.episodes or config.eval_episodes))
@@ -312,18 +299,24 @@ def _check_experience(config: Config, learning: Learning, limit: int, source: st
 
 
 def _check_disk(config: Config, learning: Learning, place: Path) -> None:
-    """Experience on disk has its room taken at once, and is there twice more while a checkpoint is written."""
+    """Experience on disk has its room taken at once, and is there once more while it is copied for a checkpoint.
+
+    Each checkpoint holds all experience. The oldest goes when the newest is complete.
+    """
     algorithm, spaces, settings = learning
     free = free_bytes(place)
     if not isinstance(algorithm, Filing) or free is None:
         return
-    kept = min(algorithm.capacity, config.total_steps)
-    need = sum(n * algorithm.disk_bytes(spaces, config.envs, size) for n, size in ((1, algorithm.capacity), (2, kept)))
-    if need > free:
+    kept, checkpoints = min(algorithm.capacity, config.total_steps), config.keep + 1 if config.checkpoint_every else 1
+    need = sum(algorithm.disk_bytes(spaces, config.envs, size) for size in (algorithm.capacity, kept))
+    where, other = (" on disk: the buffer, its copy and", f", or {settings}.storage = \"memory\"") if need else (":", "")
+    need += checkpoints * algorithm.saved_bytes(spaces, config.envs, kept)
+    there = sum(file.stat().st_size for file in place.glob("checkpoints/*/*"))  # of a run that goes on
+    if need > free + there:
         raise ConfigError(
-            f"{settings}.capacity = {algorithm.capacity:,} on disk: the buffer, its copy and a checkpoint need "
-            f"{need / 2**30:.2f} GiB in {place}, where {free / 2**30:.2f} GiB are free\n"
-            f"  use a smaller capacity, another out, or {settings}.storage = \"memory\""
+            f"{settings}.capacity = {algorithm.capacity:,}{where} checkpoints of {kept:,} transitions (keep = {config.keep})"
+            f" need {need / 2**30:.2f} GiB in {place}, where {(free + there) / 2**30:.2f} GiB are free\n"
+            f"  use a smaller capacity or keep, another out{other}"
         )
 
 
@@ -339,71 +332,3 @@ def _check_descriptors(workers: int) -> None:
             f"{workers} workers need about {need} open files, the limit is {soft}\n"
             f"  raise it (ulimit -n {need}) or use at most {max(1, (soft - 64) // 8 - 1)} workers"
         )
-
-
-# -- resuming ----------------------------------------------------------------------------------------------------------
-
-
-def read_saved(path: Path) -> Saved:
-    """The checkpoint to resume: a checkpoint directory, or the newest one of a run directory."""
-    found = policy.find(path.absolute(), "latest")
-    manifest, parts = checkpoint.load(found, ("policy", "learner", "run"))
-    return Saved(found, manifest, parts)
-
-
-def resumed_config(path: str | Path, **changes: Any) -> Config:
-    """The configuration that a checkpoint was made with, read from its run's config.toml, with `changes` on top."""
-    found = policy.find(Path(path).absolute(), "latest")
-    if found.parent.name != "checkpoints":
-        raise CheckpointError(
-            f"{path} holds a policy to act with, not a state to go on from\n  resume the run, or one of its checkpoints/"
-        )
-    source = found.parent.parent / "config.toml"
-    config = Config.from_toml(source)
-    return config.replace(out=str(source.parent), **changes)
-
-
-# A resumed run must agree in these with its checkpoint.
-_FIXED = (
-    "env", "env_kwargs", "native_vector", "frame_stack", "algo", "seed", "envs", "group_size", "segment_length", "schedule",
-    "inference",
-)  # fmt: skip
-
-
-def _check_fits(saved: Saved, config: Config, spaces: Spaces) -> None:
-    """Name the first thing in which a checkpoint and a configuration disagree."""
-    made = saved.manifest.config
-    now = msgspec.to_builtins(config.to_dict())
-    for key in _FIXED:
-        if made.get(key) != now.get(key):
-            raise CheckpointError(
-                f"{saved.path} was made with {key} = {made.get(key)!r}, the configuration says {now.get(key)!r}\n"
-                "  resume with the same value, or start a new run"
-            )
-    if saved.manifest.spaces != spaces:
-        raise CheckpointError(
-            f"{saved.path} was made for other spaces than {config.env} has now\n"
-            f"  saved: {_describe(saved.manifest.spaces)}\n  now:   {_describe(spaces)}"
-        )
-
-
-def _check_state(saved: Saved, config: Config, segment: SegmentLayout) -> None:
-    """See that what was saved is of this run in form, and that its parts agree with each other."""
-    manifest, run = saved.manifest, saved.parts["run"]
-    try:
-        ledger = run["ledger"]
-        check_state(ledger, config.groups, segment)
-        Report(None).load_state_dict(run["report"], 0)
-        check_degree(run["degree"])
-        for version, weights in run["behaviour"].items():
-            check_tree(weights, saved.parts["policy"], f"behaviour.{int(version)}")
-        segments = sum(books["segments"] for books in ledger["groups"].values())
-        if (segments, ledger["stored"]) != (manifest.version * config.groups, manifest.env_steps):
-            raise ValueError(f"{segments} segments with {ledger['stored']} env steps are not {manifest.version} updates")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{saved.path} is damaged or of another make: {error}") from None
-
-
-def _describe(spaces: Spaces) -> str:
-    leaves = ", ".join(f"{leaf.name} {leaf.kind}{list(leaf.shape)}" for leaf in spaces.observation)
-    return f"{leaves} -> {spaces.action.kind}{list(spaces.action.shape)}"

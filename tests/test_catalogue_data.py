@@ -49,7 +49,7 @@ from aiorl.events import AnyEvent, Updated
 from aiorl.learning import params_sha256
 from aiorl.ledger import Ledger
 from aiorl.pacing import Grant
-from aiorl.preflight import resumed_config
+from aiorl.resuming import resumed_config
 from aiorl.returns import gae
 from aiorl.segments import Rollout, Segment
 from aiorl.testing import crash_points

@@ -11,6 +11,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from experience import Stream, context, digest, spaces
 from gymnasium.spaces import Box
 
@@ -193,22 +194,28 @@ async def test_a_run_that_is_left_gives_its_files_back(config: Make) -> None:
 
 
 def test_too_little_room_is_said_before_anything_is_made(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = config()
+    settings = config(checkpoint_every=100)
     spaces = preflight.check(settings, write=False).spaces
     whole = settings.algo.disk_bytes(spaces, 4, 300)
     assert whole >= 300 * 16
     assert whole < settings.algo.disk_bytes(spaces, 4, 600)
     assert config("memory").algo.disk_bytes(spaces, 4, 300) == 0
-    for free, fits in ((3 * whole, True), (3 * whole - 1, False)):
-        monkeypatch.setattr(preflight, "free_bytes", lambda _, free=free: free)
-        preflight.check(config("memory"), write=False)
-        if fits:
-            preflight.check(settings, write=False)
-            continue
-        with pytest.raises(ConfigError, match=r"dqn\.capacity = 300 on disk: .* a checkpoint need .* are free") as caught:
-            preflight.check(settings)
-        assert 'another out, or dqn.storage = "memory"' in str(caught.value)
+    saved = settings.algo.saved_bytes(spaces, 4, 300)
+    assert saved == config("memory").algo.saved_bytes(spaces, 4, 300) > whole
+    three = 3 * saved  # two are kept until the next one is there
+    for kept, needs, words in (
+        ("disk", 2 * whole + three, ("dqn.capacity = 300 on disk: the buffer,", 'another out, or dqn.storage = "memory"')),
+        ("memory", three, ("dqn.capacity = 300: checkpoints of 300 transitions (keep = 2) need", "keep, another out")),
+    ):
+        monkeypatch.setattr(preflight, "free_bytes", lambda _, free=needs: free)
+        preflight.check(config(kept, checkpoint_every=100), write=False)
+        monkeypatch.setattr(preflight, "free_bytes", lambda _, free=needs - 1: free)
+        with pytest.raises(ConfigError) as caught:
+            preflight.check(config(kept, checkpoint_every=100, out=str(settings.out)))
+        assert all(word in str(caught.value) for word in words), caught.value
         assert len(str(caught.value).splitlines()) <= 3
+    monkeypatch.setattr(preflight, "free_bytes", lambda _: saved)
+    preflight.check(config("memory"), write=False)
     assert not Path(str(settings.out)).exists()
     monkeypatch.setattr(preflight, "free_bytes", lambda _: None)
     preflight.check(settings, write=False)
@@ -223,11 +230,13 @@ def test_what_lies_on_disk_needs_no_memory(config: Make) -> None:
     assert disk.disk_bytes(space, 4, 10_000) >= 10_000 * 84 * 84 > 100 * sizes[0] / 2
 
 
-def test_what_lies_on_a_device_needs_memory_once(config: Make) -> None:
-    """For the copy in a checkpoint."""
+def test_what_lies_on_a_device_needs_memory_once(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the copy in a checkpoint; twice where the device is the processor."""
     space = spaces(observation=Box(0, 255, (84, 84), np.uint8))
-    sizes = {kept: config(kept).algo.experience_bytes(space, 4, 10_000) for kept in ("disk", "device", "memory")}
-    assert sizes["device"] == (sizes["disk"] + sizes["memory"]) / 2
+    sizes = {kept: config(kept).algo.experience_bytes(space, 4, 10_000) for kept in ("disk", "memory")}
+    for there, needs in ((False, sizes["memory"]), (True, (sizes["disk"] + sizes["memory"]) / 2)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert config("device").algo.experience_bytes(space, 4, 10_000) == needs
     assert config("device").algo.disk_bytes(space, 4, 10_000) == 0
 
 

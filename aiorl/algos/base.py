@@ -186,10 +186,14 @@ class Remembering(Protocol):
 
 @runtime_checkable
 class Filing(Remembering, Protocol):
-    """What a `Remembering` one has besides if it may keep experience in the run directory."""
+    """What a `Remembering` one has besides if its experience comes to lie in the run directory."""
 
     def disk_bytes(self, spaces: Spaces, envs: int, transitions: int) -> int:
-        """Room that so many of them take there: 0 if they are kept in memory."""
+        """Room that so many of them take there while they are learned from: 0 if they are kept in memory."""
+        ...
+
+    def saved_bytes(self, spaces: Spaces, envs: int, transitions: int) -> int:
+        """Room that so many of them take in a checkpoint."""
         ...
 
 

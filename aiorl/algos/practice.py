@@ -92,14 +92,22 @@ class ReplaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def experience_bytes(self, spaces: Spaces, envs: int, transitions: int) -> int:
         """Memory of a replay buffer with so many transitions and of its copy: on disk if it lies there, else here."""
+        if self.storage == "device":
+            there = torch.cuda.is_available()  # else the device is the processor
+            own = self._buffer_bytes(spaces, envs, transitions, "device" if there else "memory")
+            return own + self._buffer_bytes(spaces, envs, transitions, "memory")
+        return 2 * self._buffer_bytes(spaces, envs, transitions, self.storage)
+
+    def saved_bytes(self, spaces: Spaces, envs: int, transitions: int) -> int:
+        """What they take in a checkpoint."""
+        return self._buffer_bytes(spaces, envs, transitions, "memory")
+
+    def _buffer_bytes(self, spaces: Spaces, envs: int, transitions: int, storage: Storage) -> int:
         exponent = self.priority_exponent
-        here = Replay.nbytes_for(spaces, envs, transitions, priority_exponent=exponent, storage=self.storage)
-        if self.storage != "device":
-            return 2 * here
-        return here + Replay.nbytes_for(spaces, envs, transitions, priority_exponent=exponent)
+        return Replay.nbytes_for(spaces, envs, transitions, priority_exponent=exponent, storage=storage)
 
     def disk_bytes(self, spaces: Spaces, envs: int, transitions: int) -> int:
-        """What it takes on disk."""
+        """What the buffer takes on disk."""
         if self.storage != "disk":
             return 0
         whole = Replay.nbytes_for(spaces, envs, transitions)

@@ -27,7 +27,7 @@ def prepare(run: Path, changes: dict[str, Any]) -> tuple[Config, Path]:
     """The configuration to go on with and the checkpoint. Raises ConfigError when there is nothing left to do."""
     from aiorl.checkpoint import load_manifest
     from aiorl.policy import find
-    from aiorl.preflight import resumed_config
+    from aiorl.resuming import resumed_config
 
     checkpoint = find(run, "latest")
     manifest = load_manifest(checkpoint)

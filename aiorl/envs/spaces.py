@@ -198,6 +198,11 @@ class Spaces(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         normal = rng.standard_normal((n, *column.shape)).clip(low, high)
         return np.where(bounded, uniform, normal).astype(np.float32)
 
+    def describe(self) -> str:
+        """What is observed and done, in a line for people."""
+        leaves = ", ".join(f"{leaf.name} {leaf.kind}{list(leaf.shape)}" for leaf in self.observation)
+        return f"{leaves} -> {self.action.kind}{list(self.action.shape)}"
+
     def flatten_obs(self, obs: Any) -> dict[str, Array]:
         """The leaves of an observation as an environment returns it, or of a batch of them, […, *shape].
 

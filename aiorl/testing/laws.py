@@ -32,7 +32,8 @@ from aiorl.config import env_name
 from aiorl.envs.episodes import run_episodes
 from aiorl.errors import ConfigError, InvariantError
 from aiorl.ledger import NOT_FINITE
-from aiorl.preflight import EVAL_WIDTH, Saved
+from aiorl.preflight import EVAL_WIDTH
+from aiorl.resuming import Saved
 from aiorl.run import Run
 from aiorl.seeding import evaluation_seed
 from aiorl.segments import Array

@@ -1,0 +1,115 @@
+"""Going on from a checkpoint: what it holds, the configuration it was made with, in what a new one must agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+
+from aiorl import checkpoint, policy
+from aiorl.config import Config
+from aiorl.degree import check_degree
+from aiorl.envs.spaces import Spaces
+from aiorl.errors import CheckpointError
+from aiorl.ledger import check_state as check_ledger
+from aiorl.report import Report
+from aiorl.segments import SegmentLayout
+from aiorl.structs import convert
+from aiorl.trees import check_tree
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint to go on from."""
+
+    path: Path
+    manifest: checkpoint.Manifest
+    parts: dict[str, checkpoint.Tree]
+
+    @property
+    def degree(self) -> dict[str, Any]:
+        """What the degree had become (see `Dial.state_dict`); empty if it was as configured."""
+        return self.parts["run"].get("degree", {})
+
+
+def read_saved(path: Path) -> Saved:
+    """The checkpoint to resume: a checkpoint directory, or the newest one of a run directory."""
+    found = policy.find(path.absolute(), "latest")
+    manifest, parts = checkpoint.load(found, ("policy", "learner", "run"))
+    return Saved(found, manifest, parts)
+
+
+def resumed_config(path: str | Path, **changes: Any) -> Config:
+    """The configuration that a checkpoint was made with, read from its run's config.toml, with `changes` on top."""
+    found = policy.find(Path(path).absolute(), "latest")
+    if found.parent.name != "checkpoints":
+        raise CheckpointError(
+            f"{path} holds a policy to act with, not a state to go on from\n  resume the run, or one of its checkpoints/"
+        )
+    source = found.parent.parent / "config.toml"
+    config = Config.from_toml(source)
+    return config.replace(out=str(source.parent), **changes)
+
+
+# A resumed run must agree in these with its checkpoint, and in the settings of its algorithm but for those that change no
+# result.
+_FIXED = (
+    "env", "env_kwargs", "native_vector", "frame_stack", "algo", "seed", "envs", "group_size", "segment_length", "schedule",
+    "inference", "warmup",
+)  # fmt: skip
+_FREE = ("storage",)
+
+
+def check_fits(saved: Saved, config: Config, spaces: Spaces) -> None:
+    """Name the first thing in which a checkpoint and a configuration disagree. Raises CheckpointError."""
+    made, now = saved.manifest.config, msgspec.to_builtins(config.to_dict())
+    pairs = {key: (made.get(key), now.get(key)) for key in _FIXED}
+    if pairs["algo"][0] == pairs["algo"][1]:
+        pairs |= settings(saved, config.algorithm)
+    for key, (before, after) in pairs.items():
+        if before != after:
+            raise CheckpointError(
+                f"{saved.path} was made with {key} = {before!r}, the configuration says {after!r}\n"
+                "  resume with the same value, or start a new run"
+            )
+    if saved.manifest.spaces != spaces:
+        raise CheckpointError(
+            f"{saved.path} was made for other spaces than {config.env} has now\n"
+            f"  saved: {saved.manifest.spaces.describe()}\n  now:   {spaces.describe()}"
+        )
+
+
+def settings(saved: Saved, algorithm: Any) -> dict[str, tuple[Any, Any]]:
+    """Each setting of the algorithm, by its name in a file: as saved (if it was not, the default), and now."""
+    table = saved.manifest.config.get(algorithm.name, {})
+    before = convert(table, type(algorithm), str(saved.path), f"{algorithm.name}.")
+    old, new = (dict(_flat(msgspec.to_builtins(a), algorithm.name)) for a in (before, algorithm))
+    return {key: (old.get(key), new.get(key)) for key in old | new if key.rpartition(".")[2] not in _FREE}
+
+
+def _flat(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(cast("Mapping[str, Any]", value), f"{prefix}.{key}")
+        else:
+            yield f"{prefix}.{key}", value
+
+
+def check_state(saved: Saved, config: Config, segment: SegmentLayout) -> None:
+    """See that what was saved is of this run in form, and that its parts agree with each other."""
+    manifest, run = saved.manifest, saved.parts["run"]
+    try:
+        ledger = run["ledger"]
+        check_ledger(ledger, config.groups, segment)
+        Report(None).load_state_dict(run["report"], 0)
+        check_degree(run["degree"])
+        for version, weights in run["behaviour"].items():
+            check_tree(weights, saved.parts["policy"], f"behaviour.{int(version)}")
+        segments = sum(books["segments"] for books in ledger["groups"].values())
+        if (segments, ledger["stored"]) != (manifest.version * config.groups, manifest.env_steps):
+            raise ValueError(f"{segments} segments with {ledger['stored']} env steps are not {manifest.version} updates")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{saved.path} is damaged or of another make: {error}") from None
