@@ -260,8 +260,17 @@ class FlatParameters:
             view.copy_(torch.from_numpy(np.array(arrays[name])))
 
 
+FLUSH_EVERY = 32  # steps
+TINY = float(torch.finfo(torch.float32).tiny)
+
+
 class Adam:
-    """Adam (Kingma and Ba 2015, arXiv 1412.6980) on a parameter vector, with its state in the open."""
+    """Adam (Kingma and Ba 2015, arXiv 1412.6980) on a parameter vector, with its state in the open.
+
+    The mean of a gradient that stays zero (of a unit that is dead, of an input that is never on) would fall until it is
+    subnormal and stay there, and a processor takes a hundred times as long for such numbers. What is about to get there is
+    set to zero, in its place, which moves no parameter: it is far below `eps`.
+    """
 
     def __init__(self, parameters: FlatParameters, *, eps: float, betas: tuple[float, float] = (0.9, 0.999)) -> None:
         self._parameters, self._eps, self._betas = parameters, eps, betas
@@ -279,6 +288,9 @@ class Adam:
             [parameters.vector], [parameters.grad], [self._mean], [self._square], [], [self._step.fill_(self.steps)],
             lr=learning_rate, beta1=beta1, beta2=beta2, eps=self._eps, weight_decay=0.0, amsgrad=False, maximize=False,
         )  # fmt: skip
+        if self.steps % FLUSH_EVERY == 0:
+            for state, beta in ((self._mean, beta1), (self._square, beta2)):
+                state.masked_fill_(state.abs() < TINY / max(beta, 0.5) ** FLUSH_EVERY, 0.0)
 
     def undo(self) -> Callable[[], None]:
         """What takes the parameters and this state back to where they are now."""

@@ -208,6 +208,29 @@ def test_adam_is_torchs():
         torch.testing.assert_close(flat.vector, twin.detach(), atol=1e-6, rtol=1e-5)
 
 
+def test_adam_keeps_nothing_subnormal_of_gradients_that_stay_zero():
+    flat = FlatParameters(MLP((8, 16, 4), "relu", rng(), last_gain=1.0))
+    adam = Adam(flat, eps=1e-8)
+    twin = flat.vector.clone().requires_grad_()
+    torchs = torch.optim.Adam([twin], eps=1e-8, fused=True)
+    dead = torch.rand(flat.grad.shape, generator=rng(1)) < 0.5
+    for step in range(1_200):
+        flat.grad.copy_(torch.randn(flat.grad.shape, generator=rng(step)))
+        if step >= 100:
+            flat.grad[dead] = 0.0
+        twin.grad = flat.grad.clone()
+        torchs.step()
+        adam.step(1e-3)
+    assert torch.equal(flat.vector, twin.detach())
+
+    def subnormal(numbers: np.ndarray) -> int:
+        return int(((numbers != 0) & (np.abs(numbers) < np.finfo(np.float32).tiny)).sum())
+
+    assert subnormal(torchs.state[twin]["exp_avg"].numpy()) == int(dead.sum())
+    state = adam.state_dict()
+    assert sum(subnormal(array) for key in ("mean", "square") for array in state[key].values()) == 0
+
+
 def test_adam_goes_on_from_its_state():
     def make(seed: int) -> tuple[FlatParameters, Adam]:
         flat = FlatParameters(MLP((3, 4, 2), "tanh", rng(seed), last_gain=1.0))
