@@ -224,6 +224,16 @@ class Rollout:
         """[B] bool: the environment's open episode was given up before row 0, which begins another one."""
         return np.concatenate([s.aborted for s in self.segments])
 
+    def turns(self) -> list[Array]:
+        """The columns, in parts that hold an environment once each. One that is there twice (eager schedule) was in the
+        columns of an earlier part before it was in those of a later one."""
+        seen: dict[int, int] = {}
+        turn = np.empty(len(self.envs), int)
+        for column, env in enumerate(self.envs.tolist()):
+            turn[column] = seen.get(env, 0)
+            seen[env] = seen.get(env, 0) + 1
+        return [np.flatnonzero(turn == k) for k in range(max(seen.values()))]
+
     @property
     def obs(self) -> dict[str, Array]:
         """Observation leaves, [T + 1, B, …]."""

@@ -12,7 +12,9 @@ Each run is a process of its own, and another participant begins with each seed.
 not made again, so all this can be interrupted and repeated. Both sides evaluate the deterministic policy (the mean action,
 the greedy one) on as many episodes after as many env steps. Stable-Baselines3 evaluates between two steps of training:
 `training` leaves that out. aiorl evaluates beside training, where it takes processor time from it. `wall` is all of it, from
-the start of the process to its end. Every library uses as many threads as it does by itself unless `--threads` is given.
+the start of the process to its end. Stable-Baselines3 runs with subnormal numbers flushed, which its users have to ask for
+and which makes it faster where units die. Every library uses as many threads as it does by itself unless `--threads` is
+given.
 
 `--jobs N` makes N runs at once, each with one torch thread on a core of its own: learning curves need no idle machine. Their
 times are kept and say nothing about who is faster; that is judged by the runs that were made alone.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -11,46 +14,65 @@ from aiorl.envs.spaces import Spaces
 from aiorl.segments import Array, Rollout
 from aiorl.testing.buffer_checks import STEPS
 
-COLUMNS = ("action", "reward", "terminated", "truncated", "obs", "next_obs")
+COLUMNS = ("action", "reward", "terminated", "truncated", "valid", "obs", "next_obs")
 
 
 class RingBuffer:
-    """`flaw` is what is wrong with it; "" for nothing."""
+    """Each environment has a ring of its own. `flaw` is what is wrong with it; "" for nothing."""
 
     def __init__(self, spaces: Spaces, envs: int, capacity: int, flaw: str = "") -> None:
         self.envs, self.rows, self.flaw = envs, capacity // envs, flaw
-        self.features, self.written = spaces.features, 0  # rows ever written
-        self.ring: dict[str, Array] = {}
-        self.generation = np.zeros(self.rows, np.int64)
+        self.written = np.zeros(envs, np.int64)  # rows ever written
+        self.ring: dict[str, Array] = {"given_up": np.zeros((self.rows, envs), bool)}
 
     def __len__(self) -> int:
-        size = min(self.written, self.rows) * self.envs
-        return {"own copy": 0, "counts too much": self.written * self.envs}.get(self.flaw, size)
+        held = int(self._held().sum())
+        return {"own copy": 0, "counts too much": int(self.written.sum())}.get(self.flaw, held)
 
     def add(self, rollout: Rollout) -> None:
         obs, after = (next(iter(leaves.values())) for leaves in (rollout.obs, rollout.next_obs()))
-        given = {name: rollout.column(name) for name in COLUMNS[:4]} | {"obs": obs[:-1], "next_obs": after}
-        for t in range(rollout.steps):
-            for name, column in given.items():
-                value = column[t]
-                if self.flaw == "(1, F)" and name in ("obs", "next_obs"):
-                    value = value[:, None]
-                if self.flaw == "clears history" and name == "next_obs" and t == rollout.steps - 1:
-                    value = np.zeros_like(value)
-                ring = self.ring.setdefault(name, np.zeros((self.rows, *value.shape), column.dtype))
-                if not (self.flaw == "torn" and name == "action" and self.written % 4 == 3):  # what was there before stays
-                    ring[self.written % self.rows] = value
-            self.generation[self.written % self.rows] += 1
-            self.written += 1
+        given = {name: rollout.column(name) for name in COLUMNS[:5]} | {"obs": obs[:-1], "next_obs": after}
+        for column, env in enumerate(rollout.envs.tolist()):
+            env = column if self.flaw == "goes by columns" else env
+            if rollout.aborted[column] and self.flaw != "does not see what was given up":
+                self.ring["given_up"][(self.written[env] - 1) % self.rows, env] = True
+            for t in range(rollout.steps):
+                self._put(env, {name: values[t, column] for name, values in given.items()}, t == rollout.steps - 1)
 
-    def sample(self, rng: np.random.Generator, size: int, *, n: int, gamma: float) -> Batch:
-        held = min(self.written, self.rows)
+    def _put(self, env: int, row: dict[str, Any], last: bool) -> None:
+        at = self.written[env] % self.rows
+        for name, value in (row | {"given_up": np.zeros((), bool)}).items():
+            if self.flaw == "(1, F)" and name in ("obs", "next_obs"):
+                value = value[None]
+            if self.flaw == "clears history" and name == "next_obs" and last:
+                value = np.zeros_like(value)
+            ring = self.ring.setdefault(name, np.zeros((self.rows, self.envs, *value.shape), value.dtype))
+            if not (self.flaw == "torn" and name == "action" and self.written[env] % 4 == 3):  # what was there before stays
+                ring[at, env] = value
+        self.written[env] += 1
+
+    def _held(self) -> Array:
+        """[rows, envs] bool"""
+        if "valid" not in self.ring:
+            return np.zeros((self.rows, self.envs), bool)
+        row = np.arange(self.rows)[:, None]
+        valid = self.ring["valid"] | (self.flaw == "samples what is no step")
         if self.flaw == "unlocked size":
-            held = min(held + 1, self.rows)  # the row that is being written
-        low = held // 4 if self.flaw == "forgets some" else 0
-        row, env = rng.integers(low, held, size), rng.integers(self.envs, size=size)
+            valid = valid | (row == self.written)  # the row that is being written
+        if self.flaw == "forgets some":
+            valid = valid & (row >= np.minimum(self.written, self.rows) // 4)
+        return valid & (row < self.written + (self.flaw == "unlocked size"))
+
+    def _draw(self, rng: np.random.Generator, size: int) -> tuple[Array, Array]:
+        places = np.argwhere(self._held())
+        row, env = places[rng.integers(len(places), size=size)].T
         if self.flaw == "biased":
-            row = np.where(row == held // 2, rng.integers(low, held, size), row)
+            again = places[rng.integers(len(places), size=size)].T
+            row, env = np.where(row == self.rows // 2, again, (row, env))
+        return row, env
+
+    def sample(self, rng: np.random.Generator, size: int, *, n: int, gamma: float, beta: float = 1.0) -> Batch:
+        row, env = self._draw(rng, size)
         window = (row + np.arange(n)[:, None]) % self.rows
         steps = self._steps(window, env, n)
         last = window[steps - 1, np.arange(size)]
@@ -67,41 +89,89 @@ class RingBuffer:
             discounts = gamma**steps
         return Batch(
             obs={"obs": self.ring["obs"][row, env]}, action=self.ring["action"][row, env], returns=returns,
-            discounts=discounts, next_obs={"obs": self.ring["next_obs"][last, env]}, **self._where(row, env),
+            discounts=discounts, next_obs={"obs": self.ring["next_obs"][last, env]}, index=row * self.envs + env,
+            generation=(self.written[env] - 1 - row) // self.rows, weights=self._weights(row, env, beta),
         )  # fmt: skip
 
+    def _weights(self, row: Array, env: Array, beta: float) -> Array:
+        return np.ones(len(row))
+
     def _steps(self, window: Array, env: Array, n: int) -> Array:
-        """How many steps each window [n, N] has: up to an end of an episode, or the newest row."""
-        stop = self.ring["terminated"][window, env] | self.ring["truncated"][window, env]
+        """How many steps each window [n, N] has: up to an end of an episode, a row that is none, or the newest row."""
+        stops = [self.ring[name][window, env] for name in ("terminated", "truncated", "given_up")]
+        stop = np.logical_or.reduce(stops)
         if self.flaw == "crosses episodes":
             stop[...] = False
+        if self.flaw != "goes on into what is no step":
+            stop[:-1] |= ~self.ring["valid"][window, env][1:]
         if self.flaw != "crosses the head":
-            stop |= window == (self.written - 1) % self.rows
+            stop |= window == (self.written[env] - 1) % self.rows
         return np.where(stop.any(0), stop.argmax(0) + 1, n)
 
-    def _where(self, row: Array, env: Array) -> dict[str, Array]:
-        """Fields of a Batch that say where it comes from, if it has any."""
-        known = {"index": row * self.envs + env, "generation": self.generation[row], "weights": np.ones(len(row))}
-        return {name: value for name, value in known.items() if name in Batch.__dataclass_fields__}
+    def state_dict(self) -> dict[str, Any]:
+        used = int(min(self.rows, self.written.max()))
+        return {"ring": {name: column[:used].copy() for name, column in self.ring.items()}, "written": self.written.copy()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        state = copy.deepcopy(dict(state))
+        self.written = np.maximum(self.written, state["written"]) if self.flaw == "keeps its size" else state["written"]
+        for name, column in state["ring"].items():
+            ring = self.ring.setdefault(name, np.zeros((self.rows, *column.shape[1:]), column.dtype))
+            if not (self.flaw == "loads no ends" and name == "terminated"):
+                ring[: len(column)] = column
 
 
 class Prioritised(RingBuffer):
-    """Takes priorities; a sound one leaves those of rows that were overwritten as they are."""
+    """Draws in proportion to errors, to the power of 0.5; leaves those of rows that were overwritten as they are."""
 
-    def sample(self, rng: np.random.Generator, size: int, *, n: int, gamma: float) -> Batch:
-        self.sampled = self.generation.copy()
-        return super().sample(rng, size, n=n, gamma=gamma)
+    def __init__(self, spaces: Spaces, envs: int, capacity: int, flaw: str = "") -> None:
+        super().__init__(spaces, envs, capacity, flaw)
+        self.weight = np.zeros((self.rows, envs))
+
+    def _put(self, env: int, row: dict[str, Any], last: bool) -> None:
+        self.weight[self.written[env] % self.rows, env] = 1.0
+        super()._put(env, row, last)
+
+    def _draw(self, rng: np.random.Generator, size: int) -> tuple[Array, Array]:
+        chances = self._chances()
+        if self.flaw == "draws uniformly":
+            chances = np.where(chances > 0, 1.0, 0.0) / np.count_nonzero(chances)
+        row, env = np.divmod(rng.choice(chances.size, size, p=chances.reshape(-1)), self.envs)
+        return row, env
+
+    def _chances(self) -> Array:
+        chances = self.weight * self._held()
+        return chances / chances.sum()
+
+    def _weights(self, row: Array, env: Array, beta: float) -> Array:
+        weights = (len(self) * self._chances()[row, env]) ** -beta
+        if self.flaw == "weights of all rows":
+            return weights
+        return np.ones(len(row)) if self.flaw == "has no weights" else weights / weights.max()
 
     def reprioritise(self, batch: Batch, errors: Array) -> int:
-        stale = self.sampled != self.generation
-        return 0 if self.flaw == "stale priorities" else int(len(errors) * stale.all())
+        row, env = np.divmod(batch.index, self.envs)
+        known = batch.generation == (self.written[env] - 1 - row) // self.rows
+        if self.flaw == "stale priorities":
+            known[:] = True
+        if self.flaw == "takes none":
+            known[:] = False
+        self.weight[row[known], env[known]] = np.abs(errors[known]) ** 0.5
+        return int(np.count_nonzero(~known))
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"weight": self.weight.copy()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.weight = state["weight"].copy()
 
 
 class Stacks(RingBuffer):
     """Keeps single frames and makes stacks of them when it is asked; finds its frames by time, which they hold."""
 
-    def sample(self, rng: np.random.Generator, size: int, *, n: int, gamma: float) -> Batch:
-        batch = super().sample(rng, size, n=n, gamma=gamma)
+    def sample(self, rng: np.random.Generator, size: int, *, n: int, gamma: float, beta: float = 1.0) -> Batch:
+        batch = super().sample(rng, size, n=n, gamma=gamma, beta=beta)
         return replace(batch, obs={"obs": self._spoilt(batch.obs["obs"])})
 
     def _spoilt(self, stacks: Array) -> Array:
@@ -113,7 +183,7 @@ class Stacks(RingBuffer):
                 stacks[late, k - 1 - back] = stacks[late, k - back]
         if self.flaw == "stacks across ends":
             for back in range(1, k):
-                held = times - back >= max(0, self.written - self.rows)
+                held = times - back >= np.maximum(0, self.written[env] - self.rows)
                 stacks[held, k - 1 - back] = self.ring["obs"][(times[held] - back) % self.rows, env[held], -1]
         if self.flaw == "newest first":
             stacks[:, :-1] = stacks[:, -2::-1]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import pytest
 from faulty_buffer import Prioritised, RingBuffer, Stacks
 
+from aiorl.buffers.lanes import Lanes
+from aiorl.buffers.priorities import SumTree
 from aiorl.buffers.replay import Replay
 from aiorl.testing import check_replay, errors
 from aiorl.testing.findings import Finding
 
 PLANTED = {
     # flaw: (code, words of the message)
-    "own copy": ("empty", "15 transitions were added, it says that it holds none"),
-    "counts too much": ("size", "there are 36"),
+    "own copy": ("empty", "14 transitions were added, it says that it holds none"),
+    "counts too much": ("size", "it says that it holds 15 transitions, there are 14"),
     "(1, F)": ("shape", "obs is (256, 1, 4), expected (256, 4)"),
     "unlocked size": ("uninitialised", "all zero"),
     "torn": ("torn", "none that was added"),
@@ -27,6 +30,12 @@ PLANTED = {
     "clears history": ("wrap-around", "what follows time"),
     "forgets some": ("never-sampled", "are held and were never sampled"),
     "biased": ("biased", "importance weights"),
+    "samples what is no step": ("not-valid", "which is no transition"),
+    "goes on into what is no step": ("not-valid", "end windows before it"),
+    "does not see what was given up": ("crosses-end", "rollout.aborted"),
+    "goes by columns": ("gap", "in the eager schedule columns change"),
+    "loads no ends": ("state", "a buffer that is new does not sample after load_state_dict"),
+    "keeps its size": ("state-leftover", "a buffer that held 8 rollouts does not sample"),
 }
 
 
@@ -40,7 +49,9 @@ def test_sound_buffers_pass() -> None:
     assert check_replay(Prioritised) == []
     assert check_replay(Replay, stack=4) == []
     assert check_replay(Stacks, stack=4) == []
-    assert [f.code for f in check_replay(functools.partial(Replay, priority_exponent=0.6))] in ([], ["biased"])
+    assert check_replay(Prioritised, priority_exponent=0.5) == []
+    for exponent in (0.6, 1.0):
+        assert check_replay(functools.partial(Replay, priority_exponent=exponent), priority_exponent=exponent) == []
 
 
 @pytest.mark.parametrize("flaw", PLANTED)
@@ -74,8 +85,38 @@ def test_what_does_not_fit_the_stack_is_refused_at_once() -> None:
     assert "3" in finding.message
 
 
+PRIORITISED = {
+    "draws uniformly": ("chances", "rows with 4 times the error of others are drawn"),
+    "has no weights": ("importance-weights", "have weights of 1, the others of 1, expected 0.707 and 1"),
+    "weights of all rows": ("importance-weights", "divided by the largest of them"),
+    "takes none": ("live-priorities", "errors of rows that are there still"),
+}
+
+
+@pytest.mark.parametrize("flaw", PRIORITISED)
+def test_a_flaw_of_priorities_is_found(flaw: str) -> None:
+    code, words = PRIORITISED[flaw]
+    (finding,) = check_replay(functools.partial(Prioritised, flaw=flaw), priority_exponent=0.5)
+    assert (finding.code, words in finding.message) == (code, True), finding
+
+
 def test_stale_priorities_are_found() -> None:
     assert set(found("stale priorities", Prioritised)) == {"stale-priorities"}
+
+
+def test_priorities_left_over_by_a_load_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: rows that are not loaded keep the chances that they had."""
+    monkeypatch.setattr(SumTree, "clear", lambda self: None)
+    (finding,) = check_replay(functools.partial(Replay, priority_exponent=0.6), priority_exponent=0.6)
+    assert finding.code == "state-leftover"
+
+
+def test_a_ring_that_goes_by_columns_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: whoever comes in a column goes on where the column ended, if it only shows the same."""
+    monkeypatch.setattr(Lanes, "of", lambda self, envs: (np.arange(len(envs)), np.ones(len(envs), bool)))
+    monkeypatch.setattr("aiorl.buffers.replay.in_turn", lambda rollout: [rollout])
+    monkeypatch.setattr("aiorl.buffers.replay.alike", lambda a, b: np.ones(len(a), bool))
+    assert "gap" in {f.code for f in check_replay(Replay)}
 
 
 def test_what_a_buffer_raises_is_a_finding() -> None:

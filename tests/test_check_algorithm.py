@@ -14,11 +14,13 @@ from toys import Toy
 
 import aiorl
 from aiorl.algos.base import LearnerContext, Weights
+from aiorl.buffers.priorities import SumTree
 from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import EnvSpec
 from aiorl.errors import ConfigError
 from aiorl.segments import Array, Column, Rollout
-from aiorl.testing import Finding, check_algorithm, errors
+from aiorl.testing import Finding, check_algorithm, errors, learner_checks
+from aiorl.testing.bench import record
 from aiorl.testing.chain import Chain, Place, is_high
 from aiorl.testing.examine_algorithm import CHAIN, ends_of_episodes
 from examples.custom_algorithm import Reinforce
@@ -242,6 +244,16 @@ def test_a_mistake_is_found_and_explained(flaw: str):
     assert found[code].severity == severity
     assert words in found[code].message
     assert len(found[code].message.splitlines()) <= 3
+
+
+def test_what_a_load_leaves_over_is_found(monkeypatch: pytest.MonkeyPatch):
+    """Planted: rows of a buffer that are not loaded keep the priorities that they had."""
+    algorithm = aiorl.DQN(hidden=(8,), batch_size=8, update_ratio=0.1, priority_exponent=0.6)
+    bench = record(algorithm, EnvSpec(CHAIN, {"action": "discrete"}, CHAIN))
+    assert [*learner_checks.state(bench)] == []
+    monkeypatch.setattr(SumTree, "clear", lambda self: None)
+    (finding,) = learner_checks.state(bench)
+    assert (finding.code, len(finding.message.splitlines())) == ("state-leftover", 2)
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,26 @@ def test_rewards_are_scaled_by_the_deviation_of_returns():
     assert metrics["value_loss"] < 100
 
 
+def test_returns_of_an_environment_that_is_in_a_rollout_twice_go_on_within_it():
+    """As it comes from the eager schedule: the same two segments are one rollout, or two."""
+    config = PPO(**SMALL, normalise_rewards=True)
+    stream = Stream(spaces(), 2, 8)
+    first, second = stream.next(), stream.next()
+    for rollout in (first, second):
+        rollout.segments[0].columns["terminated"][...] = rollout.segments[0].columns["truncated"][...] = False
+    found: list[np.ndarray] = []
+    for rollouts in (
+        [Rollout(0, 0, (*first.segments, *second.segments), np.array([0, 1, 0, 1]))],
+        [Rollout(k, k, part.segments, np.array([0, 1])) for k, part in enumerate((first, second))],
+    ):
+        learner = config.learner(stream.space, context(envs=4))
+        for rollout in rollouts:
+            learner.update(rollout)
+        found.append(learner.state_dict()["running_return"])
+    assert found[0].tolist() == found[1].tolist()
+    assert (found[0][:2] != 0).all()
+
+
 def test_an_unusable_loss_stops_before_the_parameters_change():
     stream = Stream(spaces(), 4, 8)
     learner = PPO(**SMALL).learner(stream.space, context())

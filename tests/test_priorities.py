@@ -65,7 +65,7 @@ def test_marks_are_found_in_order(size: int, seed: int, share: float):
     for _ in range(5):
         start = int(rng.integers(size))
         marked = rng.random(rng.integers(size - start + 1)) < share
-        marks.put(start, marked)
+        marks.put(start + np.arange(len(marked)), marked)
         truth[start : start + len(marked)] = marked
         places = np.flatnonzero(truth)
         assert len(marks) == len(places)
@@ -83,7 +83,7 @@ def test_marks_are_drawn_with_the_same_chance(marked: Any):
     """Whether many, few or no places between them are not marked; by the place, and by when in a draw."""
     marks, truth = Marks(600), np.zeros(600, bool)
     truth[marked] = True
-    marks.put(0, truth)
+    marks.put(np.arange(600), truth)
     rng, each = np.random.default_rng(0), 2000
     draws = np.array([marks.draw(rng, len(marked), 500) for _ in range(each)])
     counts = np.bincount(draws.reshape(-1), minlength=600)
@@ -97,7 +97,7 @@ def test_marks_are_drawn_with_the_same_chance(marked: Any):
 
 def test_few_marks_among_many_take_no_memory():
     marks = Marks(1_000_000)
-    marks.put(777_777, np.ones(1, bool))
+    marks.put(np.array([777_777]), np.ones(1, bool))
     tracemalloc.start()
     try:
         drawn = marks.draw(np.random.default_rng(0), 256, 1_000_000)
@@ -283,6 +283,18 @@ def test_priorities_are_part_of_the_state():
     assert one.index.tolist() == other.index.tolist()
     assert one.weights.tobytes() == other.weights.tobytes()
     assert one.generation.tolist() == other.generation.tolist()
+
+
+def test_a_state_that_holds_less_leaves_nothing_of_what_was_held():
+    a, _ = filled(0.6, rollouts=1)
+    b, _ = filled(0.6, rollouts=5)
+    b.load_state_dict(a.state_dict())
+    assert digest(b.state_dict()) == digest(a.state_dict())
+    assert b.priority_entropy() == a.priority_entropy()
+    assert b.chances(everything(b)).sum() == pytest.approx(1)
+    one, other = (replay.sample(np.random.default_rng(0), 64) for replay in (a, b))
+    assert one.index.tobytes() == other.index.tobytes()
+    assert set(other.index.tolist()) <= set(everything(a).index.tolist())
 
 
 def test_priorities_that_are_none_are_refused():

@@ -197,7 +197,9 @@ def test_a_state_that_does_not_fit_is_refused_by_name():
         Replay(stream.space, 2, 10).load_state_dict(state)
     with pytest.raises(ValueError, match=r"replay\.columns\.reward: expected float64 \[4, 2\], got float32 \[4, 2\]"):
         replay.load_state_dict(state | {"columns": state["columns"] | {"reward": np.zeros((4, 2), np.float32)}})
-    with pytest.raises(ValueError, match=r"replay\.follows"):
-        replay.load_state_dict({k: v for k, v in state.items() if k != "follows"})
-    with pytest.raises(ValueError, match="size 99"):
-        replay.load_state_dict(state | {"size": 99})
+    with pytest.raises(ValueError, match=r"replay\.lanes"):
+        replay.load_state_dict({k: v for k, v in state.items() if k != "lanes"})
+    with pytest.raises(ValueError, match=r"replay\.columns\.action: expected int64 \[10, 2\], got int64 \[4, 2\]"):
+        replay.load_state_dict(state | {"lanes": state["lanes"] | {"written": np.array([99, 4])}})
+    with pytest.raises(ValueError, match=r"replay\.lanes\.written: -3 rows, expected none below 0"):
+        replay.load_state_dict(state | {"lanes": state["lanes"] | {"written": np.array([-3, 4])}})

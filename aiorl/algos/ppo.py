@@ -292,9 +292,13 @@ class PPOLearner:
         rewards = rollout.column("reward")
         if not self._config.normalise_rewards:
             return rewards
-        start = np.where(rollout.aborted, 0.0, self._running_return[rollout.envs])
-        returns, end = running_returns(rewards, terminated, truncated, start, gamma=self._config.gamma, valid=valid)
-        self._running_return[rollout.envs] = end
+        returns = np.empty_like(rewards)
+        for columns in rollout.turns():
+            envs, flags = rollout.envs[columns], (terminated[:, columns], truncated[:, columns])
+            start = np.where(rollout.aborted[columns], 0.0, self._running_return[envs])
+            returns[:, columns], self._running_return[envs] = running_returns(
+                rewards[:, columns], *flags, start, gamma=self._config.gamma, valid=valid[:, columns]
+            )
         self._reward_moments.update(returns[valid])
         return np.clip(rewards * self._reward_moments.scale, -REWARD_CLIP, REWARD_CLIP)
 

@@ -28,11 +28,10 @@ class Marks:
     def __len__(self) -> int:
         return self._count
 
-    def put(self, start: int, marked: Array) -> None:
-        """Mark or unmark the places from `start` on, as `marked` [N] bool says."""
-        before = self._marked[start : start + len(marked)]
-        self._count += int(np.count_nonzero(marked)) - int(np.count_nonzero(before))
-        before[...] = marked
+    def put(self, places: Array, marked: Array) -> None:
+        """Mark or unmark different `places` [N], as `marked` [N] bool says."""
+        self._count += int(np.count_nonzero(marked)) - int(np.count_nonzero(self._marked[places]))
+        self._marked[places] = marked
 
     def has(self, places: Array) -> Array:
         """[N] bool: which places are marked."""

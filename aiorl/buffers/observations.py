@@ -85,12 +85,11 @@ class Observations:
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
-    def put(self, rows: Array, leaves: Leaves, follows: Array, valid: Array) -> None:
-        """Store observations [T, B, …] over the rows numbered `rows` [T], which follow each other.
+    def put(self, places: Array, leaves: Leaves, follows: Array, valid: Array) -> None:
+        """Store observations [T, B, …] at `places` [T, B], which follow each other.
 
         `follows` [T, B] says which belong to the episode of the row before, `valid` [T, B] which are steps at all.
         """
-        places = rows[:, None] * self._envs + np.arange(self._envs)
         self._release(places.reshape(-1))
         for name, leaf in leaves.items():
             self._frames[name].put(places, self._newest(name, leaf))

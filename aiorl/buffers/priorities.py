@@ -32,6 +32,10 @@ class SumTree:
     def nbytes(self) -> int:
         return self._sums.nbytes
 
+    def clear(self) -> None:
+        """Set all weights to 0."""
+        self._sums[:] = 0
+
     @property
     def total(self) -> float:
         return float(self._sums[1])
@@ -143,4 +147,5 @@ class Priorities:
         if not (np.isfinite(weights).all() and (weights >= 0).all() and np.isfinite(largest) and largest > 0):
             raise ValueError("priorities: expected finite weights, none of them negative")
         self._largest = float(largest)
+        self._tree.clear()  # of what lies behind those that were saved
         self._tree.put(np.arange(len(weights)), weights)

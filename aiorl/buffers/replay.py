@@ -13,6 +13,7 @@ import numpy as np
 
 from aiorl.buffers.batch import Batch, Sequences
 from aiorl.buffers.device import DeviceRows
+from aiorl.buffers.lanes import Lanes, in_turn, used_rows
 from aiorl.buffers.marks import Marks
 from aiorl.buffers.observations import Observations, alike, on_host
 from aiorl.buffers.priorities import Priorities, SumTree
@@ -41,12 +42,13 @@ def gradient_steps_owed(env_steps: int, warmup: int, update_ratio: float) -> int
 
 
 class Replay:
-    """The newest rows of experience, [rows, B]; B environments side by side, time running on from rollout to rollout.
+    """The newest rows of experience of each of B environments, [rows, B], time running on from rollout to rollout.
 
-    An n-step window that may not go on is cut short and bootstraps where it was cut. It may not go on past an episode's
-    end, past the newest row, or into a row that does not follow: one that is not valid, or a rollout that does not begin
-    where this column's last one ended. Rows that are not valid are never sampled, nor are those whose stack of frames is
-    not held any more: at most stack - 1 of the oldest rows, for which the ring is that much longer.
+    An n-step window follows its environment, whichever columns of rollouts that comes in. One that may not go on is cut
+    short and bootstraps where it was cut. It may not go on past an episode's end, past the newest row, or into a row that
+    does not follow: one that is not valid, or that does not begin where this environment's last segment ended. Rows that
+    are not valid are never sampled, nor are those whose stack of frames is not held any more: at most stack - 1 of the
+    oldest rows, for which the ring is that much longer.
 
     One thread at a time: rows are added and sampled by the learner alone, within its update, so no batch ever sees half of
     a rollout. That it is so is checked (InvariantError).
@@ -68,8 +70,7 @@ class Replay:
         self.stack = spaces.stack if stack is None else stack
         self.envs, self.rows = envs, _rows(envs, capacity, self.stack)
         self.env_steps = 0  # valid transitions ever added
-        self._size = self._head = 0  # rows in use; where the next one goes
-        self._round = 0  # how often the head has come round
+        self._lanes = Lanes(self.rows, envs)
         self._learned = learned
         places = self.rows * envs
         if storage == "device":
@@ -80,7 +81,6 @@ class Replay:
         action = spaces.action_column
         self._action = np.zeros((places, *action.shape), action.dtype)
         self._reward, self._flags = np.zeros(places), np.zeros(places, np.uint8)
-        self._follows = np.full(envs, -1)  # which environment each column of the newest row came from
         self._marks = Marks(places)  # what can be sampled
         self._priorities = Priorities(places, priority_exponent) if priority_exponent else None
         self._turn = Turn("replay")
@@ -114,7 +114,7 @@ class Replay:
         """Give memory and disk back now; of no use afterwards."""
         with self._turn.of("close"):
             self._obs.close()
-            self._size, self._marks = 0, Marks(1)
+            self._lanes, self._marks = Lanes(self.rows, self.envs), Marks(1)
 
     # -- adding ------------------------------------------------------------------------------------------------------
 
@@ -125,10 +125,17 @@ class Replay:
             self._add(rollout)
 
     def _add(self, rollout: Rollout) -> None:
+        for part in in_turn(rollout):
+            self._add_part(part)
+        self.env_steps += rollout.env_steps
+
+    def _add_part(self, rollout: Rollout) -> None:
+        """Add one in which no environment is twice."""
         obs, valid, steps = rollout.obs, rollout.column("valid"), rollout.steps
         t, b, final = rollout.finals()
+        lanes, known = self._lanes.of(rollout.envs)
         follows = np.empty(valid.shape, bool)
-        follows[0] = self._join(rollout, obs)
+        follows[0] = self._join(self._lanes.newest(lanes), known & ~rollout.aborted, obs)
         follows[1:] = valid[:-1]
         inner = t < steps - 1
         follows[t[inner] + 1, b[inner]] = False
@@ -137,16 +144,15 @@ class Replay:
             follows[kept.start] = False  # the row before is overwritten
         flags = valid * VALID | rollout.column("terminated") * TERMINATED | rollout.column("truncated") * TRUNCATED
         flags |= follows * FOLLOWS
+        flags[-1] |= SEAM  # until it is known what lies behind it
 
-        rows = (self._head + np.arange(kept.stop - kept.start)) % self.rows
-        places = rows[:, None] * self.envs + np.arange(self.envs)
-        self._obs.put(rows, {name: leaf[kept] for name, leaf in obs.items()}, follows[kept], valid[kept])
+        places = self._lanes.extend(lanes, steps - kept.start)
+        self._obs.put(places, {name: leaf[kept] for name, leaf in obs.items()}, follows[kept], valid[kept])
         self._action[places] = rollout.column("action")[kept]
         self._reward[places] = rollout.column("reward")[kept]
         self._flags[places] = flags[kept]
-        self._advance(places, valid[kept])
-        self._follows = np.array(rollout.envs)
-        self.env_steps += rollout.env_steps
+        self._renew(places.reshape(-1), valid[kept].reshape(-1))
+        self._withdraw(lanes)
         # What the newest row led to is kept aside like the last observation of an episode, until a row shows it.
         shown_last = valid[-1].copy()
         shown_last[b[~inner]] = False
@@ -154,7 +160,7 @@ class Replay:
         self._keep_next(places[t[ends] - kept.start, b[ends]], {name: leaf[ends] for name, leaf in final.items()})
         self._keep_next(places[-1][shown_last], {name: leaf[-1][shown_last] for name, leaf in obs.items()})
         if self.stack > 1:  # one row is looked at as well, another one each time
-            row = rollout.index % len(rows)
+            row = rollout.index % len(places)
             whole = self._marks.has(places[row])
             seen = {name: leaf[kept][row][whole] for name, leaf in obs.items()}
             self._obs.compare(seen, self._obs.take(places[row][whole]))
@@ -168,46 +174,35 @@ class Replay:
             seen = {name: leaf[whole] for name, leaf in leaves.items()}
             self._obs.compare(seen, self._obs.take_next(places[whole]))
 
-    def _join(self, rollout: Rollout, obs: Mapping[str, Array]) -> Array:
-        """[B] bool: which environments go on from what the newest row led to. Windows do not pass the others' seams."""
-        if not self._size:
-            return np.zeros(self.envs, bool)
-        newest = (self._head - 1) % self.rows * self.envs + np.arange(self.envs)
+    def _join(self, newest: Array, may: Array, obs: Mapping[str, Array]) -> Array:
+        """[B] bool: which observations [T + 1, B, …] go on from what the rows at `newest` [B] led to, of those that `may`.
+        Windows pass from no other row into them, but sequences do from one that ended an episode."""
         flags = self._flags[newest]
-        may = (self._follows == rollout.envs) & ~rollout.aborted
         goes_on = may & (flags & VALID != 0)
         for name, leaf in on_host(self._obs.take_next(newest)).items():
             goes_on &= alike(leaf, obs[name][0])
         ended = flags & (TERMINATED | TRUNCATED) != 0
-        self._flags[newest] |= ~(may & (goes_on | ended)) * SEAM
+        self._flags[newest] &= ~((goes_on | may & ended) * SEAM)
         self._obs.join(newest[goes_on])
         return goes_on
 
-    def _advance(self, places: Array, valid: Array) -> None:
-        """The rows at `places` [T, B] are the newest now; those that are `valid` can be sampled."""
-        count = len(places)
-        before_wrap = min(count, self.rows - self._head)
-        self._marks.put(self._head * self.envs, valid[:before_wrap].reshape(-1))
-        if before_wrap < count:
-            self._marks.put(0, valid[before_wrap:].reshape(-1))
+    def _renew(self, places: Array, valid: Array) -> None:
+        """New rows lie at `places` [N]; those that are `valid` can be sampled."""
+        self._marks.put(places, valid)
         if self._priorities is not None:
-            self._priorities.renew(places.reshape(-1), valid.reshape(-1))
-        rounds, self._head = divmod(self._head + count, self.rows)
-        self._round += rounds
-        self._size = min(self.rows, self._size + count)
-        self._withdraw()
+            self._priorities.renew(places, valid)
 
-    def _withdraw(self) -> None:
+    def _withdraw(self, lanes: Array) -> None:
         """Of the oldest rows those cannot be sampled whose stack goes back to rows that have been overwritten."""
-        if self._size < self.rows:
+        if self.stack == 1:
             return
-        whole = np.zeros(self.envs, bool)
-        for row in (self._head + np.arange(min(self.stack - 1, self.rows))) % self.rows:
-            places = row * self.envs + np.arange(self.envs)
+        full, oldest = self._lanes.oldest(lanes, min(self.stack - 1, self.rows))
+        whole = np.zeros(len(full), bool)
+        for places in oldest:
             flags = self._flags[places]
             whole |= flags & FOLLOWS == 0
             can_be = whole & (flags & VALID != 0)
-            self._marks.put(places[0], can_be)
+            self._marks.put(places, can_be)
             if self._priorities is not None:
                 self._priorities.withdraw(places[~can_be])
 
@@ -225,7 +220,7 @@ class Replay:
 
     def _draw(self, rng: np.random.Generator, size: int) -> Array:
         self._held()
-        return self._marks.draw(rng, size, self._size * self.envs)
+        return self._marks.draw(rng, size, self._lanes.used * self.envs)
 
     def _held(self) -> int:
         count = len(self._marks)
@@ -253,7 +248,7 @@ class Replay:
             discounts=discounts,
             next_obs=self._obs.take_next(end),
             index=index,
-            generation=self._generation(index),
+            generation=self._lanes.generation(index),
             weights=weights,
         )
 
@@ -261,21 +256,15 @@ class Replay:
         rewards = self._reward.take(index, mode="clip")
         return rewards if self._learned is None else self._learned(rewards)
 
-    def _generation(self, index: Array) -> Array:
-        """How often the rows at `index` [N] have been overwritten."""
-        return self._round - (index >= self._head * self.envs)
-
-    def _rows_from(self, index: Array, count: int) -> tuple[Array, Array]:
-        """(index, whether it is in the newest row) of the rows from `index` [N] on, [count, N] both."""
-        row, env = np.divmod(index, self.envs)
-        rows = (row + np.arange(count)[:, None]) % self.rows
-        return rows * self.envs + env, rows == (self._head - 1) % self.rows
+    def _rows_from(self, index: Array, count: int) -> Array:
+        """The places [count, N] of the rows from `index` [N] on."""
+        return (index + np.arange(count)[:, None] * self.envs) % (self.rows * self.envs)
 
     def _windows(self, index: Array, n: int, gamma: float) -> tuple[Array, Array, Array]:
         """Where the windows of at most `n` steps that begin at `index` [N] end, their returns and discounts, [N] each."""
-        at, newest = self._rows_from(index, n)
+        at = self._rows_from(index, n)
         flags = self._flags.take(at)
-        last = newest | (flags & STOPS != 0)
+        last = flags & STOPS != 0
         last[:-1] |= flags[1:] & VALID == 0
         returns, discounts, steps = n_step(self._rewards(at), flags & TERMINATED != 0, last, gamma=gamma)
         return at[steps - 1, np.arange(len(index))], returns, discounts
@@ -284,10 +273,10 @@ class Replay:
         """`size` sequences of at most `length` rows, which begin at transitions drawn uniformly. They go on over ends of
         episodes, but not past the newest row, nor into a row that is not valid or did not happen after the one before."""
         with self._turn.of("sequences"):
-            at, newest = self._rows_from(self._draw(rng, size), length)
+            at = self._rows_from(self._draw(rng, size), length)
             flags = self._flags.take(at)
             mask = np.ones(at.shape, bool)
-            goes_on = ~newest[:-1] & (flags[:-1] & SEAM == 0) & (flags[1:] & VALID != 0)
+            goes_on = (flags[:-1] & SEAM == 0) & (flags[1:] & VALID != 0)
             np.logical_and.accumulate(goes_on, axis=0, out=mask[1:])
             held = np.minimum(np.arange(length)[:, None], mask.sum(0) - 1)
             at, flags = (np.take_along_axis(x, held, 0) for x in (at, flags))
@@ -308,7 +297,7 @@ class Replay:
         """Rows of a batch turned out to have these errors [N]. How many were ignored, because the row was overwritten
         since, or can be sampled no more. Raises NonFiniteError."""
         with self._turn.of("reprioritise"):
-            known = (batch.generation == self._generation(batch.index)) & self._marks.has(batch.index)
+            known = (batch.generation == self._lanes.generation(batch.index)) & self._marks.has(batch.index)
             if self._priorities is not None:
                 self._priorities.update(batch.index[known], td_errors[known])
             return int(np.count_nonzero(~known))
@@ -327,7 +316,7 @@ class Replay:
         """Of the chances of all rows to be sampled, in nats: log(len(self)) where all have the same."""
         if self._priorities is None:
             return float(np.log(max(1, len(self))))
-        return self._priorities.entropy(self._size * self.envs)
+        return self._priorities.entropy(self._lanes.used * self.envs)
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -338,14 +327,13 @@ class Replay:
 
     def state_dict(self) -> dict[str, Any]:
         """All rows in use, as copies: on disk what is there, too. Raises OSError if it is full."""
-        used = self._size * self.envs
+        used = self._lanes.used
         with self._turn.of("state_dict"):
             return {
-                "rows": self.rows, "stack": self.stack, "size": self._size, "head": self._head, "round": self._round,
-                "env_steps": self.env_steps, "follows": self._follows.copy(),
-                "columns": {name: column[: self._size].copy() for name, column in self._columns().items()},
-                "obs": self._obs.state_dict(self._size),
-                "priorities": {} if self._priorities is None else self._priorities.state_dict(used),
+                "rows": self.rows, "stack": self.stack, "env_steps": self.env_steps, "lanes": self._lanes.state_dict(),
+                "columns": {name: column[:used].copy() for name, column in self._columns().items()},
+                "obs": self._obs.state_dict(used),
+                "priorities": {} if self._priorities is None else self._priorities.state_dict(used * self.envs),
             }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any], path: str = "replay") -> None:
@@ -354,28 +342,30 @@ class Replay:
             self._load(state, path)
 
     def _load(self, state: Mapping[str, Any], path: str) -> None:
-        size, head = state.get("size"), state.get("head")
         for name, mine in (("rows", self.rows), ("stack", self.stack)):
             if state.get(name) != mine:
                 raise ValueError(f"{path}.{name}: this ring has {mine}, the one saved {state.get(name)}")
-        if not isinstance(size, int) or not isinstance(head, int) or not 0 <= head < self.rows or not 0 <= size <= self.rows:
-            raise ValueError(f"{path}: size {size} and head {head} do not fit {self.rows} rows")
-        used = size * self.envs
-        like = {"rows": 0, "stack": 0, "size": 0, "head": 0, "round": 0, "env_steps": 0, "follows": self._follows}
-        like["columns"] = {name: column[:size] for name, column in self._columns().items()}
-        like["priorities"] = {} if self._priorities is None else self._priorities.state_dict(used)
+        check_tree(state.get("lanes", {}), self._lanes.state_dict(), f"{path}.lanes")
+        written = state["lanes"]["written"]
+        if (written < 0).any():
+            raise ValueError(f"{path}.lanes.written: {written.min()} rows, expected none below 0")
+        used = used_rows(written, self.rows)
+        like = {"rows": 0, "stack": 0, "env_steps": 0, "lanes": self._lanes.state_dict()}
+        like["columns"] = {name: column[:used] for name, column in self._columns().items()}
+        like["priorities"] = {} if self._priorities is None else self._priorities.state_dict(used * self.envs)
         check_tree({key: value for key, value in state.items() if key != "obs"}, like, path)
         flags = state["columns"]["flags"].reshape(-1)
-        self._obs.load_state_dict(state.get("obs", {}), size, flags & FOLLOWS != 0, f"{path}.obs")
+        self._obs.load_state_dict(state.get("obs", {}), used, flags & FOLLOWS != 0, f"{path}.obs")
+        self._flags[:] = 0
         for name, column in self._columns().items():
-            column[:size] = state["columns"][name]
-        self._size, self._head, self._round, self.env_steps = size, head, state["round"], state["env_steps"]
-        self._follows = np.array(state["follows"])
+            column[:used] = state["columns"][name]
+        self.env_steps = state["env_steps"]
+        self._lanes.load_state_dict(state["lanes"])
         self._marks = Marks(self.rows * self.envs)
-        self._marks.put(0, flags & VALID != 0)
+        self._marks.put(np.arange(len(flags)), flags & VALID != 0)
         if self._priorities is not None:
             self._priorities.load_state_dict(state["priorities"])
-        self._withdraw()
+        self._withdraw(np.arange(self.envs))
 
 
 def _rows(envs: int, capacity: int, stack: int) -> int:

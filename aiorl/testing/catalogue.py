@@ -78,7 +78,8 @@ FOUND_AS = {
     "shape": ("0.4", "1.1", "1.2", "1.3"), "uninitialised": ("2.1", "R1"), "empty": ("#3", "5.1"), "size": ("2.1", "R4"),
     "torn": ("2.3", "12.3"), "wrap-around": ("2.2",), "crosses-end": ("6.3",), "n-step-return": ("7.3",),
     "n-step-discount": ("7.3",), "end": ("10.2",), "never-sampled": ("5.3",), "biased": ("5.3",),
-    "stale-priorities": ("5.3",), "stack": ("0.1", "0.2", "1.3", "6.1", "6.2", "6.3"),
+    "stale-priorities": ("5.3",), "live-priorities": ("5.3",), "chances": ("5.3",), "importance-weights": ("5.3",),
+    "stack": ("0.1", "0.2", "1.3", "6.1", "6.2", "6.3"),
     # check_run
     "failed": ("12.2",), "killed": ("12.2",), "restarts": ("12.2",), "zeros": ("R1",), "no-gradient": ("R2",),
     "no-change": ("R3", "9.1"), "not-finite": ("7.1", "9.1"), "q-explodes": ("7.1", "9.1", "9.4"),

@@ -227,11 +227,26 @@ def state(bench: Bench) -> Iterator[Finding]:
             "a learner that was loaded goes on differently from the one that was saved",
             "something is missing from state_dict: optimizer moments, targets, buffer, statistics, counters?",
         )
+    elif not alike(learner, _loaded_late(bench, kept)):
+        yield error(
+            "state-leftover",
+            "a learner that had learned for longer when it was loaded goes on differently from the one that was saved",
+            "let load_state_dict clear what it does not overwrite: rows of a buffer that held more, their priorities",
+        )
     if unlike(kept, saved):
         yield error("state-aliased", "what state_dict() returned changed in a later update", "return copies")
     if unlike(kept, given):
         yield error("state-taken", "load_state_dict keeps the arrays it was given and changes them", "copy them")
     yield from _damaged(bench, kept)
+
+
+def _loaded_late(bench: Bench, saved: Mapping[str, Any]) -> Learner:
+    """One that has been through the whole tape, is loaded and goes on from there."""
+    learner = bench.trained(ROLLOUTS)
+    learner.load_state_dict(copy.deepcopy(dict(saved)))
+    for recorded in bench.tape[HALF:]:
+        learner.update(recorded.rollout())
+    return learner
 
 
 def _damaged(bench: Bench, saved: Mapping[str, Any]) -> Iterator[Finding]:
