@@ -20,7 +20,7 @@ from aiorl.algos.practice import Practice, encode
 from aiorl.buffers.replay import Batch, Replay, gradient_steps_owed
 from aiorl.cli.flags import members
 from aiorl.config import Config
-from aiorl.errors import AbandonedError, NonFiniteError
+from aiorl.errors import AbandonedError, ConfigError, NonFiniteError
 from aiorl.networks import FlatParameters
 from aiorl.segments import Array, Column, Rollout
 
@@ -448,3 +448,12 @@ def test_tensors_give_what_arrays_give(name: str, monkeypatch: pytest.MonkeyPatc
         found = [other.update(rollout) for rollout in rollouts][-1]
     assert found == pytest.approx(expected, rel=5e-3, abs=1e-4)
     np.testing.assert_allclose(parameters_of(other), parameters_of(one), atol=1e-3)
+
+
+# -- room --------------------------------------------------------------------------------------------------------------
+
+
+def test_room_that_the_system_does_not_give_is_told_by_the_setting():
+    algo = aiorl.DQN(capacity=10**15, hidden=(8,))
+    with pytest.raises(ConfigError, match=r"dqn\.capacity = 1,000,000,000,000,000: .*\n  use a smaller capacity"):
+        algo.learner(spaces(), context())

@@ -138,10 +138,16 @@ class Practice:
                 f'{config.name}.storage = "disk": there is no run directory for its files\n'
                 '  set LearnerContext.directory, or storage = "memory"'
             )
-        self._replay = Replay(
-            spaces, context.envs, config.capacity, priority_exponent=config.priority_exponent, learned=config.reward,
-            storage=config.storage, directory=context.directory, device=context.device,
-        )  # fmt: skip
+        try:
+            self._replay = Replay(
+                spaces, context.envs, config.capacity, priority_exponent=config.priority_exponent, learned=config.reward,
+                storage=config.storage, directory=context.directory, device=context.device,
+            )  # fmt: skip
+        except MemoryError as error:  # room is asked for the whole of it, used as it fills
+            raise ConfigError(
+                f"{config.name}.capacity = {config.capacity:,}: the system does not give the buffer its room: {error}\n"
+                "  use a smaller capacity"
+            ) from error
         self._warmup = config.warmup if context.warmup is None else context.warmup
         self._settings = {"learning_rate": config.learning_rate}
         self._skipped_steps = 0  # gradient steps that were owed and given up
