@@ -169,7 +169,7 @@ async def test_one_result_for_each_degree(config: Make, algo: str, degree: int) 
 async def test_another_order_is_another_result(
     config: Make, monkeypatch: pytest.MonkeyPatch, algo: str, violation: str
 ) -> None:
-    """What the tests above compare can differ."""
+    """What the tests above compare can differ. Only the order of columns within a rollout is nothing to a replay buffer."""
     ordered = await aiorl.train(config(algo, JITTERY, off_policy_degree=3))
     if violation == "two groups swapped":
         parts = Ordered.parts
@@ -177,8 +177,10 @@ async def test_another_order_is_another_result(
     schedule = "eager" if violation == "by arrival" else "ordered"
     other = await aiorl.train(config(algo, JITTERY, off_policy_degree=3, schedule=schedule))
     assert (other.updates, other.env_steps) == (ordered.updates, ordered.env_steps)
-    assert saved_learner_sha256(other.directory) != saved_learner_sha256(ordered.directory)
-    assert other.params_sha256 != ordered.params_sha256
+    # A replay buffer has a lane for each environment, whichever column of a rollout it comes in.
+    same = algo == "dqn" and violation == "two groups swapped"
+    assert (saved_learner_sha256(other.directory) == saved_learner_sha256(ordered.directory)) is same
+    assert (other.params_sha256 == ordered.params_sha256) is same
 
 
 @pytest.mark.parametrize("degree", [0, 2])
