@@ -371,7 +371,7 @@ async def test_pauses_at_any_moment_do_not_change_the_result(config: Make, kind:
     assert (run.result.params_sha256, run.result.ledger) == (whole.params_sha256, whole.ledger)
     assert run.result.dropped == {}
     assert run.result.restarts == 0
-    assert pauses > in_segment > 0, "the pauses came too late: this proves nothing"
+    assert in_segment > 0, "no pause came in the middle of a segment: this proves nothing"
 
 
 async def test_a_worker_killed_while_it_stands(config: Make, no_leaks: None) -> None:
