@@ -17,16 +17,10 @@ from torch.nn import functional as F
 
 from aiorl import networks
 from aiorl.acting import LOG_2PI, LOG_STD_MAX, LOG_STD_MIN
+from aiorl.layers import draw_uniformly, fan_in_uniform_
 from aiorl.losses import check_shapes
 
 LOG_2 = math.log(2)
-
-
-def fan_in_uniform_(parameter: nn.Parameter, rng: torch.Generator, fan_in: int) -> nn.Parameter:
-    """Draw from [-1, 1] / sqrt(fan_in), weights and biases alike, as the authors of TD3 do."""
-    bound = 1 / math.sqrt(fan_in)
-    nn.init.uniform_(parameter, -bound, bound, generator=rng)
-    return parameter
 
 
 class Actor(nn.Module):
@@ -35,9 +29,7 @@ class Actor(nn.Module):
     def __init__(self, features: int, outputs: int, hidden: Sequence[int], activation: str, rng: torch.Generator) -> None:
         super().__init__()
         self.actor = networks.MLP([features, *hidden, outputs], activation, rng, last_gain=1.0)
-        for name, parameter in self.actor.named_parameters():
-            fan_in = self.actor.get_parameter(name.replace("bias", "weight")).shape[1]
-            fan_in_uniform_(parameter, rng, fan_in)
+        draw_uniformly(self.actor, rng)  # as the authors of TD3 do
 
 
 class SoftActor(Actor):

@@ -117,6 +117,19 @@ def apply_mlp(
 # -- images ------------------------------------------------------------------------------------------------------------
 
 
+def fan_in_uniform_(parameter: nn.Parameter, rng: torch.Generator, fan_in: int) -> nn.Parameter:
+    """Draw from [-1, 1] / sqrt(fan_in)."""
+    bound = 1 / math.sqrt(fan_in)
+    nn.init.uniform_(parameter, -bound, bound, generator=rng)
+    return parameter
+
+
+def draw_uniformly(module: nn.Module, rng: torch.Generator) -> None:
+    """Draw all weights [out, …] and biases [out] of a module again, from [-1, 1] / sqrt(inputs of each output)."""
+    for name, parameter in module.named_parameters():
+        fan_in_uniform_(parameter, rng, module.get_parameter(name.replace("bias", "weight"))[0].numel())
+
+
 class Filters(nn.Module):
     """The parameters of one convolution: orthogonal `weight` [filters, kernel, kernel, channels], `bias` 0 [filters]."""
 

@@ -81,6 +81,7 @@ def test_dueling_acts_from_images_without_the_stream_of_the_value(hidden: list[i
     space = spaces(Discrete(5), Box(0, 255, (6, 6, 2), np.uint8))
     config = DQN(hidden=tuple(hidden), dueling=True)
     learner = config.learner(space, context())
+    learner._parameters.vector.mul_(4)  # so that not all images have the same best action
     assert not [name for name in learner.weights() if name.startswith("state_value")]
     images = np.random.default_rng(0).integers(256, size=(500, 6, 6, 2), dtype=np.uint8)
     q = learner._online(learner._tensor(space.encode({"obs": images}))).detach().numpy()

@@ -148,7 +148,10 @@ def test_dueling_streams_are_more_than_one_linear_layer_on_what_they_share(hidde
         return found
 
     assert max(unexplained(QNetwork(3, 4, hidden, "relu", rng(), dueling=False))) < 1e-9
-    streams = unexplained(QNetwork(3, 4, hidden, "relu", rng(), dueling=True))
+    dueling = QNetwork(3, 4, hidden, "relu", rng(), dueling=True)
+    for parameter in dueling.parameters():  # small ones are nearly linear
+        parameter.data *= 4
+    streams = unexplained(dueling)
     assert len(streams) == 3
     assert min(streams) > 0.01
 
@@ -191,6 +194,19 @@ def test_clipping_is_torchs(max_norm: float):
     expected = torch.nn.utils.clip_grad_norm_(twin, max_norm)
     torch.testing.assert_close(flat.clip_grad(max_norm), expected)
     torch.testing.assert_close(flat.grad, torch.cat([p.grad.reshape(-1) for p in twin if p.grad is not None]))
+
+
+@pytest.mark.parametrize("dueling", [False, True])
+def test_action_values_begin_as_in_the_paper_of_dqn(dueling: bool):
+    """Every weight and bias uniform within 1 / sqrt(inputs), which is torch's default."""
+    net = QNetwork(30, 5, (64, 48), "relu", rng(), dueling=dueling)
+    for name, parameter in net.named_parameters():
+        bound = net.get_parameter(name.replace("bias", "weight")).shape[1] ** -0.5
+        assert 0.5 * bound < float(parameter.detach().abs().max()) <= bound, name
+        assert parameter.numel() < 200 or float(parameter.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.1)
+    same, other = (QNetwork(30, 5, (64, 48), "relu", rng(seed), dueling=dueling) for seed in (0, 1))
+    assert torch.equal(same.torso[0].weight, net.torso[0].weight)  # type: ignore[union-attr]
+    assert not torch.equal(other.torso[0].weight, net.torso[0].weight)  # type: ignore[union-attr]
 
 
 def test_adam_is_torchs():
