@@ -121,6 +121,13 @@ _BOX2D_LEARNER: dict[str, Any] = {
     "hidden": [400, 300],
 }
 
+# Objects, colours and states are small integers: normalised, a plain network learns from them.
+_MINIGRID: dict[str, Any] = {
+    "envs": 16,
+    "segment_length": 128,
+    "ppo": {"learning_rate": 1e-3, "minibatches": 8, "entropy_coef": 0.01, "normalise_obs": True},
+}
+
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("ppo", "CartPole-v1"): {
         "total_steps": 200_000,
@@ -172,6 +179,8 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
             "normalise_rewards": True,
         },
     },
+    ("ppo", "MiniGrid-Empty-8x8-v0"): {"total_steps": 100_000, **_MINIGRID},
+    ("ppo", "MiniGrid-DoorKey-5x5-v0"): {"total_steps": 200_000, **_MINIGRID},
     ("dqn", "CartPole-v1"): {
         "total_steps": 300_000,
         "envs": 8,
@@ -182,7 +191,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
             "gamma": 0.98,
             "n_step": 3,
             "batch_size": 128,
-            "capacity": 20_000,
+            "capacity": 100_000,
             "update_ratio": 0.1,
             "target_every": 100,
         },
@@ -211,7 +220,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
             "anneal": True,
             "n_step": 3,
             "batch_size": 128,
-            "capacity": 50_000,
+            "capacity": 100_000,
             "update_ratio": 0.25,
             "target_every": 250,
         },

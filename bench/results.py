@@ -47,6 +47,8 @@ CASES = (
     Case("ppo", "Acrobot-v1", -100, 3),
     Case("ppo", "Pendulum-v1", -300, 3),
     Case("ppo", "MountainCar-v0", -130, 3),
+    Case("ppo", "MiniGrid-Empty-8x8-v0", 0.9, 3),
+    Case("ppo", "MiniGrid-DoorKey-5x5-v0", 0.9, 3),
     Case("dqn", "CartPole-v1", 475, 3),
     Case("dqn", "Acrobot-v1", -100, 3),
     Case("sac", "Pendulum-v1", -200, 5),

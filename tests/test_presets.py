@@ -26,6 +26,8 @@ REACHED = {
     "MountainCar-v0": -130.0,
     "Pendulum-v1": -300.0,
     "LunarLander-v3": 200.0,
+    "MiniGrid-Empty-8x8-v0": 0.9,
+    "MiniGrid-DoorKey-5x5-v0": 0.9,
     "aiorl/Hockey-v0": 0.6,  # games won less games lost, against the weak player
 }
 # These take hours; docs/results.md says what they reach.
@@ -101,7 +103,8 @@ def final_return(algo: str, env: str, seed: int, degree: int) -> float:
 @pytest.mark.long
 @pytest.mark.parametrize(("algo", "env"), [key for key in PRESETS if key[1] not in SLOW])
 def test_presets_reach_what_they_are_for(algo: str, env: str):
-    pytest.importorskip("Box2D") if "Lander" in env or "Hockey" in env else None
+    for package, envs in {"Box2D": ("Lander", "Hockey"), "minigrid": ("MiniGrid",)}.items():
+        pytest.importorskip(package) if any(name in env for name in envs) else None
     assert final_return(algo, env, seed=0, degree=1) >= (BETTER | SLOWER).get((algo, env), REACHED[env])
 
 
