@@ -83,7 +83,7 @@ def row(case: Case, summaries: list[dict[str, Any]]) -> str:
         f"`{case.command} --seed S`",
         f"{case.target:g}",
         f"{passed} of {len(summaries)}",
-        ", ".join(f"{value:.1f}" for value in finals),
+        ", ".join(f"{value:.{1 if abs(case.target) > 1 else 2}f}" for value in finals),
         met,
         f"{summaries[0]['env_steps'] / 1e3:,.0f}k",
         f"{statistics.median(s['wall_seconds'] for s in summaries):.0f} s",
