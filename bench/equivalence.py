@@ -29,6 +29,17 @@ def iqm(x: Array, axis: int = -1) -> Array:
     return stats.trim_mean(x, 0.25, axis=axis)
 
 
+def chance(a: Sequence[float], b: Sequence[float]) -> float:
+    """Probability that means lie as far apart as these if it is chance alone which value is whose: an exact permutation
+    test, two-sided. With three values a side it is never below 0.1."""
+
+    def difference(x: Array, y: Array, axis: int) -> Array:
+        return x.mean(axis=axis) - y.mean(axis=axis)
+
+    test = stats.permutation_test((a, b), difference, vectorized=True, n_resamples=10**6, rng=np.random.default_rng(0))
+    return float(test.pvalue)
+
+
 def paired_mean(differences: Sequence[float] | Array, resamples: int = RESAMPLES) -> Estimate:
     """Mean of paired differences, with a percentile bootstrap over the pairs."""
     x = np.asarray(differences, float)

@@ -12,7 +12,7 @@ from aiorl.cli.text import plural
 from aiorl.metrics.curve import Curve, Point, write_svg
 from aiorl.metrics.svg import short_number
 from bench.common import summarise
-from bench.equivalence import Estimate, iqm_difference, verdict
+from bench.equivalence import Estimate, chance, iqm_difference, verdict
 from bench.peers.learning import TASKS, Task
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "results.md"
@@ -112,8 +112,10 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
 
 
 def _at_least(task: Task, pairs: Pairs) -> tuple[str, str]:
-    ours, theirs = (statistics.median(final(pair[side]) for pair in pairs) for side in (0, 1))
-    return _mark(ours >= theirs), f"final return {ours:,.1f} against {theirs:,.1f} (medians)"
+    ours, theirs = ([final(pair[side]) for pair in pairs] for side in (0, 1))
+    mine, other = statistics.median(ours), statistics.median(theirs)
+    by_chance = f"; as far apart by chance: p = {chance(ours, theirs):.1g}" if len(pairs) > 2 else ""
+    return _mark(mine >= other), f"final return {mine:,.1f} against {other:,.1f} (medians){by_chance}"
 
 
 def _alike(task: Task, pairs: Pairs) -> tuple[str, str]:

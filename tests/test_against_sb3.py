@@ -16,6 +16,7 @@ import pytest
 
 from bench import against_sb3 as against
 from bench import sb3_report
+from bench.equivalence import chance
 from bench.learning_runs import load_rows
 from bench.peers import learning, learning_ours
 from bench.peers.learning import DQN, TASKS
@@ -47,6 +48,13 @@ def test_learners_are_compared_by_the_medians_of_the_seeds_that_both_have():
     assert wall.endswith(": wall time 2.20 [1.80 … 2.60] times as fast")
     worse = [row("twin", 0, [0.0, 99.0], 50.0), ROWS[0]]
     assert [line[:7] for line in sb3_report.verdicts(worse)] == ["MISSED "] * 3
+
+
+def test_three_seeds_also_tell_what_chance_alone_would_do():
+    rows = [row(who, seed, [value + 10 * seed], 9.0) for who, value in (("async", 0.0), ("sb3", 100.0)) for seed in range(3)]
+    assert ": final return 10.0 against 110.0 (medians); as far apart by chance: p = 0.1" in sb3_report.verdicts(rows)[0]
+    assert chance([1.0, 2.0], [1.0, 2.0]) == 1
+    assert chance([1.0, 2.0, 3.0], [2.0, 3.0, 7.0]) == pytest.approx(10 / 20)  # ways to deal them
 
 
 @pytest.mark.parametrize(("shift", "judged"), [(0.01, "equivalent"), (0.04, "undecided"), (0.2, "worse")])
