@@ -126,6 +126,8 @@ def test_acting_and_central_inference_compute_the_same(seen: str) -> None:
     [
         (STACK, "auto", 3, (1, 2, 64)),
         (STACK, "small", 1, (38, 42, 16)),
+        (Leaf(name="obs", kind="box", dtype="uint8", shape=(4, 84, 84), stack=4), "light", 2, (9, 9, 32)),
+        (Leaf(name="obs", kind="box", dtype="uint8", shape=(20, 20)), "light", 2, (1, 1, 32)),
         (GRID, "auto", 1, (8, 7, 16)),
         (Leaf(name="obs", kind="box", dtype="uint8", shape=(4, 84, 84), stack=4), "auto", 3, (7, 7, 64)),
         (Leaf(name="obs", kind="box", dtype="uint8", shape=(210, 160, 3)), "nature", 3, (22, 16, 64)),
@@ -153,7 +155,7 @@ def test_other_observations_get_an_mlp(leaves: tuple[Leaf, ...]) -> None:
     assert convolutions_of(spaces_with(*leaves), "mlp") is None
 
 
-@pytest.mark.parametrize(("leaf", "network"), [(GRID, "nature"), (VECTOR, "small")])
+@pytest.mark.parametrize(("leaf", "network"), [(GRID, "nature"), (GRID, "light"), (VECTOR, "small")])
 def test_a_network_that_does_not_fit_is_refused(leaf: Leaf, network: Network) -> None:
     with pytest.raises(ConfigError, match=f'(?s)network = "{network}" needs one image of at least .* use network = "auto"'):
         convolutions_of(spaces_with(leaf), network)
