@@ -32,7 +32,8 @@ H = DQN(capacity=1_000, warmup=0)
 class Space(gymnasium.Env):
     """Only its spaces are used."""
 
-    observation_space = gymnasium.spaces.Box(0, 1, IMAGE, bool)
+    dtype: Any = np.bool_  # as MinAtar has it
+    observation_space = gymnasium.spaces.Box(0, 1, IMAGE, dtype)
     action_space = gymnasium.spaces.Discrete(ACTIONS)
 
 
