@@ -114,7 +114,7 @@ def apply_mlp(
     return x
 
 
-# -- images ------------------------------------------------------------------------------------------------------------
+# -- other initial weights ---------------------------------------------------------------------------------------------
 
 
 def fan_in_uniform_(parameter: nn.Parameter, rng: torch.Generator, fan_in: int) -> nn.Parameter:
@@ -128,6 +128,9 @@ def draw_uniformly(module: nn.Module, rng: torch.Generator) -> None:
     """Draw all weights [out, …] and biases [out] of a module again, from [-1, 1] / sqrt(inputs of each output)."""
     for name, parameter in module.named_parameters():
         fan_in_uniform_(parameter, rng, module.get_parameter(name.replace("bias", "weight"))[0].numel())
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
 
 
 class Filters(nn.Module):
