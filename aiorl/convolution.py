@@ -21,7 +21,6 @@ NETWORK = Meta(
     description="what sees an image before the hidden layers do: nature, three convolutions; light, two, in half the time; "
     "small, one of 16 3x3 filters; mlp, none; auto, nature from 36x36 up, small from 5x5 up"
 )
-NATURE_MIN, SMALL_MIN = 36, 5  # shortest side that auto takes
 
 
 class Layer(NamedTuple):
@@ -37,6 +36,17 @@ LAYERS: dict[str, tuple[Layer, ...]] = {
     "light": (Layer(16, 8, 4), Layer(32, 4, 2)),  # Mnih et al. 2013, arXiv 1312.5602
     "nature": (Layer(32, 8, 4), Layer(64, 4, 2), Layer(64, 3, 1)),  # Mnih et al. 2015
 }
+
+
+def least_side(layers: tuple[Layer, ...]) -> int:
+    """The shortest side of an image that leaves the last of these layers something."""
+    side = 1
+    for _, kernel, stride in reversed(layers):
+        side = (side - 1) * stride + kernel
+    return side
+
+
+SMALL_FROM, NATURE_FROM = 5, least_side(LAYERS["nature"])  # shortest sides for which auto takes them
 
 
 class Frame(NamedTuple):
@@ -108,10 +118,10 @@ def convolutions_of(spaces: Spaces, network: Network) -> Convolutions | None:
     found = [i for i, frame in enumerate(frames) if frame is not None]
     frame = frames[found[0]] if len(found) == 1 else None
     if network == "auto":
-        if frame is None or frame.side < SMALL_MIN:
+        if frame is None or frame.side < SMALL_FROM:
             return None
-        network = "nature" if frame.side >= NATURE_MIN else "small"
-    least = {"small": 3, "light": 20, "nature": NATURE_MIN}[network]  # so that each filter of the last layer fits
+        network = "nature" if frame.side >= NATURE_FROM else "small"
+    least = least_side(LAYERS[network])
     if frame is None or frame.side < least:
         shapes = ", ".join(f"{leaf.name} {leaf.dtype}{list(leaf.shape)}" for leaf in spaces.observation)
         raise ConfigError(
