@@ -105,6 +105,7 @@ class Signals:
         self._say, self._end = say, end
         self._task: asyncio.Task[Any] | None = None
         self._checkpoints: set[asyncio.Task[Any]] = set()
+        self._handled: list[signal.Signals] = []
         self._leaving = False
         self._deadline: asyncio.TimerHandle | None = None
 
@@ -116,14 +117,14 @@ class Signals:
                 continue  # Windows has no SIGUSR1
             with suppress(NotImplementedError):  # nor signal handlers in its event loop: there Ctrl-C cancels the run
                 asyncio.get_running_loop().add_signal_handler(number, action)
+                self._handled.append(number)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
-        for name in self._actions():
-            with suppress(NotImplementedError, AttributeError):
-                asyncio.get_running_loop().remove_signal_handler(getattr(signal, name))
+        for number in self._handled:
+            asyncio.get_running_loop().remove_signal_handler(number)
 
     def _actions(self) -> dict[str, Callable[[], None]]:
         return {
