@@ -9,9 +9,6 @@ they have come: all of it is rounding.
 
 from __future__ import annotations
 
-import argparse
-import sys
-from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -21,8 +18,9 @@ import torch
 from aiorl.algos.base import LearnerContext
 from aiorl.buffers.batch import Batch
 from aiorl.envs.spaces import spaces_of
-from bench.peers import learning_ours, lineup
+from bench.peers import learning_ours
 from bench.peers.learning import DQN
+from bench.peers.same_steps import samples, use_sb3
 
 IMAGE, ACTIONS, FILTERS, SIDE = (10, 10, 4), 5, 16, 8
 LOOKED_AT = (1, 10, 100, 1_000)
@@ -58,15 +56,6 @@ def copy_into(net: Any, arrays: dict[str, np.ndarray]) -> None:
         for layer, weight, bias in pairs:
             layer.weight.copy_(torch.from_numpy(weight.copy()))
             layer.bias.copy_(torch.from_numpy(bias.copy()))
-
-
-def samples(given: Batch) -> Any:
-    """A batch as Stable-Baselines3 has it."""
-    from stable_baselines3.common.type_aliases import ReplayBufferSamples
-
-    column = [np.asarray(x, np.float32)[:, None] for x in (given.discounts == 0, given.returns)]
-    arrays = (given.obs["obs"], given.action[:, None], given.next_obs["obs"], *column)
-    return ReplayBufferSamples(*(torch.from_numpy(x) for x in arrays))
 
 
 def follow() -> None:
@@ -112,11 +101,7 @@ def follow() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("peers_dir", type=Path)
-    venv = parser.parse_args().peers_dir / lineup.VENVS["sb3"]
-    sys.path += [str(path) for path in venv.glob("lib/python*/site-packages")]  # behind this one's own
-    torch.set_num_threads(1)
+    use_sb3(__doc__)
     follow()
 
 

@@ -9,9 +9,6 @@ Stable-Baselines3 adds 1e-6 within the logarithm of its density: without that al
 
 from __future__ import annotations
 
-import argparse
-import sys
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -23,7 +20,7 @@ from aiorl.algos.base import LearnerContext
 from aiorl.algos.sac import SAC
 from aiorl.buffers.batch import Batch
 from aiorl.envs.spaces import spaces_of
-from bench.peers import lineup
+from bench.peers.same_steps import samples, use_sb3
 
 OBS, ACTIONS, BATCH, RATE, GAMMA = 17, 6, 256, 3e-4, 0.99
 LOOKED_AT = (1, 10, 100)
@@ -96,7 +93,6 @@ def follow(epsilon: float, steps: int) -> None:
     """Let both do the same gradient steps; print how far apart they are, as a share of how far they have come."""
     import stable_baselines3
     from stable_baselines3.common.logger import configure
-    from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
     env, context = Space(), LearnerContext(seed=0, envs=2, segment_length=4, rollouts=100, off_policy_degree=1)
     spaces = spaces_of(env.observation_space, env.action_space)
@@ -110,11 +106,7 @@ def follow(epsilon: float, steps: int) -> None:
     begun, rng = flat(model), np.random.default_rng(1)
     for step in range(1, steps + 1):
         given, noise = batch(rng), Noise(rng.standard_normal((2 * BATCH, ACTIONS), np.float32))
-        tensors = (torch.from_numpy(np.asarray(x, np.float32)) for x in (
-            given.obs["obs"], given.action, given.next_obs["obs"], (given.discounts == 0)[:, None], given.returns[:, None],
-        ))  # fmt: skip
-        samples = ReplayBufferSamples(*tensors)
-        model.replay_buffer.sample = lambda *_, samples=samples, **__: samples
+        model.replay_buffer.sample = lambda *_, given=given, **__: samples(given)
         with torch.no_grad():
             learner._step(given, RATE, noise)
         with patch.object(torch.distributions.Normal, "rsample", lambda self, *_, noise=noise: noise.rsample(self)):
@@ -128,11 +120,7 @@ def follow(epsilon: float, steps: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("peers_dir", type=Path)
-    venv = parser.parse_args().peers_dir / lineup.VENVS["sb3"]
-    sys.path += [str(path) for path in venv.glob("lib/python*/site-packages")]  # behind this one's own
-    torch.set_num_threads(1)
+    use_sb3(__doc__)
     for epsilon in (1e-30, 1e-6):
         follow(epsilon, LOOKED_AT[-1])
 
