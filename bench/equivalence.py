@@ -30,8 +30,8 @@ def iqm(x: Array, axis: int = -1) -> Array:
 
 
 def chance(a: Sequence[float], b: Sequence[float]) -> float:
-    """Probability that means lie as far apart as these if it is chance alone which value is whose: an exact permutation
-    test, two-sided. With three values a side it is never below 0.1."""
+    """Probability that means lie as far apart as these if it is chance alone which value is whose: a two-sided
+    permutation test, exact for up to eleven values a side. With three it is never below 0.1."""
 
     def difference(x: Array, y: Array, axis: int) -> Array:
         return x.mean(axis=axis) - y.mean(axis=axis)

@@ -79,11 +79,12 @@ def row(case: Case, summaries: list[dict[str, Any]]) -> str:
     met = "—"
     if first:
         met = f"{statistics.median(r[0] for r in first) / 1e3:,.0f}k / {statistics.median(r[1] for r in first):.0f} s"
+    decimals = 1 if abs(case.target) > 1 else 2
     cells = (
         f"`{case.command} --seed S`",
         f"{case.target:g}",
         f"{passed} of {len(summaries)}",
-        ", ".join(f"{value:.{1 if abs(case.target) > 1 else 2}f}" for value in finals),
+        ", ".join(f"{value:.{decimals}f}" for value in finals),
         met,
         f"{summaries[0]['env_steps'] / 1e3:,.0f}k",
         f"{statistics.median(s['wall_seconds'] for s in summaries):.0f} s",

@@ -114,7 +114,7 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
 def _at_least(task: Task, pairs: Pairs) -> tuple[str, str]:
     ours, theirs = ([final(pair[side]) for pair in pairs] for side in (0, 1))
     mine, other = statistics.median(ours), statistics.median(theirs)
-    by_chance = f"; as far apart by chance: p = {chance(ours, theirs):.1g}" if len(pairs) > 2 else ""
+    by_chance = f"; means as far apart by chance: p = {chance(ours, theirs):.1g}" if len(pairs) > 2 else ""
     return _mark(mine >= other), f"final return {mine:,.1f} against {other:,.1f} (medians){by_chance}"
 
 
