@@ -18,6 +18,7 @@ import sysconfig
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import NamedTuple
@@ -131,6 +132,35 @@ async def watch(look: Callable[[], View], limit_s: float, tell: Callable[[str], 
 # -- the loop itself ---------------------------------------------------------------------------------------------------
 
 
+class Place(NamedTuple):
+    """A line that a thread is at, and the function that it is in."""
+
+    code: CodeType
+    line: int
+
+    def __str__(self) -> str:
+        return f"{_short(self.code.co_filename)}:{self.line} ({self.code.co_name})"
+
+
+class Seen:
+    """Where the loop has been seen while it did not turn: who held it up is seen more often than what came after."""
+
+    def __init__(self) -> None:
+        self._times: Counter[CodeType] = Counter()
+        self._lines: dict[CodeType, int] = {}
+
+    def add(self, place: Place | None) -> None:
+        if place is not None:
+            self._times[place.code] += 1
+            self._lines[place.code] = place.line
+
+    def most(self) -> Place | None:
+        """The function that was seen most often, the first of those as often, with its last line."""
+        for code, _ in self._times.most_common(1):
+            return Place(code, self._lines[code])
+        return None
+
+
 class LoopWatch:
     """A thread beside the event loop of the thread that makes it. `blocked` is called on the loop, with words, when it turns
     again; `stuck` on the watching thread, once, with the table and the loop's stack, when it has not turned for `limit_s`.
@@ -147,7 +177,7 @@ class LoopWatch:
         self._lag, self._look, self._limit_s, self._blocked, self._stuck = lag, look, limit_s, blocked, stuck
         self._loop_thread = threading.get_ident()
         self._below = set(map(id, _runner_frames()))
-        self._place: str | None = None
+        self._seen = Seen()
         self._told = 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="aiorl-watchdog", daemon=True)
@@ -155,7 +185,8 @@ class LoopWatch:
 
     def turned(self, late_s: float) -> None:
         """The loop turns: it was late by so much."""
-        place, self._place = self._place, None
+        seen, self._seen = self._seen, Seen()
+        place = seen.most()
         if late_s >= BLOCKED_S and place is not None and self._told < TOLD_MAX:
             self._told += 1
             last = "; no more of these will be told" if self._told == TOLD_MAX else ""
@@ -174,12 +205,12 @@ class LoopWatch:
             held_s = held_s + min(now_s - before_s, 2 * POLL_S) if late_s > 2 * POLL_S else 0.0
             before_s = now_s
             if late_s > POLL_S:  # soon, for on a busy machine this thread may not get many looks
-                self._place = self._where() or self._place
+                self._seen.add(self._where())
             if held_s > self._limit_s and not told:
                 told = True
                 self._tell_stuck(held_s)
 
-    def _where(self) -> str | None:
+    def _where(self) -> Place | None:
         """The line that the loop's thread is at; None if the loop itself is waiting, for work or for the machine."""
         frame = sys._current_frames().get(self._loop_thread)
         busy = [f.f_code for f in itertools.takewhile(lambda f: id(f) not in self._below, _outwards(frame))]
@@ -187,7 +218,7 @@ class LoopWatch:
         if named is None or frame is None:
             return None
         line = next(f.f_lineno for f in _outwards(frame) if f.f_code is named)
-        return f"{_short(named.co_filename)}:{line} ({named.co_name})"
+        return Place(named, line)
 
     def _tell_stuck(self, held_s: float) -> None:
         view = self._look()

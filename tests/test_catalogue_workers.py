@@ -553,7 +553,7 @@ def test_f12_a_tiny_dev_shm_does_not_matter(tmp_path: Path) -> None:
 
 
 def hog() -> None:
-    end_s = time.perf_counter() + 0.5
+    end_s = time.perf_counter() + 0.8
     while time.perf_counter() < end_s:  # the fault itself
         pass
 
@@ -574,7 +574,7 @@ async def test_f19_a_callback_that_blocks_the_loop(config: Make, no_leaks: None,
     told = [e.message for e in events if isinstance(e, aiorl.Warned) and "was blocked" in e.message]
     mine = [text for text in told if "test_catalogue_workers.py" in text and "(hog)" in text]
     assert 4 <= len(mine) <= 6, told
-    assert all(re.search(r"blocked for 0\.[4-9]\d s", text) for text in mine), mine
+    assert all(float(re.findall(r"blocked for ([\d.]+) s", text)[0]) >= 0.7 for text in mine), mine
     assert restarts(events) == [], "a worker was judged by a loop that was late"
 
 
