@@ -173,24 +173,28 @@ async def assemble(
 
 
 def _make_trainer(checked: Preflight, record: Record | None, brake: Brake) -> Trainer:
-    config = checked.config
+    config, record = checked.config, record or Record(())
+    rollouts = {version: _rollouts(config, total) for version, total in record.totals.items()}
     context = LearnerContext(
         seed=config.seed,
         envs=config.envs,
         segment_length=config.steps_per_segment,
-        rollouts=-(-config.total_steps // config.steps_per_rollout),
+        rollouts=rollouts.get(0, _rollouts(config, config.total_steps)),
         off_policy_degree=config.degree_limit,
         warmup=config.warmup,
         device=_choose_device(config.device),
         directory=checked.directory.resolve(),
     )
     ledger = Ledger(config.groups, cast(int, config.group_size))
-    settings = record.settings if record is not None else None
     skips_max = config.nonfinite_max if config.on_nonfinite == "skip" else 0
     return Trainer(
-        checked.algorithm, checked.spaces, context, ledger, config.torch_threads, settings, skips_max,
-        checked.probe.bounds, brake,
+        checked.algorithm, checked.spaces, context, ledger, config.torch_threads, record.settings, skips_max,
+        checked.probe.bounds, brake, rollouts,
     )  # fmt: skip
+
+
+def _rollouts(config: Config, total_steps: int) -> int:
+    return -(-total_steps // config.steps_per_rollout)
 
 
 def _restore(trainer: Trainer, saved: Saved) -> None:

@@ -70,20 +70,23 @@ class Trainer:
         skips_max: int = 0,
         bounds: Mapping[str, Bounds] | None = None,
         brake: Brake | None = None,
+        rollouts: Mapping[int, int] | None = None,
     ) -> None:
-        """`settings`: changes to make after so many updates (when a run is repeated). `skips_max`: how many updates in a row
-        may be skipped because they come to NaN or infinity. `bounds`: of the observations, as declared. `brake`: holds an
-        update between two gradient steps."""
+        """`settings`: changes to make after so many updates, and `rollouts` how many the run is to have in all from there on
+        (when it is repeated). `skips_max`: how many updates in a row may be skipped because they come to NaN or infinity.
+        `bounds`: of the observations, as declared. `brake`: holds an update between two gradient steps."""
         self.ledger = ledger
         self._alarms, self._skips_max, self._skips = Alarms(spaces, bounds), skips_max, 0
         self._storing = threading.Lock()
-        self._settings = settings or {}
+        self._settings, self._rollouts = settings or {}, rollouts or {}
+        self.set_now: dict[str, float] = {}  # settings that were changed after the last update
         self._threads = threads
         self._restore_threads = _set_torch_threads(threads)
         self._abandoned = threading.Event()
         self._brake = brake or Brake()
-        context = replace(context, abandoned=self._abandoned.is_set, rest=self._brake.rest)
-        self.learner: Learner = algorithm.learner(spaces, context)
+        self._algorithm, self._spaces = algorithm, spaces
+        self._context = replace(context, abandoned=self._abandoned.is_set, rest=self._brake.rest)
+        self.learner: Learner = algorithm.learner(spaces, self._context)
         self._fingerprint = fingerprint(self.learner.weights())
 
     def abandon(self) -> None:
@@ -102,9 +105,10 @@ class Trainer:
         envs = np.concatenate([np.arange(part.group * n, (part.group + 1) * n) for part in plan.parts])
         rollout = Rollout(plan.index, plan.behaviour_version, segments, envs)
         if plan.index in self._settings:
-            self.learner.set(**self._settings[plan.index])
+            self.set(self._settings[plan.index])
         begun, rested_s = time.perf_counter(), self._brake.rested_s
         metrics, skipped = self._learn(rollout)
+        self.set_now = {}
         took_s = time.perf_counter() - begun - (self._brake.rested_s - rested_s)
         if "gradient_steps" not in metrics:
             raise TrainingError(
@@ -119,12 +123,15 @@ class Trainer:
         alarms = self._alarms.update(
             plan.index, segments, metrics, changed=self._fingerprint != before, skipped=skipped
         )
+        mark = self._fingerprint
+        if self._rollouts.get(plan.index + 1, self._context.rollouts) != self._context.rollouts:
+            weights = self._begin_anew(self._rollouts[plan.index + 1])
         times = [float(s.header[SegmentHeader.ENDED_S] - s.header[SegmentHeader.STARTED_S]) for s in segments]
         return Outcome(
             metrics={k: float(v) for k, v in metrics.items() if k != "gradient_steps"},
             gradient_steps=int(metrics["gradient_steps"]),
             weights=weights,
-            fingerprint=self._fingerprint,
+            fingerprint=mark,
             episodes=entries.episodes,
             aborted=tuple(entries.aborted),
             env_steps=rollout.env_steps,
@@ -166,7 +173,20 @@ class Trainer:
     def set(self, changes: Mapping[str, float]) -> int:
         """Change settings of the learner; returns how many updates came before. ValueError for what it does not have."""
         self.learner.set(**changes)
+        self.set_now |= changes
         return self.ledger.rollouts
+
+    def _begin_anew(self, rollouts: int) -> Weights:
+        """Do to the learner what a resume does after which the run is to have so many rollouts in all: epsilon, an annealed
+        learning rate and beta go by the new number from here on, already in the weights that are returned."""
+        state = self.learner.state_dict()
+        self._close_learner()
+        self._context = replace(self._context, rollouts=rollouts)
+        self.learner = self._algorithm.learner(self._spaces, self._context)
+        self.learner.load_state_dict(state)
+        weights = self.learner.weights()
+        self._fingerprint = fingerprint(weights)
+        return weights
 
     def capture(self, behaviour: Mapping[int, Weights]) -> dict[str, Any]:
         """Everything a resume needs, as it is between two updates: the parts of a checkpoint.
@@ -178,6 +198,7 @@ class Trainer:
             "learner": self.learner.state_dict(),
             "run": {
                 "ledger": self.ledger.state_dict(),
+                "set_now": dict(self.set_now),
                 "behaviour": {str(v): {k: np.array(a) for k, a in w.items()} for v, w in behaviour.items()},
             },
         }
@@ -187,10 +208,14 @@ class Trainer:
         self.learner.load_state_dict(parts["learner"])
         self._fingerprint = fingerprint(self.learner.weights())
         self.ledger.load_state_dict(parts["run"]["ledger"])
+        self.set_now = dict(parts["run"].get("set_now", {}))
 
     def close(self) -> None:
         """Only the books can be used afterwards."""
         self._restore_threads()
+        self._close_learner()
+
+    def _close_learner(self) -> None:
         if isinstance(self.learner, Closing):
             self.learner.close()
 

@@ -32,10 +32,12 @@ def record_line(plan: RolloutPlan, fingerprint: int) -> dict[str, Any]:
 
 
 class Record(msgspec.Struct, frozen=True):
-    """What a run did: its rollouts in order, and the settings that were changed after so many updates."""
+    """What a run did: its rollouts in order, and by the number of updates that came before: the settings that were changed,
+    and the `total_steps` that it was to have from there on, when it was begun and each time it was resumed."""
 
     lines: tuple[RecordLine, ...]
     settings: dict[int, dict[str, float]] = {}
+    totals: dict[int, int] = {}
 
     @property
     def rollouts(self) -> list[RecordedRollout]:
@@ -57,27 +59,37 @@ def read_record(directory: Path) -> Record:
         if line.k != len(lines):
             raise ConfigError(f"{path}, line {number}: rollout {line.k} follows {len(lines) - 1}: there is a gap")
         lines.append(line)
-    return Record(tuple(lines), _read_settings(directory / EVENTS))
+    return Record(tuple(lines), *_read_events(directory / EVENTS))
 
 
-class _SettingsLine(msgspec.Struct, frozen=True):
-    event: str
-    version: int = 0
-    changes: dict[str, float] = {}
+class _Begun(msgspec.Struct, frozen=True, tag_field="event", tag="started"):
+    total_steps: int
+    resumed_from: int | None = None
 
 
-def _read_settings(path: Path) -> dict[int, dict[str, float]]:
-    """What `run.set` changed, by the number of updates that came before."""
+class _Set(msgspec.Struct, frozen=True, tag_field="event", tag="settings_changed"):
+    version: int
+    changes: dict[str, float]
+
+
+def _read_events(path: Path) -> tuple[dict[int, dict[str, float]], dict[int, int]]:
+    """(settings, totals) of a record. A run that is resumed has given up what came after its checkpoint."""
     settings: dict[int, dict[str, float]] = {}
+    totals: dict[int, int] = {}
     for text in _read_lines(path) if path.exists() else []:
-        if b"settings_changed" not in text:
+        if b'"settings_changed"' not in text and b'"started"' not in text:
             continue
         try:
-            line = msgspec.json.decode(text, type=_SettingsLine)
+            event = msgspec.json.decode(text, type=_Begun | _Set)
         except msgspec.MsgspecError as error:
             raise ConfigError(f"{path}: {error}") from None
-        settings[line.version] = {**settings.get(line.version, {}), **line.changes}
-    return settings
+        if isinstance(event, _Set):
+            settings[event.version] = {**settings.get(event.version, {}), **event.changes}
+            continue
+        begun = event.resumed_from or 0
+        settings = {version: changes for version, changes in settings.items() if version < begun}
+        totals = {version: total for version, total in totals.items() if version < begun} | {begun: event.total_steps}
+    return settings, totals
 
 
 def _read_lines(path: Path) -> list[bytes]:

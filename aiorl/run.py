@@ -13,7 +13,7 @@ from aiorl import loops
 from aiorl.assembly import REAL, Backends
 from aiorl.config import Config
 from aiorl.errors import ConfigError
-from aiorl.events import AnyEvent, Evaluated, Paused, Resumed, SettingsChanged, Status
+from aiorl.events import AnyEvent, Evaluated, Paused, Resumed, Status
 from aiorl.metrics.broadcast import Subscription
 from aiorl.policy import LoadedPolicy
 from aiorl.record import Record
@@ -246,8 +246,7 @@ class Run:
 
         def record(done: asyncio.Future[int]) -> None:
             if not done.cancelled() and done.exception() is None:
-                told = {**self._session.tell.now(), "version": done.result()}
-                self._session.tell.emit(SettingsChanged(**told, changes=changes))
+                self._session.tell.settings_changed(changes, done.result())
 
         async def change() -> None:
             async with parts.between_updates():

@@ -93,6 +93,8 @@ class Session:
         self.evaluator = Evaluator(made, self.report, self.checkpointer, self.tell.emit)
         self.state = "training"
         self.tell.started()
+        if made.parts.trainer.set_now:
+            self.tell.settings_changed(dict(made.parts.trainer.set_now))
         for message in (*made.checked.warnings, *_of_a_killed_session(made)):
             self.tell.warned(message)
 

@@ -13,6 +13,7 @@ from aiorl.assembly import Assembly
 from aiorl.events import (
     AnyEvent,
     EpisodeAborted,
+    SettingsChanged,
     Stalled,
     Standings,
     Started,
@@ -83,6 +84,11 @@ class Teller:
                 resumed_from=saved.manifest.version if saved else None,
             )
         )
+
+    def settings_changed(self, changes: dict[str, float], version: int | None = None) -> None:
+        """They are in force from the update after `version` on (None: from the next one on)."""
+        told = self.now()
+        self.emit(SettingsChanged(**told | ({} if version is None else {"version": version}), changes=changes))
 
     def updated(self, plan: RolloutPlan, outcome: Outcome, waited_s: float) -> None:
         """An update has been booked."""

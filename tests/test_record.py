@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,13 @@ def config(out: Path, **changes: Any) -> aiorl.Config:
         "eval_every": 0, "eval_episodes": 2, "checkpoint_every": 0, "out": str(out),
     }  # fmt: skip
     return aiorl.Config(**{**fields, **changes})
+
+
+@asynccontextmanager
+async def paused(run: aiorl.Run) -> AsyncIterator[None]:
+    await run.pause()
+    yield
+    run.resume()
 
 
 @pytest.mark.parametrize(
@@ -100,6 +109,52 @@ async def test_a_run_that_was_stopped_resumed_and_retuned_is_repeated(tmp_path: 
     second = await aiorl.train(halves, resume=tmp_path)
     again = await replay(tmp_path, workers=2)
     assert again.repeated_sha256 == second.params_sha256
+
+
+async def test_what_was_set_in_a_future_that_was_given_up_is_not_repeated(tmp_path: Path) -> None:
+    """The run is resumed from before; what was set when the checkpoint was made, and by it alone, stays in force."""
+    given_up, path, at = config(tmp_path, keep=9), tmp_path, -1
+    async with aiorl.Run(given_up) as run:
+        async for event in run:
+            match event:
+                case aiorl.Updated(version=3):
+                    async with paused(run):
+                        await run.set(learning_rate=0.5)
+                        path = await run.checkpoint()
+                        at = run.status().version
+                        await run.set(learning_rate=0.6)
+                case aiorl.Updated(version=9):
+                    await run.set(learning_rate=0.9)
+                    run.stop(final_evaluation=False)
+    result = await aiorl.train(given_up, resume=path)
+    assert read_record(tmp_path).settings == {at: {"learning_rate": 0.5}}
+    again = await replay(tmp_path, workers=1)
+    assert again.equal
+    assert again.repeated_sha256 == result.params_sha256
+
+
+@pytest.mark.parametrize(
+    "algo",
+    [
+        aiorl.PPO(hidden=(8,), epochs=1, anneal=True),
+        aiorl.DQN(hidden=(8,), batch_size=8, warmup=64, capacity=512, epsilon_fraction=0.5, storage="disk"),
+    ],
+    ids=["ppo", "dqn"],
+)
+async def test_a_run_that_was_resumed_with_another_total_is_repeated(tmp_path: Path, algo: Any) -> None:
+    """Its learning rate or epsilon fell more steeply before, also for the rollouts that were under way meanwhile."""
+    short = config(tmp_path, env="run_envs:Counting", algo=algo, segment_length=8, total_steps=1_000, schedule="eager")
+    async with aiorl.Run(short) as run:
+        async for event in run:
+            if isinstance(event, aiorl.Updated) and event.version == 7:
+                run.stop(final_evaluation=False)
+    await aiorl.train(short, resume=tmp_path)
+    for total in (2_000, 2_500):
+        result = await aiorl.train(short.replace(total_steps=total), resume=tmp_path)
+    assert list(read_record(tmp_path).totals.values()) == [1_000, 1_000, 2_000, 2_500]
+    again = await replay(tmp_path, workers=1)
+    assert again.equal
+    assert again.repeated_sha256 == result.params_sha256
 
 
 async def test_the_first_rollout_that_differs_is_named(tmp_path: Path) -> None:
