@@ -208,7 +208,7 @@ class Trainer:
         self.learner.load_state_dict(parts["learner"])
         self._fingerprint = fingerprint(self.learner.weights())
         self.ledger.load_state_dict(parts["run"]["ledger"])
-        self.set_now = dict(parts["run"].get("set_now", {}))
+        self.set_now = dict(parts["run"]["set_now"])
 
     def close(self) -> None:
         """Only the books can be used afterwards."""

@@ -106,6 +106,8 @@ def check_state(saved: Saved, config: Config, segment: SegmentLayout) -> None:
         check_ledger(ledger, config.groups, segment)
         Report(None).load_state_dict(run["report"], 0)
         check_degree(run["degree"])
+        if not all(isinstance(value, int | float) for value in run["set_now"].values()):
+            raise ValueError(f"set_now: {run['set_now']}, expected numbers")
         for version, weights in run["behaviour"].items():
             check_tree(weights, saved.parts["policy"], f"behaviour.{int(version)}")
         segments = sum(books["segments"] for books in ledger["groups"].values())
