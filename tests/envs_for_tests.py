@@ -37,6 +37,7 @@ class Walk(gymnasium.Env[Any, Any]):
             "dict": gym.Dict({**nested, "in": gym.Dict({"im.g": gym.Box(0, 255, (2, 1), np.uint8)})}),
             "tuple": gym.Tuple((gym.MultiBinary(2), gym.Dict(nested))),
             "discrete": gym.Discrete(50),
+            "parts": gym.MultiDiscrete([2, 50]),
         }[kind]
 
     def _obs(self) -> Any:
@@ -46,6 +47,8 @@ class Walk(gymnasium.Env[Any, Any]):
             return {"in": {"im.g": np.array([[self.t], [self.episode % 256]], np.uint8)}, **nested}
         if self.kind == "tuple":
             return (np.array([self.t % 2, self.episode % 2], np.int8), nested)
+        if self.kind == "parts":
+            return np.array([self.t % 2, self.t])
         return self.t if self.kind == "discrete" else flat
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:

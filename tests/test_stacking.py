@@ -20,7 +20,7 @@ from tests.async_envs import walk as async_walk
 from tests.envs_for_tests import ByObs, Walk, WalkVector, layout, sync_vector, transitions
 
 K, STEPS, ENVS = 3, 25, 3
-KINDS = ["box", "dict", "tuple", "discrete"]
+KINDS = ["box", "dict", "tuple", "discrete", "parts"]
 MODES = ["NEXT_STEP", "SAME_STEP", "DISABLED"]
 
 
@@ -72,6 +72,7 @@ def join(episode: list[tuple[bytes, ...]], k: int) -> tuple[bytes, ...]:
 def check(plain: Probe, stacked: Probe) -> None:
     assert stacked.spaces == Spaces(observation=stacked.spaces.observation, action=plain.spaces.action)
     assert [leaf.shape for leaf in stacked.spaces.observation] == [(K, *leaf.shape) for leaf in plain.spaces.observation]
+    assert stacked.spaces.features == K * plain.spaces.features, "each choice is seen as such, also stacked"
     assert (plain.spaces.stack, stacked.spaces.stack) == (1, K)
     streams = transitions(collect(plain, 2)[0])
     expected = [stack_by_hand(stream, len(plain.spaces.observation), K) for stream in streams]

@@ -27,6 +27,20 @@ def stacked(env: Any, k: int) -> Any:
     return AsyncStacked(env, k) if is_async(env) else Stacked(env, k)
 
 
+def stack_space(space: Any, k: int) -> Any:
+    """Of `k` observations. gymnasium's own would make a Box of a MultiDiscrete: plain numbers, no choices any more."""
+    match space:
+        case gymnasium.spaces.MultiDiscrete():
+            nvec, start = (np.stack([x] * k) for x in (space.nvec, space.start))
+            return gymnasium.spaces.MultiDiscrete(nvec, space.dtype, start=start)
+        case gymnasium.spaces.Dict():
+            return gymnasium.spaces.Dict({key: stack_space(part, k) for key, part in space.items()})
+        case gymnasium.spaces.Tuple():
+            return gymnasium.spaces.Tuple([stack_space(part, k) for part in space])
+        case _:
+            return batch_space(space, k)
+
+
 class _Stacks:
     """The stacks of one environment's observations, nested as these are."""
 
@@ -50,7 +64,7 @@ class Stacked(gymnasium.Wrapper[Any, Any, Any, Any]):
     def __init__(self, env: gymnasium.Env[Any, Any], k: int) -> None:
         super().__init__(env)
         self._stacks = _Stacks(env.observation_space, env.action_space, k)
-        self.observation_space = batch_space(env.observation_space, k)
+        self.observation_space = stack_space(env.observation_space, k)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         obs, info = self.env.reset(seed=seed, options=options)
@@ -67,7 +81,7 @@ class AsyncStacked:
     def __init__(self, env: AsyncEnv, k: int) -> None:
         self.env, self.action_space = env, env.action_space
         self._stacks = _Stacks(env.observation_space, env.action_space, k)
-        self.observation_space = batch_space(env.observation_space, k)
+        self.observation_space = stack_space(env.observation_space, k)
 
     async def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         obs, info = await self.env.reset(seed=seed, options=options)
@@ -94,7 +108,7 @@ class VectorStacked(gymnasium.vector.VectorWrapper[Any, Any, Any]):
         self._read = ObsReader(spaces.observation, (n,)).read
         self._read_one = ObsReader(spaces.observation).read
         self._nest = lambda values: nested(spaces, values)
-        self.single_observation_space = batch_space(env.single_observation_space, k)
+        self.single_observation_space = stack_space(env.single_observation_space, k)
         self.observation_space = batch_space(self.single_observation_space, n)
         self._k, self._mode = k, mode
         self._frames = [np.zeros((k * n, *leaf.shape), leaf.dtype) for leaf in spaces.observation]
