@@ -6,7 +6,9 @@ import difflib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
+
+import msgspec
 
 from aiorl.algos.base import Algorithm, CentralAlgorithm, Filing, Forward, Ranked, Remembering, SplitPolicy, Wrapping
 from aiorl.buffers.storage import free_bytes
@@ -63,6 +65,9 @@ class Preflight:
             )
         if self.probe.why_inexact:
             found.append(f"a resumed run may not be exact: {self.probe.why_inexact}")
+        random_steps = getattr(_learning(self.algorithm, self.spaces).algorithm, "random_steps", 0)
+        if random_steps >= now:
+            found.append(f"every action will be random: random_steps is {random_steps:,}, the run has {now:,} env steps")
         if self.idle_workers:
             found.append(
                 f"{self.config.workers} workers are enough for {self.config.groups} groups of environments; for more, "
@@ -165,8 +170,18 @@ def _check_practice(config: Config, learning: Learning) -> None:
             f"{name} = {warmup:,}: the run ends after {config.total_steps:,} env steps, before the first gradient step\n"
             f"  expected less than total_steps: lower {name}, or train for longer"
         )
-    rollout = config.steps_per_rollout
-    for what, needs in ((f"{name} is {warmup:,}", warmup), (f"a rollout has {rollout:,} env steps", rollout)):
+    rows, n_step = capacity // config.envs, getattr(algorithm, "n_step", 1)
+    if n_step >= max(2, rows):
+        raise ConfigError(
+            f"{settings}.n_step = {n_step}, but the buffer holds {rows} steps of each of {config.envs} environments\n"
+            f"  use a smaller n_step, or a capacity of more than {config.envs * n_step:,}"
+        )
+    rollout, times = config.steps_per_rollout, 1
+    if config.schedule == "eager":  # one group may fill a rollout alone, with all the segments that it may be ahead
+        times = min(config.groups, config.degree_limit + 1)
+    one = f"a rollout has {rollout:,} env steps"
+    of_one = one if times == 1 else f"{one}, in the eager schedule up to {times} times as many of an environment"
+    for what, needs in ((f"{name} is {warmup:,}", warmup), (of_one, rollout * times)):
         if needs > capacity:
             raise ConfigError(
                 f"{settings}.capacity = {capacity:,}, but {what}: some would be overwritten before they are used\n"
@@ -289,6 +304,8 @@ def _check_experience(config: Config, learning: Learning, limit: int, source: st
     if not isinstance(algorithm, Remembering):
         return
     kept = min(algorithm.capacity, config.total_steps)
+    if config.device == "cpu" and getattr(algorithm, "storage", None) == "device":
+        algorithm = msgspec.structs.replace(cast(Any, algorithm), storage="memory")  # the device's memory is this one
     need = algorithm.experience_bytes(spaces, config.envs, kept)
     if need > limit:
         raise ConfigError(

@@ -158,6 +158,44 @@ def test_experience_that_does_not_fit_the_memory() -> None:
     check(make(**{**fields, "total_steps": most // 2}), write=False)
 
 
+def test_experience_on_a_device_that_is_the_processor_lies_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is a GPU."""
+    fields = {"total_steps": 2_000_000, "memory_gb": 0.0625, "workers": 0, "device": "cpu"}
+    there, here = (aiorl.DQN(capacity=10**6, storage=storage) for storage in ("device", "memory"))
+    texts = [refused("dqn.capacity", algo=algo, **fields) for algo in (there, here)]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    texts.append(refused("dqn.capacity", algo=there, **fields))
+    assert len(set(texts)) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"schedule": "eager", "off_policy_degree": 3}, "64 env steps, in the eager schedule up to 4 times as many"),
+        ({"schedule": "eager", "off_policy_degree": 9}, "up to 4 times"),  # there are but four groups
+    ],
+)
+def test_what_one_group_may_bring_at_once_must_fit_the_buffer(fields: dict[str, Any], words: str) -> None:
+    common = {"algo": aiorl.DQN(capacity=64, warmup=32), "workers": 0, "segment_length": 8, **fields}
+    text = refused(words, **common)
+    assert text.endswith("raise dqn.capacity to 256 or more")
+    for fits in ({"algo": aiorl.DQN(capacity=256, warmup=32)}, {"schedule": "ordered"}):
+        check(make(**{**common, **fits}), write=False)
+
+
+def test_windows_longer_than_what_the_buffer_holds_of_an_environment() -> None:
+    short = aiorl.DQN(capacity=64, warmup=9, n_step=8)
+    refused("n_step = 8, but the buffer holds 8 steps of each of 8", algo=short, workers=0)
+    check(make(algo=aiorl.DQN(capacity=72, warmup=9, n_step=8, batch_size=8), workers=0, segment_length=8), write=False)
+
+
+def test_a_run_that_only_acts_at_random_says_so() -> None:
+    fields: dict[str, Any] = {"env": "Pendulum-v1", "workers": 0}
+    for steps, told in ((1_000, True), (1_001, False)):
+        warned = check(make(**fields, total_steps=steps, algo=aiorl.SAC(warmup=100)), write=False).warnings
+        assert any("every action will be random: random_steps is 1,000" in text for text in warned) is told
+
+
 def test_frames_of_a_stack_count_once() -> None:
     spaces = check(make(env="CartPole-v1", frame_stack=4, workers=0), write=False).spaces
     alone = check(make(env="CartPole-v1", workers=0), write=False).spaces
