@@ -49,6 +49,7 @@ class LearnerContext:
     rollouts: int
     off_policy_degree: int
     warmup: int | None = None
+    """`Config.warmup`: if it is given, it goes before the algorithm's own setting."""
     device: str = "cpu"
     directory: Path | None = None
     """The run directory: for what is too large for memory. Leave nothing there that has a name."""
@@ -109,8 +110,10 @@ class Learner(Protocol):
         self-tuned `off_policy_degree`: `off_policy_error`, how far the policy that acted is from the one that learns, as
         the update begins (0 for the newest version, in proportion to the lag; the algorithm's `default_error_target` is what
         it may reach, 0.3 if it has none), `clip_fraction` and `grad_norm`. The rollout's arrays are only valid during the
-        call. A `grad_norm` of 0, unless `learning_rate` is, raises an alarm. Raise NonFiniteError where a loss, gradient or
-        parameter is not finite, with everything but a buffer of experience taken back to what it was before the call.
+        call. A `grad_norm` of 0, unless `learning_rate` is, raises an alarm, and so do a `q_min` or `q_max` beyond a
+        `q_limit` (what rewards allow), weights that do not change, and a metric that is not finite. Raise NonFiniteError where a
+        loss, gradient or parameter is not finite, with everything but a buffer of experience taken back to what it was
+        before the call.
         """
         ...
 

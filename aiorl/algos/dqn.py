@@ -82,6 +82,9 @@ class QSettings(ReplaySettings, frozen=True, kw_only=True, forbid_unknown_fields
             kind = {"box": "Box", "multi_discrete": "MultiDiscrete"}.get(spaces.action.kind, spaces.action.kind)
             needs = f"{self.name} needs a Discrete action space, this environment has {kind}"
             raise ConfigError(f"{needs}\n  use ppo: it acts in all")
+        if self.epsilon_end > self.epsilon_start:
+            what = f"{self.name}.epsilon_end = {self.epsilon_end:g} is above epsilon_start = {self.epsilon_start:g}"
+            raise ConfigError(f"{what}: it falls over a run\n  exchange them, or make them equal")
         if spaces.features == 0:
             raise ConfigError(f"{self.name}: the observation space is empty (shape with a 0): there is nothing to learn")
         convolutions_of(spaces, self.network)

@@ -72,7 +72,9 @@ class PPO(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     target_kl: Annotated[
         Positive | None, Meta(description="end the update after an epoch with a larger KL divergence (default: never)")
     ] = None
-    hidden: Annotated[tuple[int, ...], Meta(description="sizes of the hidden layers", min_length=1)] = (64, 64)
+    hidden: Annotated[
+        tuple[Annotated[int, Meta(ge=1)], ...], Meta(description="sizes of the hidden layers", min_length=1)
+    ] = (64, 64)
     network: Annotated[Network, NETWORK] = "auto"
     activation: Annotated[Literal["tanh", "relu"], Meta(description="after each hidden layer")] = "tanh"
     log_std: Annotated[float, Meta(description="initial log standard deviation of Box actions", ge=-10, le=3)] = 0.0

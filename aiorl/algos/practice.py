@@ -45,8 +45,10 @@ Rate = Annotated[float, Meta(description="Adam's step size", gt=0)]
 BatchSize = Annotated[int, Meta(description="transitions in a batch", ge=1)]
 Capacity = Annotated[int, Meta(description="transitions in the replay buffer", ge=1)]
 Ratio = Annotated[float, Meta(description="gradient steps per env step after warm-up", ge=0)]
-GradNorm = Annotated[Positive | None, Meta(description="longest gradient of each network (default: no limit)")]
-Hidden = Annotated[tuple[int, ...], Meta(description="sizes of the hidden layers", min_length=1)]
+GradNorm = Annotated[
+    Positive | None, Meta(description="longest gradient, of all critics together and of the actor (default: no limit)")
+]
+Hidden = Annotated[tuple[Annotated[int, Meta(ge=1)], ...], Meta(description="sizes of the hidden layers", min_length=1)]
 
 
 class ReplaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

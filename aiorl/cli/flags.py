@@ -136,8 +136,8 @@ def convert_text(flag: str, text: str, value: Any, kind: Any) -> Any:
         choices = [o for o in options if isinstance(o, str)]
         near = difflib.get_close_matches(text, choices, 1)
         hint = f" — did you mean `{near[0]}`?" if near else ""
-        bound = re.search(r"`(?:int|float)` ([<>]=? .*)", str(error))
-        expected = f"{wanted(kind)}, {bound[1]}" if bound and isinstance(value, (int, float)) else wanted(kind)
+        bound = re.search(r"`(?:int|float)` ([<>]=? \S+)", str(error))
+        expected = f"{wanted(kind)}, {bound[1]}" if bound and not isinstance(value, str) else wanted(kind)
         raise ConfigError(f"{flag} {text}: expected {expected}{hint}") from None
 
 
