@@ -124,7 +124,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         bool, Meta(description="let an algorithm without off-policy correction run at a degree of 1 or more")
     ] = False
     warmup: Annotated[
-        int | None, Meta(description="env steps stored before a replay learner's first update (default: the algorithm's)")
+        int | None, Meta(description="env steps stored before a replay learner's first update (default: as the algorithm says)")
     ] = None
     eval_every: Annotated[
         int | None, Meta(description="env steps between evaluations (default: a tenth of the run; 0: only the final one)")
@@ -171,7 +171,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     nonfinite_max: Annotated[int, Meta(description="how many updates in a row may be skipped", ge=1)] = 3
     on_nonfinite_env: Annotated[
         Literal["stop", "abort_episode"],
-        Meta(description="when an environment returns NaN or infinity: end the run, or abort its episode and go on"),
+        Meta(
+            description="when an environment returns NaN or infinity in training: end the run, or abort its episode and go "
+            "on (an evaluation that meets it fails the run)"
+        ),
     ] = "stop"
     nonfinite_env_max: Annotated[
         int, Meta(description="how many episodes of one environment in a row may be aborted for that", ge=1)
