@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aiorl import resuming
 from aiorl.cli import VERBS, main
 from aiorl.cli.flags import bare, description, field_value, key_value, members, number, scalar
-from aiorl.cli.parse import Request, merge, read_resume, read_train
+from aiorl.cli.parse import RESUMABLE_OWN, Request, merge, read_resume, read_train
 from aiorl.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -251,9 +252,25 @@ def test_presets_can_be_left_out_and_belong_to_one_environment():
 @pytest.mark.usefixtures("presets")
 def test_help_shows_the_defaults_that_would_be_used(capsys: pytest.CaptureFixture[str]):
     assert main(["train", "CartPole-v1", "--help"]) == 0
-    assert "(default: 111)" in capsys.readouterr().out
+    assert "(preset: 111)" in capsys.readouterr().out
     assert main(["train", "--help"]) == 0
-    assert "(default: 111)" not in capsys.readouterr().out
+    assert "111)" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("presets")
+def test_help_says_where_a_value_is_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Also of settings whose text says what the default is."""
+    file = tmp_path / "a.toml"
+    file.write_text("total_steps = 222\n[ppo]\ngamma = 0.5\n")
+    assert main(["train", "CartPole-v1", "--config", str(file), "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.partition("what to train:")[2].split())
+    for flag, end in (
+        ("--steps N", "(file: 222)"), ("--envs N", "(preset: 4)"), ("--seed N", "(default: 0)"),
+        ("--segment-length N", "(default: the algorithm's) (preset: 16)"),
+        ("--ppo.learning-rate X", "(preset: 0.5)"), ("--ppo.gamma X", "(file: 0.5)"),
+        ("--ppo.gae-lambda X", "(default: 0.95)"),
+    ):  # fmt: skip
+        assert text.partition(flag)[2].partition(" --")[0].endswith(end), flag
 
 
 def test_help_lists_every_setting_with_its_description(capsys: pytest.CaptureFixture[str]):
@@ -351,3 +368,19 @@ def test_resume_takes_only_what_may_change():
     assert found == ("runs/x", {"total_steps": 1_000_000, "workers": 0}, "json")
     with pytest.raises(ConfigError, match="unknown flag `--envs`"):
         read_resume(["runs/x", "--envs", "3"])
+
+
+def test_resume_takes_those_settings_of_an_algorithm_that_change_no_result():
+    assert RESUMABLE_OWN == resuming._FREE
+    found = read_resume(["--dqn.storage", "disk", "--selfplay.inner.storage=memory", "runs/x", "--steps", "5k"])
+    assert found == ("runs/x", {"total_steps": 5000, "dqn.storage": "disk", "selfplay.inner.storage": "memory"}, "auto")
+    for words, part in (
+        (["--dqn.gamma", "0.5"], "unknown flag `--dqn.gamma`\n  a run goes on with what it was made with"),
+        (["--no-dqn.double"], "unknown flag `--no-dqn.double`"),
+        (["--no-native-vector"], "unknown flag `--no-native-vector`\n  a run goes on with"),
+        (["--dqn.storag", "disk"], "did you mean `--dqn.storage`?"),
+        (["--dqn.storage"], "expected one argument"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            read_resume(["runs/x", *words])
+        assert part in str(refused.value)

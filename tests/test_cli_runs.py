@@ -122,6 +122,32 @@ def test_resume_goes_on_to_a_larger_total(finished: Path, tmp_path: Path, capsys
     assert tomllib.loads((run / "config.toml").read_text())["total_steps"] == 1500
 
 
+def test_the_total_to_resume_with_is_larger_than_what_is_done(finished: Path, capsys: pytest.CaptureFixture[str]):
+    done = json.loads((finished / "summary.json").read_text())["env_steps"]
+    for words in ([], ["--steps", "100"]):
+        assert main(["resume", str(finished), *words]) == 2
+        text = capsys.readouterr().err
+        assert f"has {done:,} env steps, {words[-1] if words else '1,024'} were asked for" in text
+        assert int(text.split("--steps ")[1]) > done
+
+
+def test_a_run_goes_on_with_another_storage(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run, dqn = tmp_path / "run", ["--algo", "dqn", "--dqn.warmup", "64", "--dqn.hidden", "8", "--dqn.capacity", "1000"]
+    words = ["--envs", "4", "--segment-length", "16", "--steps", "128", "--eval-episodes", "1", "--workers", "0"]
+    assert main(["train", "CartPole-v1", *dqn, *words, "--no-preset", "--progress", "none", "--out", str(run)]) == 0
+    capsys.readouterr()
+    for setting, part in (
+        ("--sac.storage disk", f"{run} was made with dqn\n  its own settings are called --dqn.storage"),
+        ("--dqn.storage tape", f"{run}: dqn.storage = 'tape': expected memory or disk or device"),
+        ("--dqn.inner.storage disk", "dqn.inner"),
+    ):
+        assert main(["resume", str(run), *setting.split(), "--steps", "192"]) == 2
+        assert part in capsys.readouterr().err
+    assert main(["resume", "--dqn.storage", "disk", "--steps", "192", "--progress", "none", str(run)]) == 0
+    config = tomllib.loads((run / "config.toml").read_text())
+    assert (config["dqn"]["storage"], config["total_steps"], config["dqn"]["hidden"]) == ("disk", 192, [8])
+
+
 def test_runs_lists_finished_and_unfinished_ones(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = copy(finished, tmp_path)
     (tmp_path / "notes").mkdir()

@@ -63,6 +63,15 @@ def test_what_to_do_stands_under_what_was_seen(capsys: pytest.CaptureFixture[str
     assert lines[at].index("an observation") == lines[at + 1].index("aiorl copies")
 
 
+def test_a_name_of_nothing_may_have_been_a_run(capsys: pytest.CaptureFixture[str]):
+    assert main(["doctor", "nowhere/run"]) == 1
+    seen = " ".join(capsys.readouterr().out.split())
+    assert "unknown environment 'nowhere/run'" in seen
+    assert "a run: there is no directory nowhere/run" in seen
+    assert main(["doctor", "nowhere.at:all"]) == 1
+    assert "a run:" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("words", [["--nonsense"], ["CartPole-v1", "--env-kwargs", "gravity"]])
 def test_bad_usage(words: list[str], capsys: pytest.CaptureFixture[str]):
     assert main(["doctor", *words]) == 2

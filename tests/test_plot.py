@@ -4,6 +4,7 @@ import math
 import xml.etree.ElementTree as ET
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from aiorl.cli import main
 from aiorl.errors import ConfigError
-from aiorl.metrics.curve import Curve, Point, read_curve, thin, write_curve, write_metric, write_wins
+from aiorl.metrics.curve import TOLD, Curve, Point, metric_names, read_curve, thin, write_curve, write_wins
+from aiorl.metrics.directory import CSV_COLUMNS
 from aiorl.metrics.svg import draw, interpolate, nice_ticks, nice_times, short_number, short_time
 from tests.cli_events import evaluated, run_events, started, updated, write_run
 
@@ -50,14 +52,67 @@ def test_what_updates_say_is_a_picture_of_its_own(tmp_path: Path, capsys: pytest
     again = read_curve([started(), *said, msgspec.structs.replace(started(), env_steps=5000), *said[5:]], metric="q_max")
     assert [p.value for p in again.smooth] == [1.5, 2, 2.5, 3, 3.5]
     runs = [write_run(tmp_path / name, [started(), *said]) for name in ("one", "two")]
-    assert write_metric(runs, "q_max", tmp_path / "q.svg", labels=["one", "two"])
+    both = ["plot", *map(str, runs), "--metric"]
+    assert main([*both, "q_max", "--out", str(tmp_path / "q.svg")]) == 0
     assert {"one", "two", "q_max", "of each update"} <= set(texts((tmp_path / "q.svg").read_text()))
-    assert not write_metric(runs, "q_min", tmp_path / "no.svg")
+    assert main([*both, "q_min", "--out", str(tmp_path / "no.svg")]) == 2
     assert not (tmp_path / "no.svg").exists()
+    capsys.readouterr()
     assert main(["plot", str(runs[0]), "--metric", "q_max"]) == 0
     assert capsys.readouterr().out.strip() == str(runs[0] / "q_max.svg")
     assert main(["plot", str(runs[0]), "--metric", "q_min"]) == 2
     assert "q_min: no update tells it" in capsys.readouterr().err
+
+
+def told_run(path: Path, **metrics: float) -> Path:
+    """A run of six updates with the metrics times its version."""
+    each = ((updated(v, 10.0 * v), {name: x * v for name, x in metrics.items()}) for v in range(1, 7))
+    return write_run(path, iter([started(), *(msgspec.structs.replace(event, metrics=told) for event, told in each)]))
+
+
+def test_a_metric_that_nobody_tells_is_refused_with_those_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run, bare = told_run(tmp_path / "run", q_mean=1.0, q_max=2.0, loss=3.0), tmp_path / "bare"
+    assert main(["plot", str(run), "--metric", "q_meen"]) == 2
+    text = capsys.readouterr().err
+    assert "no update tells it — did you mean q_mean?" in text
+    assert "there are loss, q_max, q_mean, staleness, " in text
+    assert main(["plot", str(run), "--metric", "loss", "--metric", "zzz"]) == 2
+    assert "--metric zzz: no update tells it\n  there are loss, " in capsys.readouterr().err
+    assert main(["plot", str(write_run(bare, iter([started()]))), "--metric", "loss"]) == 2
+    assert "there has been no update" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.svg"))
+
+
+def test_several_metrics_share_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Of one run each line is named for its metric, of several for both; a run that does not tell one is named."""
+    one, two = told_run(tmp_path / "one", q_mean=1.0, q_max=2.0), told_run(tmp_path / "two", q_mean=3.0)
+    assert main(["plot", str(one), "--metric", "q_mean", "--metric", "q_max"]) == 0
+    assert capsys.readouterr().out.strip() == str(one / "q_mean-q_max.svg")
+    shown = texts((one / "q_mean-q_max.svg").read_text())
+    assert {"q_mean", "q_max", "q_mean, q_max", "CartPole-v1 · ppo · seed 3"} <= set(shown)
+    out = tmp_path / "all.svg"
+    assert main(["plot", str(one), str(two), "--metric", "q_mean", "--metric", "q_max", "--out", str(out)]) == 0
+    assert f"left out: no update of {two} tells q_max" in capsys.readouterr().err
+    shown = texts(out.read_text())
+    assert {"one · q_mean", "one · q_max", "two · q_mean", "CartPole-v1 · ppo · 2 runs"} <= set(shown)
+    assert "two · q_max" not in shown
+    assert len(list(ET.fromstring(out.read_text()).iter(f"{SVG}polyline"))) == 3
+
+
+@pytest.mark.parametrize("column", TOLD)
+def test_columns_of_metrics_csv_can_be_drawn(column: str, tmp_path: Path):
+    run = told_run(tmp_path / "run")
+    assert column in CSV_COLUMNS
+    assert main(["plot", str(run), "--metric", column]) == 0
+    points = read_curve(run, metric=column).smooth
+    assert [p.value for p in points] == [getattr(updated(v, 10.0 * v), column) for v in range(1, 7)]
+    assert column in metric_names(run)
+
+
+def test_two_kinds_of_picture_at_once_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = told_run(tmp_path / "run", loss=1.0)
+    assert main(["plot", str(run), "--metric", "loss", "--wins"]) == 2
+    assert "one at a time" in capsys.readouterr().err
 
 
 def test_wins_are_a_picture_of_their_own(tmp_path: Path):
@@ -202,6 +257,13 @@ def test_ticks_of_time_are_those_of_clocks():
     assert short_time(0.5, 2) == "0.5 s"
     assert short_time(7200, 10_000) == "2 h"
     assert [short_number(v) for v in (1500, 2e6, -200, 0.25)] == ["1.5k", "2M", "−200", "0.25"]
+    assert [short_number(v) for v in (6e18, -2.5e12, 1e-8, 999e9)] == ["6e18", "−2.5e12", "1e−8", "999G"]
+
+
+@given(st.floats(-1e4, 1e4), st.floats(1e-3, 1e6))
+def test_no_two_ticks_have_the_same_name(low: float, span: float):
+    ticks = nice_ticks(low, low + span)
+    assert len({short_number(tick) for tick in ticks}) == len(ticks)
 
 
 def test_interpolation_is_linear_between_and_constant_outside():
@@ -232,6 +294,41 @@ def test_plot_png(tmp_path: Path):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
+def drawn_with_matplotlib(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The axes of the picture that a command writes as PNG."""
+    figure, kept = pytest.importorskip("matplotlib.figure").Figure, []
+    real = figure.savefig
+    monkeypatch.setattr(figure, "savefig", lambda self, *a, **k: (kept.append(self), real(self, *a, **k))[1])
+    assert main(words) == 0
+    assert Path(words[-1]).read_bytes().startswith(b"\x89PNG")
+    return kept[0].axes[0]
+
+
+def in_legend(axes: Any) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_every_line_of_a_curve_is_in_the_legend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = write_run(tmp_path / "run", config="stop_at = 150.0\n")
+    names = ["return of a rollout", "mean of the last 100 episodes", "evaluation ± one std"]
+    axes = drawn_with_matplotlib(["plot", str(run), "--out", str(tmp_path / "x.png")], monkeypatch)
+    assert in_legend(axes) == [*names, "goal 150"]
+    write_curve(run, tmp_path / "curve.svg")
+    assert {*names, "goal 150"} <= set(texts((tmp_path / "curve.svg").read_text(encoding="utf-8")))
+
+
+def test_what_is_drawn_as_svg_is_drawn_as_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run, png = told_run(tmp_path / "run", q_mean=1.0, q_max=2.0, win_rate_weak=0.1), ["--out", str(tmp_path / "x.png")]
+    with (run / "events.jsonl").open("ab") as file:
+        file.write(msgspec.json.encode(evaluated(3, 0.0, suite="weak", wins=0.5, losses=0.25)) + b"\n")
+    axes = drawn_with_matplotlib(["plot", str(run), "--metric", "q_mean", *png], monkeypatch)
+    assert (in_legend(axes), axes.get_ylabel(), axes.get_title()) == (["q_mean"], "q_mean", "CartPole-v1 · ppo · seed 3")
+    assert list(axes.lines[0].get_ydata()) == [1, 2, 3, 4, 5, 6]
+    for kind, label in (("--wins", "episodes won"), ("--opponents", "training games won")):
+        axes = drawn_with_matplotlib(["plot", str(run), kind, *png], monkeypatch)
+        assert (in_legend(axes), axes.get_ylabel()) == (["weak"], label)
+
+
 def test_png_without_matplotlib_names_the_extra(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -248,6 +345,8 @@ def test_png_without_matplotlib_names_the_extra(
         (["plot", "nowhere"], "not a run directory"),
         (["plot", "x", "--x", "epochs"], "expected one of steps, time"),
         (["plot", "x", "--out", "x.pdf"], ".svg or .png"),
+        (["plot", "x", "--metric", "loss", "--out", "x.pdf"], ".svg or .png"),
+        (["plot", "x", "--standings", "--out", "x.png"], "ends in .svg"),
     ],
 )
 def test_plot_refuses(words: list[str], part: str, capsys: pytest.CaptureFixture[str]):

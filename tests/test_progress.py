@@ -88,8 +88,33 @@ def test_plain_lines_come_every_few_seconds_and_for_important_events():
 def test_warm_up_says_how_far_it_is():
     err = io.StringIO()
     display = PlainLines(Notes(warmup=10_000), err, every_s=0.0)
-    display.show(Progress(**PLACE, status=status(3, state="warm-up")))
+    display.show(Progress(**PLACE, status=status(3, state="warm-up", gradient_steps=0)))
     assert "warm-up 3,000/10,000" in err.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("state", "env_steps", "learned", "shown"),
+    [
+        ("waiting for data", 400, 0, "warm-up 400/1,000"),
+        ("warm-up", 400, 0, "warm-up 400/1,000"),
+        ("warm-up", 984, 0, "first update"),  # whose env steps are counted once it is done
+        ("waiting for data", 984, 0, "warm-up 984/1,000"),
+        ("waiting for data", 1200, 0, "waiting for data"),
+        ("waiting for data", 1200, 5, "waiting for data"),
+        ("training", 1200, 5, "training"),
+        ("stopping", 400, 0, "stopping"),
+    ],
+)
+def test_a_warm_up_lasts_as_long_as_it_does(state: str, env_steps: int, learned: int, shown: str):
+    now = status(3, state=state, env_steps=env_steps, gradient_steps=learned)
+    notes = Notes(warmup=1000, rollout=512)
+    assert progress_line(now, notes).endswith(f", {shown}")
+    assert f"state      {shown}" in "\n".join(line.plain for line in draw(now, notes, [], None, 80))
+
+
+def test_a_first_update_is_no_warm_up_where_there_is_none():
+    assert progress_line(status(0, state="warm-up", gradient_steps=0), Notes()).endswith(", first update")
+    assert progress_line(status(1, state="warm-up", gradient_steps=0), Notes()).endswith(", warm-up"), "one of its own kind"
 
 
 def test_episodes_and_the_buffer_are_in_the_progress():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ def look(what: str | None, algo: str | None, kwargs: Mapping[str, Any], out: str
         return {what: check_run(what)}
     found = {"machine": check_machine(out)}
     if what is not None:
-        found[what] = examine(what, kwargs)
+        found[what] = [_also_no_run(what, finding) for finding in examine(what, kwargs)]
     if algo is not None:
         from aiorl.algos import algorithm_class
 
@@ -68,6 +69,13 @@ def look(what: str | None, algo: str | None, kwargs: Mapping[str, Any], out: str
         if what is not None:
             found[f"{algo} in {what}"] = check_fit(algorithm_class(algo), what, kwargs)
     return found
+
+
+def _also_no_run(what: str, finding: Finding) -> Finding:
+    """A name that is no environment's may be meant as a run's."""
+    if finding.code != "resolve" or ":" in what:
+        return finding
+    return dataclasses.replace(finding, message=f"{finding.message}\n  a run: there is no directory {what}")
 
 
 def plain(about: str, finding: Finding) -> dict[str, Any]:

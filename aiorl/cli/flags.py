@@ -11,6 +11,7 @@ import re
 import shutil
 import types
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NoReturn, Union, cast, get_args, get_origin
 
 import msgspec
@@ -82,24 +83,28 @@ def add_fields(
     names: Iterable[str],
     defaults: Mapping[str, Any],
     prefix: str = "",
+    origins: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """A flag for each named field. In the help, `defaults` (of a preset or a file) go before the struct's own."""
+    """A flag for each named field. In the help, `defaults` go before the struct's own.
+
+    `origins`, by the field with its prefix, says where one of them is from, if that is not the default: "preset".
+    """
     fields = {f.name: f for f in msgspec.structs.fields(struct)}
     for name in names:
         field = fields[name]
         default = defaults.get(name, field.default if field.default is not msgspec.NODEFAULT else field.default_factory)
         if callable(default):
             default = default()
-        _add_flag(parser, group, prefix + name, field.type, default)
+        _add_flag(parser, group, prefix + name, field.type, default, origins.get(prefix + name, "default"))
 
 
-def _add_flag(parser: Parser, group: Any, key: str, kind: Any, default: Any) -> None:
+def _add_flag(parser: Parser, group: Any, key: str, kind: Any, default: Any, origin: str) -> None:
     flag = "--" + NAMES.get(key, key).replace("_", "-")
     parser.aliases.update({alias: flag for alias in (key, key.rsplit(".", 1)[-1].replace("_", "-"))})
     text = description(kind).replace("%", "%%")
     # Where the text itself says what the default is, "None" would only confuse.
-    silent = default is None or default is msgspec.NODEFAULT or "default:" in text
-    shown = "" if silent else f" (default: {show(default)})"
+    silent = default is None or default is msgspec.NODEFAULT or (origin == "default" and "default:" in text)
+    shown = "" if silent else f" ({origin}: {show(default)})"
     common: dict[str, Any] = {"dest": key, "help": text + shown.replace("%", "%%")}
     if bare(kind) is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)

@@ -102,7 +102,7 @@ def draw(
     """The lines of the panel, none longer than `width`. `wins` has the last evaluation of each suite that tells outcomes."""
     room = width - LABEL
     words = state(status, notes)
-    now: list[Piece] = [(words, _STATE_STYLES.get(status.state, "cyan"))]
+    now: list[Piece] = [(words, _STATE_STYLES.get(words.partition(" ")[0], "cyan"))]
     if status.restarts:
         now.append((f"{status.restarts} restarts", "yellow"))
     if status.workers_given_up:

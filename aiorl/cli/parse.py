@@ -6,12 +6,13 @@ import argparse
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, cast, get_args
 
 import msgspec
 
 from aiorl.algos import algorithm_class
-from aiorl.cli.flags import Parser, add_fields, field_value
+from aiorl.cli.flags import NAMES, Parser, add_fields, field_value
 from aiorl.cli.progress import Mode
 from aiorl.config import Config
 from aiorl.errors import ConfigError
@@ -45,6 +46,9 @@ RESUMABLE = (
 )  # fmt: skip
 """What may be changed when a run goes on: nothing that would make it another experiment."""
 
+RESUMABLE_OWN = ("storage",)
+"""And of the settings of its algorithm, or of one within that: `--dqn.storage`, `--selfplay.inner.storage`."""
+
 MODES = get_args(Mode)
 
 
@@ -75,7 +79,7 @@ def read_train(argv: Sequence[str]) -> Request | str:
     found = suited(found, algorithm.name, given.get(f"{algorithm.name}.algo", inner))
     base = merge(found, file)
     if given.pop("help", False):
-        return _train_parser(algorithm, base).format_help()
+        return _train_parser(algorithm, base, _origins(algorithm.name, preset=found, file=file)).format_help()
     if env is None:
         raise ConfigError("no environment given\n  for example: python -m aiorl train CartPole-v1\n"
                           "  `python -m aiorl envs` lists what is installed")  # fmt: skip
@@ -89,10 +93,17 @@ def read_train(argv: Sequence[str]) -> Request | str:
 
 
 def read_resume(argv: Sequence[str]) -> tuple[str, dict[str, Any], Mode] | str:
-    """The run to go on with, the fields to change and how to show it; or the help text."""
+    """The run to go on with, the fields to change and how to show it; or the help text.
+
+    A setting of an algorithm, "dqn.storage", is a text still: which algorithm a run has only the run can tell.
+    """
     parser = Parser("resume", "Go on with a run from its newest checkpoint.", "RUN [--steps N] [options]")
     parser.add_argument("run", nargs="?", metavar="RUN", help="run directory, or one of its checkpoints")
-    add_fields(parser, parser.add_argument_group("what may change"), Config, RESUMABLE, {"total_steps": None})
+    group = parser.add_argument_group("what may change (default: as it was)")
+    add_fields(parser, group, Config, RESUMABLE, dict.fromkeys(RESUMABLE))
+    group.add_argument("--ALGO.storage", metavar="NAME", help="where experience lies, such as --dqn.storage disk")
+    for flag in sorted(_refuse_fixed(argv) - {"--ALGO.storage"}):
+        parser.add_argument(flag, dest=flag[2:])
     _add_progress(parser)
     given = parser.read(argv)
     if given.pop("help", False):
@@ -101,7 +112,34 @@ def read_resume(argv: Sequence[str]) -> tuple[str, dict[str, Any], Mode] | str:
     if run is None:
         raise ConfigError("no run given\n  for example: python -m aiorl resume runs/CartPole-v1-ppo-0")
     progress = _mode(given.pop("progress", "auto"))
-    return run, _typed(given, None), progress
+    own = {key: given.pop(key) for key in list(given) if "." in key}
+    return run, _typed(given, None) | own, progress
+
+
+def _refuse_fixed(argv: Sequence[str]) -> set[str]:
+    """The flags that are of an algorithm. Raises ConfigError for one of what a run goes on with as it was made."""
+    flags = {word.partition("=")[0] for word in argv if word.startswith("--")}
+    own = {flag for flag in flags if "." in flag}
+    fields = {f.name for f in msgspec.structs.fields(Config)}.difference(RESUMABLE)
+    fixed = {no + NAMES.get(name, name).replace("_", "-") for name in fields for no in ("--", "--no-")}
+    for flag in sorted(flags & fixed | {flag for flag in own if flag.rpartition(".")[2] not in RESUMABLE_OWN}):
+        table, _, name = flag.rpartition(".")
+        near = difflib.get_close_matches(name, RESUMABLE_OWN, 1) if table else []
+        meant = f" — did you mean `{table}.{near[0]}`?" if near else ""
+        raise ConfigError(
+            f"unknown flag `{flag}`{meant}\n  a run goes on with what it was made with; "
+            "`python -m aiorl resume --help` lists what may change"
+        )
+    return own
+
+
+def _origins(algorithm: str, **tables: Mapping[str, Any]) -> dict[str, str]:
+    """Which of the tables, the last one that has it, each setting is from; those of the algorithm as "name.setting"."""
+    found: dict[str, str] = {}
+    for word, table in tables.items():
+        own = cast("Mapping[str, Any]", table.get(algorithm, {}))
+        found |= dict.fromkeys([*table, *(f"{algorithm}.{name}" for name in own)], word)
+    return found
 
 
 def _early_parser() -> Parser:
@@ -112,7 +150,7 @@ def _early_parser() -> Parser:
     return parser
 
 
-def _train_parser(algorithm: Any, base: Mapping[str, Any]) -> Parser:
+def _train_parser(algorithm: Any, base: Mapping[str, Any], origins: Mapping[str, str] = MappingProxyType({})) -> Parser:
     parser = Parser(
         "train",
         "Train an agent. A preset for the algorithm and environment goes over the defaults, --config over that, and "
@@ -125,11 +163,11 @@ def _train_parser(algorithm: Any, base: Mapping[str, Any]) -> Parser:
     other = tuple(f.name for f in msgspec.structs.fields(Config) if f.name not in named)
     for title, names in {**GROUPS, "other": other}.items():
         if names:
-            add_fields(parser, parser.add_argument_group(title), Config, names, base)
+            add_fields(parser, parser.add_argument_group(title), Config, names, base, origins=origins)
     own = tuple(f.name for f in msgspec.structs.fields(algorithm))
     table = cast("Mapping[str, Any]", base.get(algorithm.name, {}))
     group = parser.add_argument_group(f"{algorithm.name} options")
-    add_fields(parser, group, algorithm, own, table, f"{algorithm.name}.")
+    add_fields(parser, group, algorithm, own, table, f"{algorithm.name}.", origins)
     command = _add_progress(parser)
     command.add_argument("--config", metavar="FILE", help="TOML file with any of these, such as config.toml of a run")
     command.add_argument("--preset", action=argparse.BooleanOptionalAction, help="use the preset (default: yes)")

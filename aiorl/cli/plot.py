@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from aiorl.cli.flags import Parser
 from aiorl.errors import ConfigError
-from aiorl.metrics.curve import Curve, read_curve, write_metric, write_rates, write_svg, write_wins
+from aiorl.metrics.curve import Curve, Picture, metric_names, metrics_of, rates_of, read_curve, wins_of, write_svg
 from aiorl.metrics.matrix import write_standings
-from aiorl.metrics.svg import COLOURS, short_number
+from aiorl.metrics.svg import COLOURS, RETURNS, short_number, title_of
 
 AXES = ("steps", "time")
 
 
-class Picture(NamedTuple):
-    """Of one run: writes (run, file, axis) and returns whether there was anything to draw; why there may be nothing."""
-
-    write: Callable[[Path, Path, str], bool]
-    why_not: str
-
-
-ONE_RUN = {
-    "wins": Picture(write_wins, "no evaluation says how its episodes ended\n  the environment has to: info['outcome']"),
-    "opponents": Picture(write_rates, "no update tells of games won\n  it is drawn for self-play: --algo selfplay"),
-    "standings": Picture(
-        lambda run, out, _: write_standings(run, out, read_curve(run).title),
-        "there is no standings.json\n  runs of self-play have one: --algo selfplay",
-    ),
-}
+NO_WINS = "no evaluation says how its episodes ended\n  the environment has to: info['outcome']"
+NO_RATES = "no update tells of games won\n  it is drawn for self-play: --algo selfplay"
+NO_STANDINGS = "there is no standings.json\n  runs of self-play have one: --algo selfplay"
+ONE_RUN: dict[str, tuple[Callable[[Curve], Picture], str]] = {"wins": (wins_of, NO_WINS), "opponents": (rates_of, NO_RATES)}
+"""Pictures that there are of a single run: what makes them, and why there may be nothing to draw."""
 
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser("plot", "Draw the learning curves of runs into one picture.", "RUN… [--x steps|time] [--out FILE]")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run directories")
     parser.add_argument("--x", metavar="|".join(AXES), help="what lies along the picture (default: steps)")
-    parser.add_argument("--metric", metavar="NAME", help="what updates say (a column of metrics.csv) instead of returns")
+    parser.add_argument(
+        "--metric", action="append", metavar="NAME",
+        help="what updates say (a column of metrics.csv) instead of returns; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--wins", action="store_true", help="of one run, the shares of episodes won in evaluations")
     parser.add_argument("--opponents", action="store_true", help="of one run, the shares of training games won in self-play")
-    parser.add_argument("--standings", action="store_true", help="of one run, who did how against whom in self-play")
-    parser.add_argument("--out", metavar="FILE", help=".svg or .png (default: RUN/curve.svg, curves.svg for several)")
+    parser.add_argument("--standings", action="store_true", help="of one run, who did how against whom in self-play (.svg)")
+    parser.add_argument(
+        "--out", metavar="FILE",
+        help=".svg or .png (default: RUN/curve.svg, curves.svg for several; else RUN/ and the name of what is drawn)",
+    )  # fmt: skip
     given = parser.read(argv)
     if given.pop("help", False):
         print(parser.format_help(), end="")
@@ -52,52 +49,69 @@ def main(argv: Sequence[str]) -> int:
     x = given.get("x", "steps")
     if x not in AXES:
         raise ConfigError(f"--x {x}: expected one of {', '.join(AXES)}")
-    if "metric" in given:
-        return _plot_metric(runs, given["metric"], Path(given.get("out", runs[0] / f"{given['metric']}.svg")), x)
-    for kind, picture in ONE_RUN.items():
-        if given.get(kind, False):
-            return _plot_one(kind, picture, runs, Path(given.get("out", runs[0] / f"{kind}.svg")), x)
-    out = Path(given.get("out", runs[0] / "curve.svg" if len(runs) == 1 else "curves.svg"))
-    if out.suffix.lower() not in (".svg", ".png"):
-        raise ConfigError(f"--out {out}: expected a file that ends in .svg or .png")
-    names, curves = _read(runs)
+    kinds = [kind for kind in ("metric", "wins", "opponents", "standings") if kind in given]
+    if len(kinds) > 1:
+        raise ConfigError(f"--{' and --'.join(kinds)} are pictures of their own\n  ask for one at a time")
+    metrics = list(dict.fromkeys(given.get("metric", [])))
+    out = Path(given.get("out", _default(runs, "-".join(metrics).replace("/", "_") or "".join(kinds))))
+    endings = (".svg",) if kinds == ["standings"] else (".svg", ".png")
+    if out.suffix.lower() not in endings:
+        raise ConfigError(f"--out {out}: expected a file that ends in {' or '.join(endings)}")
+    if kinds and kinds != ["metric"] and len(runs) > 1:
+        raise ConfigError(f"--{kinds[0]}: expected one run, got {len(runs)}")
     try:
-        if out.suffix.lower() == ".png":
-            write_png(curves, out, x, names)
-        else:
-            write_svg(curves, out, x, names)
+        _draw(runs, "".join(kinds), metrics, out, x)
     except OSError as error:
         raise ConfigError(f"cannot write {out}: {error.strerror}") from None
     print(out)
     return 0
 
 
-def _plot_metric(runs: Sequence[Path], metric: str, out: Path, x: str) -> int:
-    if out.suffix.lower() != ".svg":
-        raise ConfigError(f"--metric: expected an .svg, got {out}")
-    try:
-        drawn = write_metric(runs, metric, out, x, [run.name for run in runs])
-    except OSError as error:
-        raise ConfigError(f"cannot write {out}: {error.strerror}") from None
-    if not drawn:
-        there = runs[0] / "metrics.csv"
-        raise ConfigError(f"--metric {metric}: no update tells it\n  the columns of {there} are what there is")
-    print(out)
-    return 0
+def _default(runs: Sequence[Path], name: str) -> Path:
+    if name:
+        return runs[0] / f"{name}.svg"
+    return runs[0] / "curve.svg" if len(runs) == 1 else Path("curves.svg")
 
 
-def _plot_one(kind: str, picture: Picture, runs: Sequence[Path], out: Path, x: str) -> int:
-    """A picture that there is of a single run."""
-    if len(runs) > 1 or out.suffix.lower() != ".svg":
-        raise ConfigError(f"--{kind}: expected one run and an .svg, got {len(runs)} and {out}")
-    try:
-        drawn = picture.write(runs[0], out, x)
-    except OSError as error:
-        raise ConfigError(f"cannot write {out}: {error.strerror}") from None
-    if not drawn:
-        raise ConfigError(f"{runs[0]}: {picture.why_not}")
-    print(out)
-    return 0
+def _draw(runs: Sequence[Path], kind: str, metrics: Sequence[str], out: Path, x: str) -> None:
+    """Write the picture. Raises ConfigError if there is nothing to draw."""
+    if kind == "standings":
+        if not write_standings(runs[0], out, read_curve(runs[0]).title):
+            raise ConfigError(f"{runs[0]}: {NO_STANDINGS}")
+        return
+    if kind == "metric":
+        picture = _metrics(runs, metrics)
+    elif kind:
+        make, why_not = ONE_RUN[kind]
+        picture = make(read_curve(runs[0]))
+        if not picture.curves:
+            raise ConfigError(f"{runs[0]}: {why_not}")
+    else:
+        names, curves = _read(runs)
+        picture = Picture(curves, names, RETURNS, title_of(curves))
+    if out.suffix.lower() == ".png":
+        write_png(picture, out, x)
+    else:
+        write_svg(picture.curves, out, x, picture.labels, picture.what, picture.title)
+
+
+def _metrics(runs: Sequence[Path], metrics: Sequence[str]) -> Picture:
+    """Each metric of each run that tells it. Raises ConfigError with what there is for one that none tells."""
+    told = {run: metric_names(run) for run in runs}
+    known = list(dict.fromkeys(name for names in told.values() for name in names))
+    for metric in metrics:
+        if metric not in known:
+            near = difflib.get_close_matches(metric, known, 3)
+            hint = f" — did you mean {' or '.join(near)}?" if near else ""
+            listed = f"there are {', '.join(known)}" if known else "there has been no update"
+            raise ConfigError(f"--metric {metric}: no update tells it{hint}\n  {listed}")
+        for run in runs:
+            if metric not in told[run]:
+                print(f"left out: no update of {run} tells {metric}", file=sys.stderr)
+    picture = metrics_of([(run.name or str(run), run) for run in runs], metrics)
+    if not picture.curves:
+        raise ConfigError(f"--metric {', '.join(metrics)}: no update has told a value yet")
+    return picture
 
 
 def _read(runs: Sequence[Path]) -> tuple[list[str], list[Curve]]:
@@ -115,7 +129,7 @@ def _read(runs: Sequence[Path]) -> tuple[list[str], list[Curve]]:
     return [name for name, _ in found], [curve for _, curve in found]
 
 
-def write_png(curves: Sequence[Curve], path: Path, x: str, labels: Sequence[str]) -> None:
+def write_png(picture: Picture, path: Path, x: str) -> None:
     """The same picture with matplotlib. Raises ConfigError naming the extra if that is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -129,32 +143,39 @@ def write_png(curves: Sequence[Curve], path: Path, x: str, labels: Sequence[str]
     figure = Figure(figsize=(8.6, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    single = len(curves) == 1
-    for index, (curve, label) in enumerate(zip(curves, labels, strict=True)):
-        thin = curve.thinned(x)
-        colour = COLOURS[index % len(COLOURS)][0]
-        evaluated = COLOURS[1][0] if single else colour
-        if single:
-            axes.plot([p.x(x) for p in thin.rollouts], [p.value for p in thin.rollouts], color=colour, alpha=0.3, lw=1)
-        axes.plot(
-            [p.x(x) for p in thin.smooth], [p.value for p in thin.smooth], color=colour, lw=2,
-            label="mean of the last 100 episodes" if single else label,
-        )  # fmt: skip
-        at = [p.x(x) for p in thin.evaluations]
-        low, high = ([p.value + side * p.spread for p in thin.evaluations] for side in (-1, 1))
-        axes.fill_between(at, low, high, color=evaluated, alpha=0.12, lw=0)
-        axes.plot(
-            at, [p.value for p in thin.evaluations], "o-" if single else "o:", color=evaluated, ms=4, lw=1.4,
-            label="evaluation ± one std" if single else None,
-        )  # fmt: skip
-    for goal in sorted({c.goal for c in curves if c.goal is not None}):
-        axes.axhline(goal, color="#3f7d20", ls="--", lw=1)
+    single = len(picture.curves) == 1 and picture.what == RETURNS
+    for index, (curve, label) in enumerate(zip(picture.curves, picture.labels, strict=True)):
+        _add_curve(axes, curve.thinned(x), x, index, None if single else label)
+    for goal in sorted({c.goal for c in picture.curves if c.goal is not None}):
+        axes.axhline(goal, color="#3f7d20", ls="--", lw=1, label=f"goal {short_number(goal)}")
+    numbers = FuncFormatter(lambda value, _: short_number(value))
+    axes.yaxis.set_major_formatter(numbers)
     if x == "steps":
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
-    axes.set(xlabel="wall time, s" if x == "time" else "env steps", ylabel="return")
-    if single:
-        axes.set_title(curves[0].title)
+        axes.xaxis.set_major_formatter(numbers)
+    axes.set(xlabel="wall time, s" if x == "time" else "env steps", ylabel=picture.what, title=picture.title)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
+
+
+def _add_curve(axes: Any, curve: Curve, x: str, index: int, label: str | None) -> None:
+    """Without a label it is the only curve: training and evaluation are told apart by colours."""
+    single, colour = label is None, COLOURS[index % len(COLOURS)][0]
+    evaluated = COLOURS[1][0] if single else colour
+    if single:
+        axes.plot(
+            [p.x(x) for p in curve.rollouts], [p.value for p in curve.rollouts], color=colour, alpha=0.3, lw=1,
+            label="return of a rollout",
+        )  # fmt: skip
+    axes.plot(
+        [p.x(x) for p in curve.smooth], [p.value for p in curve.smooth], color=colour, lw=2,
+        label=label or "mean of the last 100 episodes",
+    )  # fmt: skip
+    at = [p.x(x) for p in curve.evaluations]
+    low, high = ([p.value + side * p.spread for p in curve.evaluations] for side in (-1, 1))
+    axes.fill_between(at, low, high, color=evaluated, alpha=0.12, lw=0)
+    axes.plot(
+        at, [p.value for p in curve.evaluations], "o-" if single else "o:", color=evaluated, ms=4, lw=1.4,
+        label="evaluation ± one std" if single else None,
+    )  # fmt: skip

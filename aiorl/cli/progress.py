@@ -45,12 +45,12 @@ OPPONENTS_MAX = 8
 
 
 class Notes(msgspec.Struct, frozen=True, kw_only=True):
-    """What a display shows and no event says. `warmup` is in env steps."""
+    """What a display shows and no event says. `warmup` is in env steps, `rollout` is how many one has at most."""
 
     preset: bool = False
     device: str = ""
-    workers: int = 0
     warmup: int | None = None
+    rollout: int = 0
 
 
 class Display(Protocol):
@@ -183,10 +183,16 @@ def opponents(status: Status) -> list[str]:
 
 
 def state(status: Status, notes: Notes) -> str:
-    """The state in words; a warm-up says how far it is."""
-    if status.state == "warm-up" and notes.warmup:
-        return f"warm-up {count(min(status.env_steps, notes.warmup))}/{count(notes.warmup)}"
-    return status.state
+    """The state in words; a warm-up says how far it is, also while the learner waits for data.
+
+    Env steps are counted when their update is done: the one that ends the warm-up goes on with the count of the one before.
+    """
+    if status.gradient_steps or status.state not in ("warm-up", "waiting for data"):
+        return status.state
+    warmup, updating = notes.warmup or 0, status.state == "warm-up"
+    if status.env_steps + notes.rollout * updating < warmup:
+        return f"warm-up {count(status.env_steps)}/{count(warmup)}"
+    return "first update" if updating and (warmup or not status.version) else status.state
 
 
 def event_line(event: AnyEvent) -> str | None:

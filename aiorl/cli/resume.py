@@ -9,6 +9,7 @@ from typing import Any
 from aiorl.cli.parse import read_resume
 from aiorl.config import Config
 from aiorl.errors import CheckpointError, ConfigError
+from aiorl.structs import merge
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,10 +37,28 @@ def prepare(run: Path, changes: dict[str, Any]) -> tuple[Config, Path]:
             f"{checkpoint} holds a policy, but not what learning goes on from\n"
             f"  resume the run: python -m aiorl resume {checkpoint.parent}"
         )
-    config = resumed_config(run, **changes)
-    if manifest.env_steps >= config.total_steps:
+    config = resumed_config(run, **{name: value for name, value in changes.items() if "." not in name})
+    for key, text in changes.items():
+        if "." in key:
+            config = _with_setting(config, key, text, run)
+    done, total = manifest.env_steps, config.total_steps
+    if done >= total:
+        while total <= done:
+            total *= 2
         raise ConfigError(
-            f"{run} is finished: its checkpoint has {manifest.env_steps:,} of {config.total_steps:,} env steps\n"
-            f"  to train longer, give a larger total: --steps {2 * config.total_steps}"
+            f"{run} is finished: its checkpoint has {done:,} env steps, {config.total_steps:,} were asked for\n"
+            f"  to train longer, give a larger total: --steps {total}"
         )
     return config, checkpoint
+
+
+def _with_setting(config: Config, key: str, text: str, run: Path) -> Config:
+    """With a setting of its algorithm, "dqn.storage", or of one within that changed. Raises ConfigError."""
+    own = config.algorithm.name
+    path = key.split(".")
+    if path[0] != own:
+        raise ConfigError(f"--{key}: {run} was made with {own}\n  its own settings are called --{own}.{path[-1]}")
+    table: Any = text
+    for name in reversed(path):
+        table = {name: table}
+    return Config.from_dict(merge(config.to_dict(), table), str(run))

@@ -89,7 +89,7 @@ async def _follow(run: Run, display: Display, mode: Mode) -> None:
 def notes_for(config: Config, preset: bool) -> Notes:
     warmup = config.warmup if config.warmup is not None else getattr(config.algorithm, "warmup", None)
     device = "" if config.device == "auto" else config.device
-    return Notes(preset=preset, device=device, warmup=warmup)
+    return Notes(preset=preset, device=device, warmup=warmup, rollout=config.steps_per_rollout)
 
 
 class Signals:

@@ -5,7 +5,7 @@
 The picture shows the training return (each rollout pale, the mean of the last 100 episodes solid), the evaluations with
 a band of one standard deviation, and the return that the run was to reach. Several runs can share a picture. Another one,
 `write_wins`, shows the share of episodes won in each evaluation suite, where the environment tells, `write_rates` that of
-games won in self-play, and `write_metric` what learners say of each update.
+games won in self-play. `metrics_of` makes one of what is told of each update.
 """
 
 from __future__ import annotations
@@ -16,16 +16,22 @@ import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from aiorl.errors import ConfigError
-from aiorl.metrics.svg import RATES, WINS, draw
+from aiorl.metrics.svg import RATES, RETURNS, WINS, draw, title_of
 
 RATE = "win_rate_"  # begins the names of metrics
 POINTS = 400
 """Most points a line is drawn with: more cannot be told apart at the size of the picture."""
+
+TOLD = (
+    "staleness", "staleness_in_queue", "off_policy_degree", "gradient_steps", "collect_seconds", "update_seconds",
+    "waited_seconds", "episodes", "return_mean", "length_mean", "train_return_mean_100",
+)  # fmt: skip
+"""What every update tells besides its learner's metrics."""
 
 
 class _Row(msgspec.Struct, frozen=True):
@@ -46,6 +52,13 @@ class _Row(msgspec.Struct, frozen=True):
     suite: str = ""
     episodes: int = 0
     wins: float | None = None
+    staleness: int = 0
+    staleness_in_queue: int = 0
+    gradient_steps: int = 0
+    collect_seconds: float = 0.0
+    update_seconds: float = 0.0
+    waited_seconds: float = 0.0
+    length_mean: float | None = None
     metrics: dict[str, float | None] = {}
 
 
@@ -91,8 +104,17 @@ class Curve:
         return replace(self, rollouts=thin(self.rollouts, axis), smooth=thin(self.smooth, axis))
 
 
+class Picture(NamedTuple):
+    """Curves that are drawn together, each under its label; what their values are, and whose they are."""
+
+    curves: Sequence[Curve]
+    labels: Sequence[str]
+    what: str
+    title: str
+
+
 def read_curve(source: str | Path | Iterable[Any], goal: float | None = None, metric: str | None = None) -> Curve:
-    """The curve of a run directory, or of a sequence of events; with `metric`, of that one instead of the returns.
+    """The curve of a run directory, or of a sequence of events; with `metric` (see `metric_names`), of that instead.
 
     A run that was resumed goes on where its checkpoint was: points after it, which were done again, are left out.
     Raises ConfigError when the directory holds no events.
@@ -110,7 +132,7 @@ def read_curve(source: str | Path | Iterable[Any], goal: float | None = None, me
         steps, seconds = float(row.env_steps), row.seconds + shift
         curve.end = (max(curve.end[0], steps), max(curve.end[1], seconds))
         if metric is not None:
-            if (value := row.metrics.get(metric)) is not None:
+            if (value := _told(row, metric)) is not None:
                 curve.smooth.append(Point(steps, seconds, value))
         elif row.event == "updated":
             if row.return_mean is not None:
@@ -138,42 +160,60 @@ def write_curve(source: str | Path | Iterable[Any], path: str | Path, x: str = "
 
 def write_wins(source: str | Path | Iterable[Any], path: str | Path, x: str = "steps") -> bool:
     """Draw the shares of episodes won, a line for each evaluation suite. False, and no file, if none has been told."""
-    curve = read_curve(source, goal=None)
-    lines = [replace(curve, goal=None, rollouts=[], smooth=[], evaluations=points) for points in curve.wins.values()]
-    if lines:
-        text = draw(lines, x, [suite or "evaluation" for suite in curve.wins], WINS)
-        Path(path).write_text(text, encoding="utf-8")
-    return bool(lines)
+    return _write(wins_of(read_curve(source)), path, x)
 
 
 def write_rates(source: str | Path | Iterable[Any], path: str | Path, x: str = "steps") -> bool:
     """Draw the shares of training games won, a line for each opponent. False, and no file, if none has been told."""
-    curve = read_curve(source)
-    lines = [replace(curve, goal=None, rollouts=[], smooth=thin(p, x), evaluations=[]) for p in curve.rates.values()]
-    if lines:
-        Path(path).write_text(draw(lines, x, list(curve.rates), RATES), encoding="utf-8")
-    return bool(lines)
+    return _write(rates_of(read_curve(source)), path, x)
 
 
-def write_metric(
-    sources: Sequence[str | Path | Iterable[Any]],
-    metric: str,
-    path: str | Path,
-    x: str = "steps",
-    labels: Sequence[str] = (),
-) -> bool:
-    """Draw a metric of the updates of several runs, each under its label. False, and no file, if no run has it."""
-    curves = [replace(read_curve(source, metric=metric), goal=None) for source in sources]
-    if any(curve.smooth for curve in curves):
-        text = draw([curve.thinned(x) for curve in curves], x, labels or [metric], metric)
-        Path(path).write_text(text, encoding="utf-8")
-        return True
-    return False
+def _write(picture: Picture, path: str | Path, x: str) -> bool:
+    if picture.curves:
+        write_svg(picture.curves, path, x, picture.labels, picture.what, picture.title)
+    return bool(picture.curves)
 
 
-def write_svg(curves: Sequence[Curve], path: str | Path, x: str = "steps", labels: Sequence[str] = ()) -> None:
+def wins_of(curve: Curve) -> Picture:
+    """The shares of episodes won in each evaluation suite; no curves if none has been told."""
+    bare = replace(curve, goal=None, rollouts=[], smooth=[])
+    lines = [replace(bare, evaluations=points) for points in curve.wins.values()]
+    return Picture(lines, [suite or "evaluation" for suite in curve.wins], WINS, curve.title)
+
+
+def rates_of(curve: Curve) -> Picture:
+    """The shares of training games won against each opponent; no curves if none has been told."""
+    bare = replace(curve, goal=None, rollouts=[], evaluations=[])
+    return Picture([replace(bare, smooth=points) for points in curve.rates.values()], list(curve.rates), RATES, curve.title)
+
+
+def metrics_of(runs: Sequence[tuple[str, str | Path]], metrics: Sequence[str]) -> Picture:
+    """Metrics of the updates of several runs, each run under a label; only curves with points. Raises ConfigError."""
+    lines: list[tuple[str, Curve]] = []
+    of_each: list[Curve] = []
+    for label, run in runs:
+        found = {metric: replace(read_curve(run, metric=metric), goal=None) for metric in metrics}
+        drawn = {metric: curve for metric, curve in found.items() if curve.smooth}
+        of_each += list(drawn.values())[:1]
+        names = {metric: [label] * (len(runs) > 1) + [metric] * (len(metrics) > 1) for metric in drawn}
+        lines += [(" · ".join(names[metric]) or metric, curve) for metric, curve in drawn.items()]
+    what = ", ".join(metrics)
+    return Picture([curve for _, curve in lines], [name for name, _ in lines], what, title_of(of_each) if lines else "")
+
+
+def metric_names(source: str | Path) -> list[str]:
+    """What the updates of a run tell, its learner's metrics first; nothing before the first one. Raises ConfigError."""
+    told = [row.metrics for row in _read_rows(Path(source)) if row.event == "updated"]
+    return [*sorted({name for metrics in told for name in metrics}), *TOLD] if told else []
+
+
+def write_svg(
+    curves: Sequence[Curve], path: str | Path, x: str = "steps", labels: Sequence[str] = (), what: str = RETURNS,
+    title: str = "",
+) -> None:  # fmt: skip
     """Draw several curves into one SVG file, each under its label."""
-    Path(path).write_text(draw([curve.thinned(x) for curve in curves], x, labels), encoding="utf-8")
+    text = draw([curve.thinned(x) for curve in curves], x, labels, what, title)
+    Path(path).write_text(text, encoding="utf-8")
 
 
 def thin(points: Sequence[Point], axis: str, most: int = POINTS) -> list[Point]:
@@ -207,6 +247,13 @@ def _begin(curve: Curve, row: _Row) -> float:
     known = [p.seconds for p in (*curve.rollouts, *curve.smooth, *curve.evaluations)]
     curve.end = (float(row.env_steps), max(known, default=0.0))
     return max(0.0, curve.end[1] - row.seconds)
+
+
+def _told(row: _Row, metric: str) -> float | None:
+    """What an update says under this name; None for another event."""
+    if row.event != "updated":
+        return None
+    return row.metrics.get(metric, getattr(row, metric) if metric in TOLD else None)
 
 
 def _read_rows(directory: Path) -> Iterator[_Row]:

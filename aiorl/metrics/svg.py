@@ -34,14 +34,19 @@ SUBTITLES = {
 }
 
 
-def draw(curves: Sequence[Curve], x: str = "steps", labels: Sequence[str] = (), what: str = RETURNS) -> str:
-    """The SVG text. A single curve of returns has colours for training and evaluation; else each has one of its own."""
+def draw(
+    curves: Sequence[Curve], x: str = "steps", labels: Sequence[str] = (), what: str = RETURNS, title: str = ""
+) -> str:  # fmt: skip
+    """The SVG text. A single curve of returns has colours for training and evaluation; else each has one of its own.
+
+    Without a `title` each curve is taken to be of another run.
+    """
     single = len(curves) == 1 and what == RETURNS
     entries = _legend_entries(curves, labels, single)
     rows = _legend_rows(entries)
     height = HEIGHT + LEGEND_ROW * (len(rows) - 1)
     plot = _Plot(curves, x, height - BOTTOM - LEGEND_ROW * len(rows), what)
-    title = curves[0].title if len(curves) == 1 or what in SUBTITLES else _common_title(curves)
+    title = title or title_of(curves)
     subtitle = _subtitle(curves) if what == RETURNS else SUBTITLES.get(what, "of each update")
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
@@ -78,11 +83,10 @@ def nice_times(end_s: float, about: int = 5) -> list[float]:
 
 
 def short_number(value: float) -> str:
-    """1500 -> 1.5k, 2000000 -> 2M, 0.25 -> 0.25."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{unit}".replace("-", "−")
-    return f"{value:g}".replace("-", "−")
+    """1500 -> 1.5k, 2000000 -> 2M, 0.25 -> 0.25; 6e18, 1e−8 where there are no words for it."""
+    size, unit = next((u for u in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if u[0] <= abs(value) < 1e12), (1.0, ""))
+    digits, _, power = f"{value / size:.10g}".partition("e")
+    return (f"{digits}e{int(power)}" if power else digits + unit).replace("-", "−")
 
 
 def short_time(seconds: float, end_s: float) -> str:
@@ -211,7 +215,10 @@ def _value_range(curves: Sequence[Curve]) -> tuple[float, float]:
     return (0.0 if 0 <= low < 0.3 * high else low - margin), high + margin
 
 
-def _common_title(curves: Sequence[Curve]) -> str:
+def title_of(curves: Sequence[Curve]) -> str:
+    """What the runs have in common, one curve for each."""
+    if len(curves) == 1:
+        return curves[0].title
     names = [sorted({getattr(c, key) for c in curves}) for key in ("env", "algo")]
     return " · ".join(values[0] if len(values) == 1 else f"{len(values)} {kind}" for values, kind in
                       zip(names, ("environments", "algorithms"), strict=True)) + f" · {len(curves)} runs"  # fmt: skip
