@@ -124,7 +124,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         bool, Meta(description="let an algorithm without off-policy correction run at a degree of 1 or more")
     ] = False
     warmup: Annotated[
-        int | None, Meta(description="env steps stored before a replay learner's first update (default: as the algorithm says)")
+        int | None,
+        Meta(description="env steps stored before a replay learner's first update (default: the algorithm's own warmup)"),
     ] = None
     eval_every: Annotated[
         int | None, Meta(description="env steps between evaluations (default: a tenth of the run; 0: only the final one)")

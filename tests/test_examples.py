@@ -19,10 +19,11 @@ import pytest
 
 import aiorl
 from aiorl.offload import OffloadThread
-from aiorl.testing import check_env
+from aiorl.testing import check_algorithm, check_env
 from examples import (
     custom_algorithm,
     custom_env,
+    custom_replay,
     hockey_selfplay,
     log_to_tensorboard,
     pause_and_tune,
@@ -152,6 +153,21 @@ async def test_websocket_env_is_one_to_train_on():
         found = await thread.run(lambda: check_env("examples.websocket_env:RemoteCartPole", url=url))
     assert await thread.aclose(5)
     assert {f.code for f in found if f.severity != "info"} <= {"slow-start"}  # on a busy machine
+
+
+async def test_custom_replay_learns():
+    """A random policy returns about 22 on CartPole-v1."""
+    config = aiorl.Config(
+        env="CartPole-v1", algo=custom_replay.TinyDQN(update_ratio=0.5), total_steps=20_000, seed=3, envs=8, workers=0,
+        off_policy_degree=0, eval_every=0, eval_episodes=5,
+    )  # fmt: skip
+    result = await aiorl.train(config)
+    assert result.train_return_mean_100 is not None
+    assert result.train_return_mean_100 > 60
+
+
+def test_the_doctor_finds_nothing_wrong_with_custom_replay():
+    assert [f for f in check_algorithm(custom_replay.TinyDQN()) if f.severity != "info"] == []
 
 
 async def test_custom_algorithm_learns():

@@ -111,9 +111,9 @@ class Learner(Protocol):
         the update begins (0 for the newest version, in proportion to the lag; the algorithm's `default_error_target` is what
         it may reach, 0.3 if it has none), `clip_fraction` and `grad_norm`. The rollout's arrays are only valid during the
         call. A `grad_norm` of 0, unless `learning_rate` is, raises an alarm, and so do a `q_min` or `q_max` beyond a
-        `q_limit` (what rewards allow), weights that do not change, and a metric that is not finite. Raise NonFiniteError where a
-        loss, gradient or parameter is not finite, with everything but a buffer of experience taken back to what it was
-        before the call.
+        `q_limit` (what rewards allow), weights that do not change, and a metric that is not finite. Raise NonFiniteError
+        where a loss, gradient or parameter is not finite, with everything but a buffer of experience taken back to what it
+        was before the call.
         """
         ...
 
