@@ -236,6 +236,8 @@ class Run:
         `off_policy_degree` can be set too: 0 to the configured `degree_max`, or -1 to let it tune itself from here on.
         """
         parts = self._going()
+        if not changes:
+            raise ConfigError("set() was given nothing to change\n  name a setting, such as set(learning_rate=1e-4)")
         if "off_policy_degree" in changes:
             degree = changes.pop("off_policy_degree")
             if degree != int(degree):

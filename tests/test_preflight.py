@@ -196,6 +196,12 @@ def test_a_run_that_only_acts_at_random_says_so() -> None:
         assert any("every action will be random: random_steps is 1,000" in text for text in warned) is told
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="this platform has no /proc")
+def test_where_nothing_can_be_written_is_said_first() -> None:
+    """A file system without a size says nothing of what is free."""
+    refused("cannot write to /proc/here", algo=aiorl.DQN(), workers=0, out="/proc/here")
+
+
 def test_frames_of_a_stack_count_once() -> None:
     spaces = check(make(env="CartPole-v1", frame_stack=4, workers=0), write=False).spaces
     alone = check(make(env="CartPole-v1", workers=0), write=False).spaces

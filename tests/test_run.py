@@ -209,6 +209,8 @@ async def test_set_checkpoint_evaluate_and_policy_while_running(config: Make) ->
         await run.set(learning_rate=0.5)
         with pytest.raises(aiorl.ConfigError, match="momentum"):
             await run.set(momentum=0.5)
+        with pytest.raises(aiorl.ConfigError, match="nothing to change"):
+            await run.set()
         path = await run.checkpoint()
         evaluated = await run.evaluate(episodes=3)
         policy = run.policy()

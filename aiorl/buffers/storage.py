@@ -111,7 +111,8 @@ def free_bytes(directory: str | Path) -> int | None:
     """Room on the disk of a directory, which need not be there yet; None where the platform does not say."""
     path = Path(directory).absolute()
     try:
-        return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+        usage = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists()))
+        return usage.free if usage.total else None  # /proc, say, has no size
     except OSError:
         return None
 
