@@ -1,4 +1,7 @@
-"""Deep Q-learning in little: linear values, signs for gradients, a target and a buffer; right but for its `flaw`."""
+"""Deep Q-learning in little: linear values, signs for gradients, a target and a buffer; right but for its `flaw`.
+
+`plain` takes the gradients themselves, with which values settle as slowly as the learning rate is small.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ class Small(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     default_segment_length: ClassVar[int] = 16
 
     flaw: str = ""
+    plain: bool = False
     learning_rate: float = 3e-3
     batch_size: int = 32
     capacity: int = 4_000
@@ -131,7 +135,8 @@ class SmallLearner:
         if flaw == "zero gradient":
             gradient *= 0.0
         parameters = self._w.copy() if flaw == "optimizes a copy" else self._w
-        parameters += np.float32(config.learning_rate) * np.sign(gradient).astype(np.float32)
+        step = gradient if config.plain else np.sign(gradient)
+        parameters += np.float32(config.learning_rate) * step.astype(np.float32)
         self._steps += 1
         self._follow()
         return float(np.linalg.norm(gradient)), float((x @ self._w * chosen).sum(1).mean())

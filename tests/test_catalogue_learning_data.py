@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from faulty_buffer import Prioritised, RingBuffer, Stacks
 
 from aiorl.buffers.lanes import Lanes
 from aiorl.buffers.priorities import SumTree
-from aiorl.buffers.replay import Replay
+from aiorl.buffers.replay import Batch, Replay
 from aiorl.testing import check_replay, errors
 from aiorl.testing.findings import Finding
 
@@ -52,6 +56,28 @@ def test_sound_buffers_pass() -> None:
     assert check_replay(Prioritised, priority_exponent=0.5) == []
     for exponent in (0.6, 1.0):
         assert check_replay(functools.partial(Replay, priority_exponent=exponent), priority_exponent=exponent) == []
+
+
+@pytest.mark.parametrize("storage", ["disk", "device"])
+@pytest.mark.parametrize("stack", [1, 4])
+def test_it_does_not_matter_where_a_buffer_keeps_observations(storage: Any, stack: int, tmp_path: Path) -> None:
+    make = functools.partial(Replay, storage=storage, directory=tmp_path, priority_exponent=0.6)
+    assert check_replay(make, stack=stack, priority_exponent=0.6) == []
+
+
+class OnDevice(RingBuffer):
+    """Its observations are tensors."""
+
+    def sample(self, *args: Any, **settings: Any) -> Batch:
+        batch = super().sample(*args, **settings)
+        obs, after = ({k: torch.from_numpy(x) for k, x in leaves.items()} for leaves in (batch.obs, batch.next_obs))
+        return dataclasses.replace(batch, obs=obs, next_obs=after)
+
+
+@pytest.mark.parametrize("flaw", ["(1, F)", "torn", "clears history", "loads no ends", "biased"])
+def test_a_flaw_is_found_in_tensors_as_well(flaw: str) -> None:
+    code, words = PLANTED[flaw]
+    assert words in found(flaw, OnDevice)[code].message
 
 
 @pytest.mark.parametrize("flaw", PLANTED)

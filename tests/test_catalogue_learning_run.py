@@ -15,7 +15,9 @@ import pytest
 from faulty_learner import Small
 
 import aiorl
+from aiorl import checkpoint
 from aiorl.cli import main
+from aiorl.resuming import resumed_config
 from aiorl.testing import check_run
 from aiorl.testing.catalogue import FOUND_AS
 from aiorl.testing.findings import Finding
@@ -34,9 +36,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SMALL_DQN: dict[str, Any] = {"hidden": (8,), "warmup": 64, "capacity": 1_000, "batch_size": 8, "target_every": 10}
 
 
-def trained(directory: Path, algo: Any) -> None:
+def trained(directory: Path, algo: Any, env: str = "CartPole-v1") -> None:
     config = aiorl.Config(
-        env="CartPole-v1", algo=algo, envs=4, workers=0, segment_length=8, total_steps=640, eval_every=0, eval_episodes=1,
+        env=env, algo=algo, envs=4, workers=0, segment_length=8, total_steps=640, eval_every=0, eval_episodes=1,
         checkpoint_every=0, out=str(directory),
     )  # fmt: skip
     asyncio.run(aiorl.train(config))
@@ -188,6 +190,32 @@ def test_no_episode_ever_ends(run: Planted) -> None:
     assert "no-episodes" in run.found
 
 
+def test_what_was_not_finite_is_left_out(run: Planted) -> None:
+    """It is written as null."""
+    run.updates(lambda u: u["metrics"].update(dict.fromkeys(u["metrics"], None)) if u["version"] > 15 else None)
+    assert run.found == {}
+    (progress,) = check_run(run.path)
+    assert "q_mean" in progress.message
+    run.updates(lambda u: u["metrics"].update(dict.fromkeys(u["metrics"], None)))
+    assert set(run.found) == {"loss-only"}
+
+
+def test_a_check_that_fails_is_no_damage(run: Planted) -> None:
+    run.updates(at(5, episodes="many"))
+    assert set(run.found) == {"not-checked"}
+    assert "episodes could not be checked: ValueError" in run.found["not-checked"].message
+    assert "disk" not in run.found["not-checked"].message
+
+
+@pytest.mark.parametrize("env", ["test_check_env:Forgetful", "test_check_env:Brief"])
+def test_episodes_of_one_step_are_noticed(env: str, tmp_path: Path) -> None:
+    trained(tmp_path / "run", aiorl.DQN(**SMALL_DQN), env)
+    found = Planted(tmp_path / "run").found["one-step-episodes"]
+    words = {"Forgetful": "episodes had one step, the first had more", "Brief": "each of 640 episodes had one step"}
+    assert words[env.split(":")[1]] in found.message
+    assert found.severity == "warning"
+
+
 def test_most_actions_are_random_in_the_end(run: Planted) -> None:
     run.config("epsilon_end", 0.9)
     run.config("epsilon_start", 0.9)
@@ -208,6 +236,62 @@ def test_what_a_resumed_run_did_again_counts_once(run: Planted) -> None:
         again = [x for x in lines if json.loads(x).get("version", 0) > 12 or json.loads(x).get("k", 0) >= 12]
         (run.path / name).write_text("\n".join(lines + again) + "\n")
     assert run.found == {}
+
+
+def test_each_update_is_judged_by_the_total_that_was_in_force_at_it(run: Planted) -> None:
+    asyncio.run(aiorl.train(resumed_config(run.path, total_steps=1280), resume=run.path))
+    assert run.found == {}
+    run.updates(lambda u: u["metrics"].update(epsilon=0.7) if u["version"] in (2, 30) else None)
+    assert run.found["epsilon"].message.startswith("epsilon is 0.7 in rollout 1, expected 0.7625")
+    run.updates(lambda u: u["metrics"].update(epsilon=0.7625) if u["version"] == 2 else None)
+    assert run.found["epsilon"].message.startswith("epsilon is 0.7 in rollout 29, expected 0.05")
+
+
+@pytest.fixture
+def moved(sound: Path, tmp_path: Path) -> Planted:
+    """A run that went on, in a directory of its own, from a checkpoint that had been copied elsewhere."""
+    shutil.copytree(checkpoint.complete_checkpoints(sound / "checkpoints")[-1], tmp_path / "elsewhere" / "saved")
+    config = resumed_config(sound, total_steps=1280).replace(out=str(tmp_path / "moved"))
+    asyncio.run(aiorl.train(config, resume=tmp_path / "elsewhere" / "saved"))
+    return Planted(tmp_path / "moved")
+
+
+def test_a_run_whose_beginning_lies_elsewhere(moved: Planted) -> None:
+    assert moved.found == {}
+    moved.updates(halved)
+    assert moved.found["update-ratio"].message.startswith("148 gradient steps after 672 env steps, expected 152")
+
+
+def test_a_gap_in_a_run_whose_beginning_lies_elsewhere(moved: Planted) -> None:
+    moved.lines("schedule.jsonl", lambda x: x.update(k=x["k"] + 1))
+    assert "rollout 22 follows 20" in moved.found["damaged"].message
+
+
+SELF_PLAY: dict[str, tuple[Callable[[Planted], None], str]] = {
+    "update-ratio": (lambda r: r.updates(halved), "update_ratio = 0.25 for each env step after 64"),
+    "epsilon": (lambda r: r.updates(lambda u: u["metrics"].update(epsilon=0.5)), "expected 1"),
+    "loss-only": (lambda r: r.updates(lambda u: u["metrics"].pop("q_mean", 0)), "q_mean"),
+    "batch": (lambda r: r.config("batch_size", 2), "batch_size = 2"),
+    "clipped": (lambda r: r.metrics(grad_norm=1e4), "max_grad_norm = 10"),
+    "priorities": (lambda r: r.metrics(priority_entropy=0.01), "a few transitions"),
+}
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in self-play of an algorithm of which only some settings were given."""
+    directory = tmp_path_factory.mktemp("played") / "run"
+    trained(directory, aiorl.SelfPlay(algo="dqn", inner=SMALL_DQN, admit_every=4, pool=2), "games:matching")
+    return directory
+
+
+@pytest.mark.parametrize("code", SELF_PLAY)
+def test_in_self_play_the_algorithm_that_learns_is_judged(code: str, played: Path, tmp_path: Path) -> None:
+    shutil.copytree(played, tmp_path / "run")
+    run, (plant, words) = Planted(tmp_path / "run"), SELF_PLAY[code]
+    assert run.found == {}
+    plant(run)
+    assert words in run.found[code].message
 
 
 def test_a_line_that_was_being_written_is_left_out(run: Planted) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from faulty_learner import Small
 
-from aiorl.testing import check_algorithm
+from aiorl.envs.spec import EnvSpec
+from aiorl.testing import check_algorithm, replay_checks
+from aiorl.testing.bench import record
+from aiorl.testing.examine_algorithm import CHAIN
 from aiorl.testing.findings import Finding
 
 pytestmark = [
@@ -38,6 +42,17 @@ WORTH = {
 }
 
 
+SETTLING: dict[str, tuple[Small, list[tuple[str, str]]]] = {
+    "soundly": (Small(plain=True, learning_rate=0.05), []),
+    "wrongly": (Small(plain=True, learning_rate=0.05, flaw="gamma of one step"), [("error", "value")]),
+    "too slowly": (Small(plain=True), [("warning", "not-settled")]),
+    "too slowly, hardly at all": (Small(plain=True, learning_rate=1e-5), [("warning", "not-settled")]),
+    "too slowly, but too far": (Small(plain=True, flaw="gamma of one step"), [("error", "value")]),
+    "never": (Small(plain=True, learning_rate=0.05, flaw="no discount"), [("error", "value")]),
+    "fast, at the rate of the check": (Small(learning_rate=1e-9), []),
+}  # fmt: skip
+
+
 def found(flaw: str, *, learning: bool) -> dict[str, Finding]:
     return {f.code: f for f in check_algorithm(Small(flaw=flaw), learning=learning) if f.severity != "info"}
 
@@ -58,8 +73,36 @@ def test_a_flaw_of_a_learner_is_found(flaw: str) -> None:
 @pytest.mark.parametrize("flaw", WORTH)
 def test_values_that_come_out_wrong_are_found(flaw: str, monkeypatch: pytest.MonkeyPatch) -> None:
     code, words, guess = WORTH[flaw]
-    monkeypatch.setattr("aiorl.testing.examine_algorithm.ends_of_episodes", lambda algorithm, env: iter(()))  # takes long
+    monkeypatch.setattr("aiorl.testing.examine_algorithm.ends_of_episodes", lambda *_: iter(()))  # takes long
     findings = found(flaw, learning=True)
     assert code in findings, findings
     assert words in findings[code].message
     assert guess in findings[code].message
+
+
+@pytest.mark.parametrize("how", SETTLING)
+def test_values_are_judged_once_they_have_settled(how: str) -> None:
+    algorithm, expected = SETTLING[how]
+    findings = list(replay_checks.value(record(algorithm, EnvSpec(CHAIN, {"action": "discrete"}, CHAIN))))
+    assert [(f.severity, f.code) for f in findings] == expected
+    assert all(len(f.message.splitlines()) <= 3 for f in findings)
+
+
+@pytest.mark.parametrize("limit", [2.0, 3.5, 6.0, 8 / 7, 0.5])
+@pytest.mark.parametrize("slow_share", [0.0, 0.25])
+def test_no_course_of_values_is_judged_too_soon(limit: float, slow_share: float) -> None:
+    """However fast they settle, in one movement or in two: never the wrong verdict, and a verdict in time."""
+    updates = np.arange(40)
+    for pace in np.geomspace(1e-4, 10, 60):
+        left = slow_share * np.exp(-updates * pace) + (1 - slow_share) * np.exp(-updates * min(10, 20 * pace))
+        means = limit * (1 - left)
+        right = replay_checks._near(means[-1]) and replay_checks._settled(means)
+        wrong = not replay_checks._near(means[-1]) and (replay_checks._settled(means) or replay_checks._leaves(means))
+        assert not (wrong if limit == 2.0 else right)
+        assert right or wrong or pace < 0.2
+
+
+def test_what_is_not_looked_at_is_said() -> None:
+    for learning, words in ((True, "whole runs, the values that it learns, ends of episodes"), (False, "whole runs")):
+        told = found("one action more", learning=learning)["not-checked"].message.splitlines()[0]
+        assert told == f"not looked at, because of these errors: its policy and its learner, {words}"

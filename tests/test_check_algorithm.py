@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import msgspec
@@ -56,6 +58,21 @@ def test_sound_algorithms_pass(name: str):
     assert not errors(found), found
     assert [code for code in codes(found) if code != "not-finite"] == known
     assert ("ends" in {f.code for f in found}) == (not known)
+
+
+@pytest.mark.parametrize("storage", ["disk", "device"])
+def test_experience_may_lie_anywhere(storage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr("aiorl.testing.examine_algorithm.LEARN_ENV_STEPS", 2_048)
+    algorithm = aiorl.DQN(hidden=(16,), batch_size=16, capacity=2_000, storage=storage)
+    assert codes(check_algorithm(algorithm)) == ["no-foresight"], "so little was learned"
+    assert [*(tmp_path / "temporary").iterdir()] == []
+
+
+def test_a_clip_that_makes_all_rewards_the_same_does_not_hide_the_ends():
+    env = EnvSpec(CHAIN, {"action": "discrete"}, CHAIN)
+    assert [f.code for f in ends_of_episodes(aiorl.DQN(hidden=(32,), reward_clip=0.3), env)] == ["ends"]
 
 
 @pytest.mark.long
@@ -287,16 +304,16 @@ class Halved(Q, frozen=True):
 
 
 def test_a_learner_that_is_not_whole():
-    (found,) = check_algorithm(Halved)
+    found, left_out = check_algorithm(Halved)
     assert (found.code, "HalfLearner has no set" in found.message) == ("protocol", True)
+    assert (left_out.code, "its policy and its learner, whole runs" in left_out.message) == ("not-checked", True)
 
 
 def test_a_class_that_no_worker_can_import():
     class Local(Q, frozen=True):
         pass
 
-    (found,) = check_algorithm(Local)
-    assert found.code == "importable"
+    assert [f.code for f in check_algorithm(Local)] == ["importable", "not-checked"]
 
 
 async def test_it_can_be_called_inside_an_event_loop():

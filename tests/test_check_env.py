@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 from envs_for_tests import Walk
 
+from aiorl.envs.make import probe
+from aiorl.envs.spec import resolve_env
 from aiorl.testing import Finding, check_env, errors
 from aiorl.testing.env_checks import SLOW_START_S, _start_up, walk
 from aiorl.testing.env_checks import Walk as Seen
@@ -186,6 +188,42 @@ class Narrow(Walk):
         self.observation_space = gymnasium.spaces.Box(0, 1, (3,), np.float32)
 
 
+class NarrowPart(Walk):
+    """Shows more than it declares in one part of several."""
+
+    def __init__(self) -> None:
+        super().__init__(kind="dict", seeded=True)
+        declared: Any = self.observation_space
+        part = {"pos": gymnasium.spaces.Box(-100, np.array([100, 2], np.float32), (2,), np.float32)}
+        self.observation_space = gymnasium.spaces.Dict({**declared.spaces, **part})
+
+
+class Forgetful(Walk):
+    """Its reset forgets the clock, and nothing shows it but the ends of episodes."""
+
+    def __init__(self) -> None:
+        super().__init__(seeded=True)
+        self.observation_space = gymnasium.spaces.Box(-100, 1e6, (3,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        before = self.t
+        result = super().reset(seed=seed)
+        self.t = before
+        return result
+
+
+class Brief(Walk):
+    """Rightly, episodes have one step: all, or all but those whose seed is a multiple of `longer`."""
+
+    def __init__(self, longer: int = 0) -> None:
+        super().__init__(limit=1, seeded=True)
+        self.longer = longer
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        self.limit = 5 if self.longer and seed is not None and seed % self.longer == 0 else 1
+        return super().reset(seed=seed)
+
+
 MISTAKES = [
     (Faulty, {"at": "step", "fault": "numpy"}, ["unseeded", "global-chance"], "generator of numpy.random"),
     (Faulty, {"at": "reset", "fault": "python"}, ["global-chance"], "generator of random"),
@@ -204,6 +242,8 @@ MISTAKES = [
     (Endless, {"seeded": True}, ["outside-space", "endless"], "max_episode_steps"),
     (Limited, {"seeded": True}, ["limit-as-termination"], "after exactly 6 steps"),
     (Narrow, {}, ["outside-space"], "true bounds"),
+    (NarrowPart, {}, ["outside-space"], "obs.pos[1] is 3, expected -100 to 2"),
+    (Forgetful, {}, ["one-step-episodes"], "where a new environment goes on"),
 ]
 
 
@@ -241,6 +281,15 @@ def test_one_that_hangs_is_given_up():
     assert "from a segment of random steps within 1 s" in found[0].message
 
 
+@pytest.mark.parametrize("longer", [0, 5])
+def test_episodes_may_have_one_step(longer: int):
+    seen = walk(Brief(longer), probe(resolve_env(Brief, in_process=True)).spaces, 50)
+    lengths = [length for *_, length in seen.ends]
+    assert lengths[0] == (5 if longer else 1)
+    assert 2 * lengths.count(1) > len(lengths)
+    assert codes(check_env(Brief, longer=longer)) == []
+
+
 # -- what no worker can import -----------------------------------------------------------------------------------------
 
 
@@ -276,9 +325,6 @@ def test_errors_are_what_must_be_mended():
 
 
 def test_the_walk_leaves_the_global_generators_as_they_are():
-    from aiorl.envs.make import probe
-    from aiorl.envs.spec import resolve_env
-
     before = (random.getstate(), np.random.get_state()[1].tobytes())
     seen = walk(Walk(seeded=True), probe(resolve_env(Walk, in_process=True)).spaces, 50)
     assert isinstance(seen, Seen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,14 +71,15 @@ def context(**changes: Any) -> LearnerContext:
     return replace(plain, **changes)
 
 
-def record(algorithm: Algorithm, env: EnvSpec) -> Bench:
-    """Collect and learn in turn, as at degree 0, and keep what was collected."""
+def record(algorithm: Algorithm, env: EnvSpec, directory: Path | None = None) -> Bench:
+    """Collect and learn in turn, as at degree 0, and keep what was collected. `directory` is for files of learners."""
     found = probe(env, ENVS)
     spaces = found.spaces
     columns = {"action": spaces.action_column, "reward": Column((), "float64")}
     columns |= {name: Column((), "bool") for name in CORE_COLUMNS[2:]} | algorithm.columns(spaces)
     layout = SegmentLayout(STEPS, ENVS, spaces.obs_columns, columns, found.state_bytes)
-    learner = algorithm.learner(spaces, context())
+    given = context(directory=directory)
+    learner = algorithm.learner(spaces, given)
     group, policy = blocking_group(found.spec, spaces, range(ENVS), SEED), algorithm.policy(spaces)
     tape: list[Recorded] = []
     told: list[dict[str, float]] = []
@@ -95,7 +97,7 @@ def record(algorithm: Algorithm, env: EnvSpec) -> Bench:
                 half = copied(learner.weights())
     finally:
         group.close()
-    return Bench(algorithm, env, spaces, context(), tuple(tape), tuple(told), half, copied(learner.weights()))
+    return Bench(algorithm, env, spaces, given, tuple(tape), tuple(told), half, copied(learner.weights()))
 
 
 # -- comparing --------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import gymnasium
 import numpy as np
 
+from aiorl.buffers.observations import on_host
 from aiorl.envs.spaces import Spaces, spaces_of
 from aiorl.segments import CORE_COLUMNS, Array, Column, Rollout, Segment, SegmentLayout
 from aiorl.testing.findings import Finding, error, sort, warning
@@ -31,7 +32,7 @@ class Samples(Protocol):
     """A batch, as `aiorl.buffers.replay.Batch`."""
 
     @property
-    def obs(self) -> dict[str, Array]: ...
+    def obs(self) -> dict[str, Any]: ...
     @property
     def action(self) -> Array: ...
     @property
@@ -39,7 +40,7 @@ class Samples(Protocol):
     @property
     def discounts(self) -> Array: ...
     @property
-    def next_obs(self) -> dict[str, Array]: ...
+    def next_obs(self) -> dict[str, Any]: ...
 
 
 class Buffer(Protocol):
@@ -193,7 +194,7 @@ def _state(new: _Maker) -> Iterator[Finding]:
 def _sample_alike(a: Any, b: Any) -> bool:
     one, other = (buffer.sample(np.random.default_rng(0), SAMPLES, n=1, gamma=GAMMA) for buffer in (a, b))
     numbers = all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("action", "returns", "discounts"))
-    leaves = [(getattr(one, name), getattr(other, name)) for name in ("obs", "next_obs")]
+    leaves = [(on_host(getattr(one, name)), on_host(getattr(other, name))) for name in ("obs", "next_obs")]
     return len(a) == len(b) and numbers and all(np.array_equal(x[name], y[name]) for x, y in leaves for name in x)
 
 
@@ -293,7 +294,7 @@ class Truth:
 
     def where(self, batch: Any) -> tuple[Array, Array]:
         """(times, environments) of a batch, [N] int64 both."""
-        (obs,) = batch.obs.values()
+        (obs,) = on_host(batch.obs).values()
         frames = np.rint(self.newest(obs)).astype(int)
         return frames[:, 0] - 1, frames[:, 1] - 1
 
@@ -301,7 +302,7 @@ class Truth:
 
     def judge(self, batch: Any, n: int) -> Iterator[Finding]:
         """What is wrong with n-step transitions that were sampled."""
-        (obs,), (after,) = batch.obs.values(), batch.next_obs.values()
+        (obs,), (after,) = on_host(batch.obs).values(), on_host(batch.next_obs).values()
         for name, leaf in (("obs", obs), ("next_obs", after)):
             if leaf.shape != (SAMPLES, *self.shape):
                 yield error("shape", f"{name} is {leaf.shape}, expected {(SAMPLES, *self.shape)}: N rows as declared",

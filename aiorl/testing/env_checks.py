@@ -8,10 +8,11 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import gymnasium
 import numpy as np
 
 from aiorl.envs.contract import CRASHES, BrokenContract, ObsReader, crashed, flag, real, reset_obs, step_parts
@@ -28,10 +29,11 @@ from aiorl.testing.leaks import children, end
 
 STEPS = 256
 ENVS = 2
+FIRST_SEED = 1000
 SLOW_STEP_S = 10.0
 SLOW_START_S = 2.0
 ALIKE = 4
-"""From so many episodes on, all ended by termination after the same number of steps, a time limit is suspected."""
+"""From so many episodes on that ended alike, a time limit is suspected, or a reset that forgets."""
 
 
 def stages(spec: EnvSpec) -> Iterator[tuple[str, Callable[[], Iterator[Finding]]]]:
@@ -59,6 +61,7 @@ class Walk:
     reset_s: list[float] = field(default_factory=list[float])
     ends: list[tuple[bool, bool, int]] = field(default_factory=list[tuple[bool, bool, int]])  # and the length
     reused: bool = False
+    single: tuple[int, Any] = (0, None)  # seed and action of the last episode of one step
     outside: str = ""
     global_chance: set[str] = field(default_factory=set[str])
 
@@ -165,12 +168,33 @@ class Look:
         self._env = make_env(self.probe.spec)
         try:
             seen = walk(self._env, self._spaces, STEPS)
+            yield from self._single_steps(seen)
         except (*CRASHES, BrokenContract) as failure:
             yield error("contract", f"{type(failure).__name__}: {failure}")
             return
         yield from _about_steps(seen)
         yield from _about_ends(seen, self.probe.max_episode_steps)
         yield _step_times(seen)
+
+    def _single_steps(self, seen: Walk) -> Iterator[Finding]:
+        """What goes before an episode must not end it: the last one of one step, again in a new environment."""
+        first, *later = [length for *_, length in seen.ends] or [1]
+        if first == 1 or len(later) < ALIKE or 2 * later.count(1) <= len(later):
+            return
+        assert self.probe is not None
+        seed, action = seen.single
+        env = make_env(self.probe.spec)
+        try:
+            env.reset(seed=seed)
+            result = env.step(action)
+        finally:
+            env.close()
+        told = f"the first episode had {first} steps, {later.count(1)} of {len(later)} after it had one"
+        todo = "reset in reset() all that ends an episode, such as a counter of steps"
+        if not (result[2] or result[3]):
+            yield error("one-step-episodes", f"{told}, where a new environment goes on", todo)
+        elif later.count(1) == len(later):
+            yield warning("one-step-episodes", told, f"right if most end so soon; if not: {todo}")
 
     def step_after_done(self) -> Iterator[Finding]:
         """aiorl never does that. An environment that refuses helps those who do."""
@@ -237,15 +261,14 @@ def walk(env: Any, spaces: Spaces, steps: int) -> Walk:
     def look(obs: Any) -> None:
         nonlocal kept, copies
         seen.reused |= any(k.tobytes() != c.tobytes() for k, c in zip(kept, copies, strict=True))
-        if not seen.outside and not env.observation_space.contains(obs):
-            seen.outside = repr(obs)[:80]
         kept = reader.read(obs)
+        seen.outside = seen.outside or outside(env.observation_space, obs)
         copies = [np.array(leaf) for leaf in kept]
 
     def reset(episode: int) -> None:
         with watched(seen.global_chance):
             begun = time.perf_counter()
-            result = env.reset(seed=1000 + episode)
+            result = env.reset(seed=FIRST_SEED + episode)
             seen.reset_s.append(time.perf_counter() - begun)
         look(reset_obs(result))
 
@@ -261,10 +284,31 @@ def walk(env: Any, spaces: Spaces, steps: int) -> Walk:
             look(obs)
             length += 1
             if flag(terminated, "terminated") or flag(truncated, "truncated"):
+                if length == 1:
+                    seen.single = FIRST_SEED + len(seen.ends), actions[t]
                 seen.ends.append((bool(terminated), bool(truncated), length))
                 length = 0
                 reset(len(seen.ends))
     return seen
+
+
+def outside(space: Any, obs: Any, name: str = "obs") -> str:
+    """The first part of an observation that its space does not contain, and of an array the first element; "" if none."""
+    if space.contains(obs):
+        return ""
+    inner = getattr(space, "spaces", ())
+    keys = inner if isinstance(inner, Mapping) else range(len(inner))
+    for key in keys:
+        if text := outside(inner[key], obs[key], f"{name}.{key}"):
+            return text
+    array, expected = np.asarray(obs), " ".join(str(space).split())[:80]
+    if isinstance(space, gymnasium.spaces.Box) and array.shape == space.shape:
+        beyond = np.argwhere(~((array >= space.low) & (array <= space.high)))
+        if len(beyond):
+            at = tuple(beyond[0].tolist())
+            where = f"{name}{list(at)}" if at else name
+            return f"{where} is {array[at]:.6g}, expected {space.low[at]:.6g} to {space.high[at]:.6g}"
+    return f"{name} is {f'{array.dtype}{list(array.shape)}' if array.size > 1 else repr(obs)[:80]}, expected {expected}"
 
 
 # -- findings ----------------------------------------------------------------------------------------------------------
@@ -296,7 +340,7 @@ def _about_steps(seen: Walk) -> Iterator[Finding]:
     if seen.outside:
         yield warning(
             "outside-space",
-            f"observation_space does not contain the observation {seen.outside}",
+            f"observation_space does not contain what is shown: {seen.outside}",
             "declare its true bounds, shape and dtype: scaling relies on them",
         )
 

@@ -11,6 +11,7 @@ import pickle
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from multiprocessing import reduction
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,7 @@ from typing import Any, cast
 import numpy as np
 
 from aiorl import preflight
-from aiorl.algos.base import Algorithm, Learner, Policy
+from aiorl.algos.base import Algorithm, Learner, LearnerContext, Policy
 from aiorl.config import Config
 from aiorl.envs.make import probe
 from aiorl.envs.spaces import Spaces
@@ -29,7 +30,7 @@ from aiorl.run import Run, train
 from aiorl.testing import learner_checks, policy_checks, replay_checks
 from aiorl.testing.bench import Bench, context, copied, record
 from aiorl.testing.chain import Place, is_high, shown
-from aiorl.testing.findings import Finding, error, errors, info, sort, warning
+from aiorl.testing.findings import Finding, error, errors, info, left_out, sort, warning
 from aiorl.testing.plain_loop import plain_loop
 
 CHAIN = "aiorl.testing.chain:Chain"
@@ -61,12 +62,15 @@ def check_algorithm(algorithm: Algorithm | type[Algorithm], *, learning: bool = 
         env, spaces = _environment(algorithm)
     except ConfigError as refusal:
         return [error("refuses-all", f"check() refuses every kind of action space, the last with: {refusal}")]
-    findings = [*_declared(algorithm), *_guarded("protocol", lambda: _halves(algorithm, spaces))]
-    if not errors(findings):
-        findings += _guarded("weights", lambda: policy_checks.actions(algorithm, spaces))
-    if not errors(findings):
-        findings += _guarded("runs", lambda: _examine(algorithm, env, learning))
-    return sort(findings)
+    findings: list[Finding] = []
+    skipped: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="aiorl-check-") as directory:
+        for about, check in _stages(algorithm, env, spaces, learning, Path(directory)):
+            if errors(findings):
+                skipped.append(about)
+            else:
+                findings += check()
+    return [*sort(findings), *left_out(skipped)]
 
 
 def check_fit(algorithm: Algorithm | type[Algorithm], env: str, kwargs: Mapping[str, Any]) -> list[Finding]:
@@ -80,17 +84,26 @@ def check_fit(algorithm: Algorithm | type[Algorithm], env: str, kwargs: Mapping[
     return []
 
 
-def _examine(algorithm: Algorithm, env: EnvSpec, learning: bool) -> list[Finding]:
-    bench = record(algorithm, env)
-    findings: list[Finding] = []
+def _stages(
+    algorithm: Algorithm, env: EnvSpec, spaces: Spaces, learning: bool, directory: Path
+) -> Iterator[tuple[str, Callable[[], list[Finding]]]]:
+    """The checks in their order, each with what it is about; after an error those that follow make no sense."""
+    given = context(directory=directory)
+    bench = cache(lambda: record(algorithm, env, directory))
+    yield "its form", lambda: [*_declared(algorithm), *_guarded("protocol", lambda: _halves(algorithm, spaces, given))]
+    yield "its actions", lambda: _guarded("weights", lambda: policy_checks.actions(algorithm, spaces, given))
+    yield "its policy and its learner", lambda: _guarded("runs", lambda: _examine(bench()))
+    values = ", the values that it learns" * replay_checks.learns_from_replay(algorithm)
+    yield f"whole runs{f'{values}, ends of episodes' * learning}", lambda: [
+        *_in_a_thread(lambda: asyncio.run(_runs(bench(), directory))),
+        *(_guarded("value", lambda: replay_checks.value(bench())) if learning else ()),
+        *(_guarded("ends", lambda: ends_of_episodes(algorithm, env, directory)) if learning else ()),
+    ]
+
+
+def _examine(bench: Bench) -> Iterator[Finding]:
     for check in CHECKS:
-        findings += _guarded(check.__name__, lambda check=check: check(bench))
-    if not errors(findings):
-        findings += _in_a_thread(lambda: asyncio.run(_runs(bench)))
-        if learning:
-            findings += _guarded("value", lambda: replay_checks.value(bench))
-            findings += _guarded("ends", lambda: ends_of_episodes(algorithm, env))
-    return findings
+        yield from _guarded(check.__name__, lambda check=check: check(bench))
 
 
 def _guarded(code: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
@@ -113,9 +126,9 @@ def _protocol(thing: Any, protocol: Any) -> Iterator[Finding]:
         )
 
 
-def _halves(algorithm: Algorithm, spaces: Spaces) -> Iterator[Finding]:
+def _halves(algorithm: Algorithm, spaces: Spaces, given: LearnerContext) -> Iterator[Finding]:
     yield from _protocol(algorithm.policy(spaces), Policy)
-    yield from _protocol(algorithm.learner(spaces, context()), Learner)
+    yield from _protocol(algorithm.learner(spaces, given), Learner)
 
 
 def _environment(algorithm: Algorithm) -> tuple[EnvSpec, Spaces]:
@@ -154,34 +167,33 @@ def _declared(algorithm: Algorithm) -> Iterator[Finding]:
 # -- whole runs --------------------------------------------------------------------------------------------------------
 
 
-async def _runs(bench: Bench) -> list[Finding]:
+async def _runs(bench: Bench, directory: Path) -> list[Finding]:
     """In this process, without workers: equal to the plain loop, and to itself when it is stopped and resumed."""
-    with tempfile.TemporaryDirectory(prefix="aiorl-check-") as directory:
-        whole = ""
-        for degree in [0, 2] if bench.algorithm.corrects_staleness else [0]:
-            result = await train(_config(bench, Path(directory) / f"degree-{degree}", degree))
-            learner = plain_loop(
-                bench.algorithm, bench.env, envs=RUN_ENVS, group_size=2, steps=RUN_STEPS, seed=RUN_SEED,
-                rollouts=RUN_ROLLOUTS, degree=degree, warmup=RUN_STEPS,
-            )  # fmt: skip
-            whole = whole or result.params_sha256
-            if params_sha256(learner.weights()) != result.params_sha256:
-                return [error(
-                    "not-serial",
-                    f"a run at off_policy_degree {degree} does not end where the plain loop ends",
-                    "something depends on more than seed, weights and rollouts: on time, threads, or what instances share",
-                )]  # fmt: skip
-        halves = _config(bench, Path(directory) / "halves", 0)
-        async with Run(halves) as run:
-            async for event in run:
-                if event.version >= RUN_ROLLOUTS // 2:
-                    run.stop(final_evaluation=False)
-        if (await train(halves, resume=run.directory)).params_sha256 != whole:
+    whole = ""
+    for degree in [0, 2] if bench.algorithm.corrects_staleness else [0]:
+        result = await train(_config(bench, directory / f"degree-{degree}", degree))
+        learner = plain_loop(
+            bench.algorithm, bench.env, envs=RUN_ENVS, group_size=2, steps=RUN_STEPS, seed=RUN_SEED,
+            rollouts=RUN_ROLLOUTS, degree=degree, warmup=RUN_STEPS, directory=directory,
+        )  # fmt: skip
+        whole = whole or result.params_sha256
+        if params_sha256(learner.weights()) != result.params_sha256:
             return [error(
-                "not-resumable",
-                "a run that was stopped and resumed does not end where one without a stop ends",
-                "something is missing from state_dict, or changes on its way through a file",
+                "not-serial",
+                f"a run at off_policy_degree {degree} does not end where the plain loop ends",
+                "something depends on more than seed, weights and rollouts: on time, threads, or what instances share",
             )]  # fmt: skip
+    halves = _config(bench, directory / "halves", 0)
+    async with Run(halves) as run:
+        async for event in run:
+            if event.version >= RUN_ROLLOUTS // 2:
+                run.stop(final_evaluation=False)
+    if (await train(halves, resume=run.directory)).params_sha256 != whole:
+        return [error(
+            "not-resumable",
+            "a run that was stopped and resumed does not end where one without a stop ends",
+            "something is missing from state_dict, or changes on its way through a file",
+        )]  # fmt: skip
     return []
 
 
@@ -205,9 +217,9 @@ def _in_a_thread(work: Callable[[], list[Finding]]) -> list[Finding]:
 # -- learning ----------------------------------------------------------------------------------------------------------
 
 
-def ends_of_episodes(algorithm: Algorithm, env: EnvSpec) -> Iterator[Finding]:
+def ends_of_episodes(algorithm: Algorithm, env: EnvSpec, directory: Path | None = None) -> Iterator[Finding]:
     """Train on the chain and look at what it then does in the three places that tell."""
-    high = _learned(algorithm, env)
+    high = _learned(algorithm, env, directory)
     if not high[Place.GOES_ON]:
         yield warning(
             "no-foresight",
@@ -231,12 +243,14 @@ def ends_of_episodes(algorithm: Algorithm, env: EnvSpec) -> Iterator[Finding]:
         yield info("ends", "truncation bootstraps, termination does not")
 
 
-def _learned(algorithm: Algorithm, env: EnvSpec) -> dict[Place, bool]:
+def _learned(algorithm: Algorithm, env: EnvSpec, directory: Path | None) -> dict[Place, bool]:
     """Where the deterministic policy chooses "high" after a short training."""
+    if hasattr(algorithm, "reward_clip"):  # both rewards may come to the same
+        algorithm = replay_checks.changed(algorithm, reward_clip=None)
     steps = min(64, algorithm.default_segment_length)
     learner = plain_loop(
         algorithm, env, envs=LEARN_ENVS, group_size=LEARN_ENVS, steps=steps, seed=LEARN_SEED,
-        rollouts=LEARN_ENV_STEPS // (LEARN_ENVS * steps), degree=0,
+        rollouts=LEARN_ENV_STEPS // (LEARN_ENVS * steps), degree=0, directory=directory,
     )  # fmt: skip
     spaces = probe(env).spaces
     policy = algorithm.policy(spaces)

@@ -17,34 +17,48 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from aiorl.algos import ALGORITHMS, algorithm_class
 from aiorl.algos.dqn import epsilon_at
 from aiorl.buffers.replay import gradient_steps_owed
 from aiorl.errors import ConfigError
 from aiorl.filelock import state_of
 from aiorl.metrics.directory import LOCK
+from aiorl.structs import as_in_a_file, without_none
 from aiorl.testing.findings import Finding, error, info, sort, warning
 
 STILL = 10  # updates in a row that change nothing
 LATE = 0.5  # share of a run after which the first gradient step is late
+MOSTLY = 0.5  # share of episodes
 SMALL_BATCH, LONG_GRADIENT, ONE_SIDED, FAR, EXPLORING = 8, 10.0, 0.2, 1.0, 0.5
 
 
 @dataclass
 class Story:
-    """What is known of a run. `updates` are those that count: what a resumed run did again is there once."""
+    """What is known of a run. `updates` are those that count: what a resumed run did again is there once. Each has the
+    `total_steps` that was in force at it.
+
+    A run that went on from a copied checkpoint has its beginning elsewhere: `before` updates, `stored_before` env steps.
+    """
 
     path: Path
     config: dict[str, Any]
-    settings: dict[str, Any]  # of the algorithm
+    settings: dict[str, Any]  # of the algorithm that learns
     summary: dict[str, Any]
+    before: int = 0
+    stored_before: int = 0
     updates: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     told: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # all other events
     marks: list[int] = field(default_factory=list[int])  # of the weights after each update
     damaged: str = ""
 
     def metric(self, name: str) -> list[float]:
-        """What the updates report under a name, where they do."""
-        return [u["metrics"][name] for u in self.updates if name in u["metrics"]]
+        """What the updates report under a name, where they do: what was not finite was written as null."""
+        return [value for u in self.updates if (value := u["metrics"].get(name)) is not None]
+
+    @property
+    def returns(self) -> list[float]:
+        """The mean of each update in which episodes ended."""
+        return [u["return_mean"] for u in self.updates if u["episodes"] and u["return_mean"] is not None]
 
     def spoilt(self, how: str) -> None:
         """Only the first of what is damaged is told."""
@@ -66,8 +80,13 @@ def check_run(directory: str | Path) -> list[Finding]:
         try:
             for finding in check(story):
                 found.setdefault(finding.code, finding)
-        except (KeyError, TypeError, ValueError, AttributeError) as failure:
-            story.spoilt(f"{check.__name__}: {failure!r}")
+        except KeyError as missing:
+            story.spoilt(f"{check.__name__} finds no {missing}")
+        except Exception as failure:
+            told = f"{check.__name__} could not be checked: {type(failure).__name__}: {failure}"
+            found.setdefault("not-checked", warning(
+                "not-checked", _clipped(told), "was it written by another version of aiorl? If not, this is a bug in aiorl",
+            ))  # fmt: skip
     if story.damaged:
         found["damaged"] = error(
             "damaged", f"what the run wrote is damaged: {story.damaged}", "is the disk full, or failing?"
@@ -84,24 +103,38 @@ def read(path: Path) -> Story:
         config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError) as failure:
         raise ConfigError(f"{path} is not a run directory: {failure}") from None
-    others = ("env_kwargs", "eval_suites")
-    settings = next((v for k, v in config.items() if isinstance(v, dict) and k not in others), {})
-    story = Story(path, config, settings, _summary(path))
+    story = Story(path, config, _settings(config), _summary(path))
+    total = config.get("total_steps", 0)
     for number, event in _lines(story, "events.jsonl"):
         kind = event.get("event")
         if kind == "updated":
-            del story.updates[max(0, int(event["version"]) - 1) :]
-            if len(story.updates) != int(event["version"]) - 1:
-                story.spoilt(f"events.jsonl, line {number}: update {event['version']} follows {len(story.updates)}")
-            story.updates.append(event)
-        else:
-            story.told.append(event)
+            del story.updates[max(0, int(event["version"]) - 1 - story.before) :]
+            if (known := story.before + len(story.updates)) != int(event["version"]) - 1:
+                story.spoilt(f"events.jsonl, line {number}: update {event['version']} follows {known}")
+            story.updates.append(event | {"total_steps": total})
+            continue
+        if kind == "started":
+            total = event.get("total_steps", total)
+            if not any(e.get("event") == kind for e in story.told):
+                story.before, story.stored_before = int(event.get("resumed_from") or 0), int(event.get("env_steps", 0))
+        story.told.append(event)
     for number, line in _lines(story, "schedule.jsonl"):
-        del story.marks[int(line["k"]) :]
-        if len(story.marks) != int(line["k"]):
-            story.spoilt(f"schedule.jsonl, line {number}: rollout {line['k']} follows {len(story.marks) - 1}")
+        del story.marks[max(0, int(line["k"]) - story.before) :]
+        if (known := story.before + len(story.marks)) != int(line["k"]):
+            story.spoilt(f"schedule.jsonl, line {number}: rollout {line['k']} follows {known - 1}")
         story.marks.append(int(line.get("crc", 0)))
     return story
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the algorithm, or of the one within it: those that were given, over aiorl's own defaults."""
+    others = ("env_kwargs", "eval_suites")
+    table: dict[str, Any] = next((v for k, v in config.items() if isinstance(v, dict) and k not in others), {})
+    inner, name = table.get("inner"), str(table.get("algo"))
+    if not isinstance(inner, dict):
+        return table
+    defaults = without_none(as_in_a_file(algorithm_class(name)())) if name in ALGORITHMS else {}
+    return defaults | inner
 
 
 def _lines(story: Story, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -182,13 +215,14 @@ def updates(story: Story) -> Iterator[Finding]:
                     "train for longer, or lower warmup")  # fmt: skip
         return
     first = story.updates[int(np.argmax(steps > 0))]["env_steps"]
-    if total and first > LATE * total:
+    if total and first > LATE * total and not story.before:
         yield warning("late-start", f"the first gradient step came after {first:,} of {total:,} env steps",
                       "lower warmup, or train for longer")  # fmt: skip
     ratio = story.settings.get("update_ratio")
     if ratio is None or any(u.get("skipped") for u in story.updates):
         return
-    for update, done in zip(story.updates, steps.tolist(), strict=True):
+    done_before = gradient_steps_owed(story.stored_before, story.warmup, ratio)
+    for update, done in zip(story.updates, (done_before + steps).tolist(), strict=True):
         owed = gradient_steps_owed(update["env_steps"], story.warmup, ratio)
         if done != owed:
             yield error("update-ratio", f"{done} gradient steps after {update['env_steps']:,} env steps, expected {owed}",
@@ -232,9 +266,9 @@ def schedules(story: Story) -> Iterator[Finding]:
     names = ("epsilon_start", "epsilon_end", "epsilon_fraction")
     config, settings = story.config, story.settings
     if all(name in settings for name in names) and story.metric("epsilon"):
-        rollouts = math.ceil(config["total_steps"] / (config["envs"] * config["segment_length"]))
-        plan = np.array([settings[names[0]], settings[names[1]], settings[names[2]] * rollouts])
         for update in story.updates:
+            rollouts = math.ceil(update["total_steps"] / (config["envs"] * config["segment_length"]))
+            plan = np.array([settings[names[0]], settings[names[1]], settings[names[2]] * rollouts])
             epsilon, expected = update["metrics"].get("epsilon"), epsilon_at(update["rollout"], plan)
             if epsilon is not None and abs(epsilon - expected) > 1e-3:
                 yield error("epsilon", f"epsilon is {epsilon:.4g} in rollout {update['rollout']}, expected {expected:.4g}",
@@ -277,17 +311,20 @@ def episodes(story: Story) -> Iterator[Finding]:
             yield warning("no-episodes", f"no episode ended in {stored:,} env steps",
                           "does the environment say `terminated` or `truncated`? Set a time limit")  # fmt: skip
         return
+    single = sum(n for n, u in zip(counts, story.updates, strict=True) if n and u["length_mean"] <= 1)
     if max(lengths) <= 1:
-        yield error("one-step-episodes", f"each of {sum(counts)} episodes had one step",
-                    "is `terminated` a truth value, and reset by reset()?")  # fmt: skip
+        yield warning("one-step-episodes", f"each of {sum(counts)} episodes had one step",
+                      "right for a bandit; if not: is `terminated` a truth value, and reset by reset()?")  # fmt: skip
+    elif single > MOSTLY * sum(counts) and lengths[0] > 1:
+        yield warning("one-step-episodes", f"{single} of {sum(counts)} episodes had one step, the first had more",
+                      "right if most end so soon; if not: does reset() forget a counter of steps?")  # fmt: skip
     inside = sum(n * u["length_mean"] for n, u in zip(counts, story.updates, strict=True) if n)
     if inside > stored * (1 + 1e-9):
         yield error("episodes", f"episodes have {inside:,.0f} env steps in all, {stored:,} were stored",
                     "an episode is counted twice, or begins before it ended: this is a bug in aiorl")  # fmt: skip
-    if story.summary and story.summary["episodes"] != sum(counts):
+    if story.summary and not story.before and story.summary["episodes"] != sum(counts):
         yield error("episodes", f"{sum(counts)} episodes ended in the updates, the summary says {story.summary['episodes']}")
-    returns = [u["return_mean"] for u in story.updates if u["episodes"]]
-    if not any(returns):
+    if not any(story.returns):
         yield warning("no-reward", f"each of {sum(counts)} episodes came to 0: there is nothing to learn from",
                       "shape rewards, explore more, or begin closer to the goal")  # fmt: skip
 
@@ -302,7 +339,7 @@ def values(story: Story) -> Iterator[Finding]:
                       "add the mean of the values that are learned to the metrics")  # fmt: skip
     for update in learned:
         seen = update["metrics"]
-        highest = max(abs(seen.get("q_max", 0.0)), abs(seen.get("q_min", 0.0)), abs(seen.get("q_mean", 0.0)))
+        highest = max(abs(seen.get(name) or 0.0) for name in ("q_max", "q_min", "q_mean"))
         if highest > (limit := _limit(story, seen)):
             yield error("q-explodes", f"values reach {highest:.4g} in update {update['version']}, rewards allow {limit:.4g}",
                         "lower learning_rate or reward_scale, or update the target more slowly")  # fmt: skip
@@ -319,9 +356,9 @@ def values(story: Story) -> Iterator[Finding]:
 
 def _limit(story: Story, metrics: Mapping[str, float]) -> float:
     """The largest value that is sound: as reported, or by the largest return of an episode, generously."""
-    if "q_limit" in metrics:
+    if metrics.get("q_limit") is not None:
         return metrics["q_limit"]
-    returns = [abs(u["return_mean"]) for u in story.updates if u["episodes"]]
+    returns = [abs(mean) for mean in story.returns]
     gamma = float(story.settings.get("gamma", 0.99))
     return 100.0 * max(1.0, *returns, 1 / max(1 - gamma, 1e-4)) if returns else math.inf
 
@@ -329,8 +366,8 @@ def _limit(story: Story, metrics: Mapping[str, float]) -> float:
 def progress(story: Story) -> Iterator[Finding]:
     """What to look at besides the loss: each from the first tenth of the updates to the last."""
     parts: list[str] = []
-    returns = [u["return_mean"] for u in story.updates if u["episodes"]]
-    for name, series in (("return", returns), *((n, story.metric(n)) for n in ("q_mean", "epsilon", "loss", "entropy"))):
+    named = {name: story.metric(name) for name in ("q_mean", "epsilon", "loss", "entropy")}
+    for name, series in {"return": story.returns, **named}.items():
         if len(series) > 1:
             tenth = max(1, len(series) // 10)
             parts.append(f"{name} {np.mean(series[:tenth]):.3g} -> {np.mean(series[-tenth:]):.3g}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +33,12 @@ def warning(code: str, *lines: str) -> Finding:
 
 def info(code: str, *lines: str) -> Finding:
     return Finding(code, "info", _message(lines))
+
+
+def left_out(checks: Iterable[str]) -> Iterator[Finding]:
+    """What was not looked at, as what was found before it makes no sense of it."""
+    if names := ", ".join(checks):
+        yield warning("not-checked", f"not looked at, because of these errors: {names}", "mend them, and look again")
 
 
 def _message(lines: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,19 +21,19 @@ from aiorl.segments import CORE_COLUMNS, Column, Rollout, SegmentLayout
 
 def plain_loop(
     algorithm: Algorithm, env: EnvSpec, *, envs: int, group_size: int, steps: int, seed: int, rollouts: int, degree: int,
-    planned_rollouts: int | None = None, warmup: int | None = None,
+    planned_rollouts: int | None = None, warmup: int | None = None, directory: Path | None = None,
     each: Callable[[int, Learner, dict[str, float]], Any] | None = None,
 ) -> Learner:  # fmt: skip
     """Train for `rollouts` rollouts of `steps` x `envs` and return the learner. `each(k, learner, metrics)` follows each.
 
-    `planned_rollouts` is what schedules count with, if the loop ends before.
+    `planned_rollouts` is what schedules count with, if the loop ends before; `directory` is for files of the learner.
     """
     found = probe(env, group_size)
     spaces = found.spaces
     algorithm.check(spaces)
     context = LearnerContext(
         seed=seed, envs=envs, segment_length=steps, rollouts=planned_rollouts or rollouts, off_policy_degree=degree,
-        warmup=warmup,
+        warmup=warmup, directory=directory,
     )  # fmt: skip
     learner = algorithm.learner(spaces, context)
     columns = {"action": spaces.action_column, "reward": Column((), "float64")}

@@ -6,22 +6,22 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from aiorl.algos.base import Algorithm, Policy, Weights
+from aiorl.algos.base import Algorithm, LearnerContext, Policy, Weights
 from aiorl.envs.spaces import Spaces
 from aiorl.segments import Array
-from aiorl.testing.bench import ENVS, HALF, SEED, STEPS, Bench, context, copied, same
+from aiorl.testing.bench import ENVS, HALF, SEED, STEPS, Bench, copied, same
 from aiorl.testing.chance import watched
 from aiorl.testing.findings import Finding, error, warning
 
 TRIES = 16
 
 
-def actions(algorithm: Algorithm, spaces: Spaces) -> Iterator[Finding]:
+def actions(algorithm: Algorithm, spaces: Spaces, given: LearnerContext) -> Iterator[Finding]:
     """Discrete actions are those of the space, before anything learns from others (a box is clipped to its bounds)."""
     if not spaces.action.nvec:
         return
     acting, nvec = algorithm.policy(spaces), np.array(spaces.action.nvec)
-    acting.begin(copied(algorithm.learner(spaces, context()).weights()), 0, np.random.default_rng(SEED), STEPS)
+    acting.begin(copied(algorithm.learner(spaces, given).weights()), 0, np.random.default_rng(SEED), STEPS)
     obs = {name: np.zeros((ENVS, *column.shape), column.dtype) for name, column in spaces.obs_columns.items()}
     for _ in range(STEPS):
         chosen = np.asarray(acting.act(obs, np.zeros(ENVS, bool))[0]).reshape(ENVS, -1)

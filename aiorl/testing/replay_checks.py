@@ -25,7 +25,8 @@ from aiorl.testing.plain_loop import plain_loop
 STEADY = "aiorl.testing.chain:Steady"
 SHARE, EVERY, NEAR = 0.25, 2, 1e-3
 GAMMA, N_STEP, WORTH, OFF = 0.5, 3, 2.0, 0.15  # 1 / (1 - 0.5); how far off a mean may be
-VALUE_ROLLOUTS, VALUE_STEPS = 40, 32
+VALUE_ROLLOUTS, VALUE_STEPS, VALUE_RATE, VALUE_RATIO = 40, 32, 3e-3, 0.25
+PART, STILL, AHEAD = 8, 0.03, 24  # of how many parts the last shows movement; how small; in how many more it may arrive
 
 
 def learns_from_replay(algorithm: Algorithm) -> bool:
@@ -137,30 +138,78 @@ def _share_moved(before: Array, now: Array, online: Array) -> float | None:
 
 
 def value(bench: Bench) -> Iterator[Finding]:
-    """Where every step is worth 1 and nothing is ever over, everything is worth 1 / (1 - gamma), for any number of steps."""
+    """Where every step is worth 1 and nothing is ever over, everything is worth 1 / (1 - gamma), for any number of steps.
+
+    Judged are values that have settled: at one learning rate for all if they do, or else at the algorithm's own.
+    """
     if not learns_from_replay(bench.algorithm):
         return
     given: Any = bench.algorithm
+    tried: list[Array] = []
+    for rate in dict.fromkeys((VALUE_RATE, getattr(given, "learning_rate", VALUE_RATE))):
+        tried.append(_means(bench, rate))
+        if not len(tried[-1]):
+            yield warning("no-q-values", "update() returns no `q_mean`: a loss alone does not show whether values are sound",
+                          "add the mean of the values that it learns to the metrics")  # fmt: skip
+            return
+        if _settled(tried[-1]):
+            break
+    means = max(tried, key=lambda means: (_settled(means), _leaves(means)))
+    before, mean = _lately(means)
+    told = f"where each step is worth 1 for ever it learns values of {mean:.3g}, expected {WORTH:g}"
+    if not _settled(means) and not _leaves(means):
+        steps = int(VALUE_RATIO * VALUE_ROLLOUTS * VALUE_STEPS * ENVS)
+        yield warning("not-settled", f"{told}, and they still move: shortly before they were {before:.3g}",
+                      f"to have them judged, give it a learning_rate for which {steps:,} gradient steps do")  # fmt: skip
+    elif not _near(mean):
+        n = N_STEP if hasattr(given, "n_step") else 1
+        yield error("value", f"{told} (gamma {GAMMA:g}, {n} steps{_guess(mean)})",
+                    "target = n rewards, each discounted, + gamma ** n * the value where they led")  # fmt: skip
+
+
+def _means(bench: Bench, rate: float) -> Array:
+    """The mean value after each update that tells of one, the first before much was learned."""
+    given: Any = bench.algorithm
+    # without what makes it another value (a clip of rewards) or one that is not reached yet (a target that hardly moves)
     algorithm = changed(
-        given, gamma=GAMMA, n_step=N_STEP, learning_rate=3e-3, update_ratio=0.25, target_every=10, target_tau=0.5, tau=0.1,
-        tune_alpha=False, alpha=1e-6, batch_size=64, capacity=5_000, anneal=False,
+        given, gamma=GAMMA, n_step=N_STEP, learning_rate=rate, update_ratio=VALUE_RATIO, target_every=10, target_tau=0.5,
+        tau=0.1, policy_delay=EVERY, reward_clip=None, tune_alpha=False, alpha=1e-6, batch_size=64, capacity=5_000,
+        anneal=False,
     )  # fmt: skip
-    means: list[float] = []
+    told: list[float | None] = []
     env = EnvSpec(STEADY, bench.env.kwargs, STEADY)
     plain_loop(
         algorithm, env, envs=ENVS, group_size=ENVS, steps=VALUE_STEPS, seed=3, rollouts=VALUE_ROLLOUTS, degree=0,
-        warmup=VALUE_STEPS, each=lambda _, __, metrics: means.append(metrics.get("q_mean", np.nan)),
+        warmup=VALUE_STEPS * ENVS - 4, directory=bench.context.directory,
+        each=lambda _, __, metrics: told.append(metrics.get("q_mean")),
     )  # fmt: skip
-    if np.isnan(means[-1]):
-        yield warning("no-q-values", "update() returns no `q_mean`: a loss alone does not show whether values are sound",
-                      "add the mean of the values that it learns to the metrics")  # fmt: skip
-        return
-    scale = float(getattr(algorithm, "reward_scale", 1.0))
-    mean, expected = float(np.mean(means[-5:])) / scale, WORTH
-    if abs(mean - expected) > OFF * expected:
-        told = f"where each step is worth 1 for ever it learns values of {mean:.3g}, expected {expected:g}"
-        yield error("value", f"{told} (gamma {GAMMA:g}, {getattr(algorithm, 'n_step', 1)} steps{_guess(mean)})",
-                    "target = n rewards, each discounted, + gamma ** n * the value where they led")  # fmt: skip
+    return np.array([mean for mean in told if mean is not None]) / float(getattr(given, "reward_scale", 1.0))
+
+
+def _lately(means: Array) -> tuple[float, float]:
+    """In the part before the last, and in the last."""
+    size = max(1, len(means) // PART)
+    return float(means[-2 * size :][:size].mean()), float(means[-size:].mean())
+
+
+def _near(mean: float) -> bool:
+    return abs(mean - WORTH) <= OFF * WORTH
+
+
+def _leaves(means: Array) -> bool:
+    """Whether it went beyond what is expected and goes on, to infinity as it may be."""
+    before, mean = _lately(means)
+    return not (_near(mean) or abs(mean) < WORTH or abs(mean - WORTH) < abs(before - WORTH))
+
+
+def _settled(means: Array) -> bool:
+    """Whether there was hardly any movement lately, and none that could yet lead to where it should."""
+    before, mean = _lately(means)
+    moved, left = mean - before, WORTH - mean
+    if _near(mean):
+        return abs(moved) <= STILL * WORTH
+    arrives = moved * left > 0 and abs(left) <= AHEAD * abs(moved)
+    return not arrives and abs(moved) <= STILL * abs(mean - float(means[0]))
 
 
 def _guess(mean: float) -> str:
