@@ -40,10 +40,11 @@ QUICK: dict[str, Any] = {
     "hidden": (32, 32), "batch_size": 64, "warmup": 256, "random_steps": 256, "update_ratio": 0.1, "tau": 0.02,
     "learning_rate": 3e-3, "capacity": 20_000,
 }  # fmt: skip
+VALUES = {name: value for name, value in QUICK.items() if name not in ("random_steps", "tau")}
 SOUND: dict[str, tuple[Any, list[str]]] = {
     "ppo": (aiorl.PPO(), []),
     "dqn": (aiorl.DQN(), []),
-    "qrdqn": (aiorl.QRDQN(priority_exponent=0.6, accumulate=2), []),
+    "qrdqn": (aiorl.QRDQN(**VALUES, priority_exponent=0.6, accumulate=2, quantiles=16), []),
     "sac": (aiorl.SAC(**QUICK), []),
     "td3": (aiorl.TD3(**QUICK, noise=1.0), []),
     "toy": (Toy(), ["no-foresight"]),

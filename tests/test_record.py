@@ -113,7 +113,7 @@ async def test_a_run_that_was_stopped_resumed_and_retuned_is_repeated(tmp_path: 
 
 async def test_what_was_set_in_a_future_that_was_given_up_is_not_repeated(tmp_path: Path) -> None:
     """The run is resumed from before; what was set when the checkpoint was made, and by it alone, stays in force."""
-    given_up, path, at = config(tmp_path, keep=9), tmp_path, -1
+    given_up, path, at = config(tmp_path, keep=9, workers=0), tmp_path, -1
     async with aiorl.Run(given_up) as run:
         async for event in run:
             match event:
@@ -143,7 +143,8 @@ async def test_what_was_set_in_a_future_that_was_given_up_is_not_repeated(tmp_pa
 )
 async def test_a_run_that_was_resumed_with_another_total_is_repeated(tmp_path: Path, algo: Any) -> None:
     """Its learning rate or epsilon fell more steeply before, also for the rollouts that were under way meanwhile."""
-    short = config(tmp_path, env="run_envs:Counting", algo=algo, segment_length=8, total_steps=1_000, schedule="eager")
+    fields = {"env": "run_envs:Counting", "segment_length": 8, "schedule": "eager", "workers": 0}
+    short = config(tmp_path, algo=algo, total_steps=1_000, **fields)
     async with aiorl.Run(short) as run:
         async for event in run:
             if isinstance(event, aiorl.Updated) and event.version == 7:
