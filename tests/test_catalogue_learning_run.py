@@ -211,9 +211,11 @@ def test_a_check_that_fails_is_no_damage(run: Planted) -> None:
 def test_episodes_of_one_step_are_noticed(env: str, tmp_path: Path) -> None:
     trained(tmp_path / "run", aiorl.DQN(**SMALL_DQN), env)
     found = Planted(tmp_path / "run").found["one-step-episodes"]
-    words = {"Forgetful": "episodes had one step, the first had more", "Brief": "each of 640 episodes had one step"}
-    assert words[env.split(":")[1]] in found.message
-    assert found.severity == "warning"
+    severity, words = {
+        "Forgetful": ("warning", "episodes had one step, the first had more"),
+        "Brief": ("error", "each of 640 episodes had one step"),
+    }[env.split(":")[1]]
+    assert (found.severity, words in found.message) == (severity, True), found
 
 
 def test_most_actions_are_random_in_the_end(run: Planted) -> None:

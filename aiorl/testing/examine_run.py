@@ -313,8 +313,8 @@ def episodes(story: Story) -> Iterator[Finding]:
         return
     single = sum(n for n, u in zip(counts, story.updates, strict=True) if n and u["length_mean"] <= 1)
     if max(lengths) <= 1:
-        yield warning("one-step-episodes", f"each of {sum(counts)} episodes had one step",
-                      "right for a bandit; if not: is `terminated` a truth value, and reset by reset()?")  # fmt: skip
+        yield error("one-step-episodes", f"each of {sum(counts)} episodes had one step",
+                    "right for a bandit; if not: is `terminated` a truth value, and reset by reset()?")  # fmt: skip
     elif single > MOSTLY * sum(counts) and lengths[0] > 1:
         yield warning("one-step-episodes", f"{single} of {sum(counts)} episodes had one step, the first had more",
                       "right if most end so soon; if not: does reset() forget a counter of steps?")  # fmt: skip
