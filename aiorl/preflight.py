@@ -171,7 +171,7 @@ def _check_practice(config: Config, learning: Learning) -> None:
             f"  expected less than total_steps: lower {name}, or train for longer"
         )
     rows, n_step = capacity // config.envs, getattr(algorithm, "n_step", 1)
-    if n_step >= max(2, rows):
+    if n_step > 1 and n_step >= rows:
         raise ConfigError(
             f"{settings}.n_step = {n_step}, but the buffer holds {rows} steps of each of {config.envs} environments\n"
             f"  use a smaller n_step, or a capacity of more than {config.envs * n_step:,}"

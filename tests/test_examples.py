@@ -155,15 +155,20 @@ async def test_websocket_env_is_one_to_train_on():
     assert {f.code for f in found if f.severity != "info"} <= {"slow-start"}  # on a busy machine
 
 
-async def test_custom_replay_learns():
-    """A random policy returns about 22 on CartPole-v1."""
+async def return_on_cartpole(algo: Any, total_steps: int) -> float:
+    """The mean of the last 100 training episodes."""
     config = aiorl.Config(
-        env="CartPole-v1", algo=custom_replay.TinyDQN(update_ratio=0.5), total_steps=20_000, seed=3, envs=8, workers=0,
-        off_policy_degree=0, eval_every=0, eval_episodes=5,
+        env="CartPole-v1", algo=algo, total_steps=total_steps, seed=3, envs=8, workers=0, off_policy_degree=0,
+        eval_every=0, eval_episodes=5,
     )  # fmt: skip
     result = await aiorl.train(config)
     assert result.train_return_mean_100 is not None
-    assert result.train_return_mean_100 > 60
+    return result.train_return_mean_100
+
+
+async def test_custom_replay_learns():
+    """A random policy returns about 22 on CartPole-v1."""
+    assert await return_on_cartpole(custom_replay.TinyDQN(update_ratio=0.5), 20_000) > 60
 
 
 def test_the_doctor_finds_nothing_wrong_with_custom_replay():
@@ -172,13 +177,7 @@ def test_the_doctor_finds_nothing_wrong_with_custom_replay():
 
 async def test_custom_algorithm_learns():
     """A random policy returns about 22 on CartPole-v1; this one is well above after 30k steps, for every seed tried."""
-    config = aiorl.Config(
-        env="CartPole-v1", algo=custom_algorithm.Reinforce(), total_steps=30_000, seed=3,
-        envs=8, workers=0, off_policy_degree=0,
-    )  # fmt: skip
-    result = await aiorl.train(config)
-    assert result.train_return_mean_100 is not None
-    assert result.train_return_mean_100 > 50
+    assert await return_on_cartpole(custom_algorithm.Reinforce(), 30_000) > 50
 
 
 def test_custom_algorithm_returns_bootstrap_where_they_should():

@@ -168,7 +168,7 @@ def value(bench: Bench) -> Iterator[Finding]:
 
 
 def _means(bench: Bench, rate: float) -> Array:
-    """The mean value after each update that tells of one, the first before much was learned."""
+    """The mean value after each update that tells of one; the first has made a single gradient step."""
     given: Any = bench.algorithm
     # without what makes it another value (a clip of rewards) or one that is not reached yet (a target that hardly moves)
     algorithm = changed(
@@ -180,7 +180,7 @@ def _means(bench: Bench, rate: float) -> Array:
     env = EnvSpec(STEADY, bench.env.kwargs, STEADY)
     plain_loop(
         algorithm, env, envs=ENVS, group_size=ENVS, steps=VALUE_STEPS, seed=3, rollouts=VALUE_ROLLOUTS, degree=0,
-        warmup=VALUE_STEPS * ENVS - 4, directory=bench.context.directory,
+        warmup=VALUE_STEPS * ENVS - round(1 / VALUE_RATIO), directory=bench.context.directory,
         each=lambda _, __, metrics: told.append(metrics.get("q_mean")),
     )  # fmt: skip
     return np.array([mean for mean in told if mean is not None]) / float(getattr(given, "reward_scale", 1.0))
