@@ -10,6 +10,9 @@ from typing import Any, ClassVar
 
 import msgspec
 
+WIN_RATE, LOSS_RATE = "win_rate_", "loss_rate_"
+"""Begin the names of self-play's metrics (see `Updated.metrics`); an opponent's name follows."""
+
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):
     """Base of all events. `version` is the number of updates done, `env_steps` the transitions stored."""

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from aiorl.errors import InvariantError, TrainingError
-from aiorl.events import Opponent
+from aiorl.events import LOSS_RATE, WIN_RATE, Opponent
 from aiorl.segments import Array
 from aiorl.trees import check_tree
 
@@ -231,7 +231,7 @@ class League:
         counts["pool"] = self.table[0, self._first :][self.active].sum(0)
         for name, (wins, ties, losses) in counts.items():
             if played := wins + ties + losses:
-                found |= {f"win_rate_{name}": float(wins / played), f"loss_rate_{name}": float(losses / played)}
+                found |= {WIN_RATE + name: float(wins / played), LOSS_RATE + name: float(losses / played)}
         return found
 
     def weights(self) -> dict[str, Array]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aiorl.cli.text import plural
-from aiorl.metrics.curve import Curve, Point, write_svg
+from aiorl.metrics.curve import Curve, Picture, Point, write_svg
 from aiorl.metrics.svg import short_number
 from bench.common import summarise
 from bench.equivalence import Estimate, chance, iqm_difference, verdict
@@ -186,7 +186,7 @@ def plot(rows: Sequence[Row], directory: Path) -> list[Path]:
         for axis, drawn in (("steps", those), ("time", on_time)):
             labels, lines = zip(*curves(drawn), strict=True)
             paths.append(directory / f"against_sb3-{env.replace('/', '-')}-{short_number(steps)}-{axis}.svg")
-            write_svg(lines, paths[-1], axis, labels)
+            write_svg(Picture(lines, labels), paths[-1], axis)
     return paths
 
 

@@ -92,7 +92,7 @@ def _draw(runs: Sequence[Path], kind: str, metrics: Sequence[str], out: Path, x:
     if out.suffix.lower() == ".png":
         write_png(picture, out, x)
     else:
-        write_svg(picture.curves, out, x, picture.labels, picture.what, picture.title)
+        write_svg(picture, out, x)
 
 
 def _metrics(runs: Sequence[Path], metrics: Sequence[str]) -> Picture:

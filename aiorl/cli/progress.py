@@ -13,6 +13,8 @@ import msgspec
 
 from aiorl.cli.text import count, fit, number, plural, rate, share, spread
 from aiorl.events import (
+    LOSS_RATE,
+    WIN_RATE,
     AnyEvent,
     Checkpointed,
     CheckpointFailed,
@@ -175,9 +177,9 @@ def experience(status: Status) -> list[str]:
 
 def opponents(status: Status) -> list[str]:
     """In self-play: `weak 45 % – 20 %`, won and lost in training against each bot and the pool; its size and the rating."""
-    told, named = status.metrics, "win_rate_"
-    names = [name.removeprefix(named) for name in told if name.startswith(named)]
-    rates = [f"{name} {share(told[named + name])} – {share(told.get(f'loss_rate_{name}', 0.0))}" for name in names]
+    told = status.metrics
+    names = [name.removeprefix(WIN_RATE) for name in told if name.startswith(WIN_RATE)]
+    rates = [f"{name} {share(told[WIN_RATE + name])} – {share(told.get(LOSS_RATE + name, 0.0))}" for name in names]
     size = [plural(int(told["pool_size"]), "snapshot")] if "pool_size" in told else []
     return [*rates[:OPPONENTS_MAX], *size, *([f"Elo {number(told['elo'])}"] if "elo" in told else [])]
 

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from aiorl.errors import ConfigError
+from aiorl.events import WIN_RATE
 from aiorl.metrics.svg import RATES, RETURNS, WINS, draw, title_of
 
-RATE = "win_rate_"  # begins the names of metrics
 POINTS = 400
 """Most points a line is drawn with: more cannot be told apart at the size of the picture."""
 
@@ -105,12 +105,12 @@ class Curve:
 
 
 class Picture(NamedTuple):
-    """Curves that are drawn together, each under its label; what their values are, and whose they are."""
+    """Curves that are drawn together, each under its label (none for a single one); what their values are, and whose."""
 
     curves: Sequence[Curve]
-    labels: Sequence[str]
-    what: str
-    title: str
+    labels: Sequence[str] = ()
+    what: str = RETURNS
+    title: str = ""
 
 
 def read_curve(source: str | Path | Iterable[Any], goal: float | None = None, metric: str | None = None) -> Curve:
@@ -140,8 +140,8 @@ def read_curve(source: str | Path | Iterable[Any], goal: float | None = None, me
             if row.train_return_mean_100 is not None:
                 curve.smooth.append(Point(steps, seconds, row.train_return_mean_100))
             for name, value in row.metrics.items():
-                if name.startswith(RATE) and value is not None:
-                    curve.rates.setdefault(name.removeprefix(RATE), []).append(Point(steps, seconds, value))
+                if name.startswith(WIN_RATE) and value is not None:
+                    curve.rates.setdefault(name.removeprefix(WIN_RATE), []).append(Point(steps, seconds, value))
         elif row.event == "evaluated":
             if row.primary:
                 curve.evaluations.append(Point(steps, seconds, row.mean_return, row.std_return))
@@ -155,7 +155,7 @@ def read_curve(source: str | Path | Iterable[Any], goal: float | None = None, me
 
 def write_curve(source: str | Path | Iterable[Any], path: str | Path, x: str = "steps") -> None:
     """Draw the curve of a run directory or of a sequence of events into an SVG file. `x` is "steps" or "time"."""
-    write_svg([read_curve(source)], path, x)
+    write_svg(Picture([read_curve(source)]), path, x)
 
 
 def write_wins(source: str | Path | Iterable[Any], path: str | Path, x: str = "steps") -> bool:
@@ -170,7 +170,7 @@ def write_rates(source: str | Path | Iterable[Any], path: str | Path, x: str = "
 
 def _write(picture: Picture, path: str | Path, x: str) -> bool:
     if picture.curves:
-        write_svg(picture.curves, path, x, picture.labels, picture.what, picture.title)
+        write_svg(picture, path, x)
     return bool(picture.curves)
 
 
@@ -207,13 +207,10 @@ def metric_names(source: str | Path) -> list[str]:
     return [*sorted({name for metrics in told for name in metrics}), *TOLD] if told else []
 
 
-def write_svg(
-    curves: Sequence[Curve], path: str | Path, x: str = "steps", labels: Sequence[str] = (), what: str = RETURNS,
-    title: str = "",
-) -> None:  # fmt: skip
-    """Draw several curves into one SVG file, each under its label."""
-    text = draw([curve.thinned(x) for curve in curves], x, labels, what, title)
-    Path(path).write_text(text, encoding="utf-8")
+def write_svg(picture: Picture, path: str | Path, x: str = "steps") -> None:
+    """Draw it into one SVG file. `x` is "steps" or "time"."""
+    curves, *words = picture
+    Path(path).write_text(draw([curve.thinned(x) for curve in curves], x, *words), encoding="utf-8")
 
 
 def thin(points: Sequence[Point], axis: str, most: int = POINTS) -> list[Point]:
