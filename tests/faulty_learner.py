@@ -120,6 +120,8 @@ class SmallLearner:
             returns = np.ones_like(returns) * config.reward_scale
         if flaw == "gamma of one step":
             discounts = np.where(discounts > 0, config.gamma, 0.0)
+        if flaw == "gamma of twice as many steps":
+            discounts = discounts**2
         if flaw == "no discount":
             discounts = np.where(discounts > 0, 1.0, 0.0)
         if flaw == "scales twice":

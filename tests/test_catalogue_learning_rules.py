@@ -307,7 +307,7 @@ def test_sound_learners_value_a_steady_reward_rightly(name: str, monkeypatch: py
     """n-step returns, gamma, truncation, reward scale and target together come to 1 / (1 - gamma)."""
     algorithm = SOUND[name]
     action = "box" if name.startswith(("sac", "td3")) else "discrete"
-    monkeypatch.setattr(replay_checks, "OFF", 0.1)  # a target that stands still costs an eighth
+    monkeypatch.setattr(replay_checks, "OFF", 0.1)
     env = aiorl.envs.spec.EnvSpec(CHAIN, {"action": action}, CHAIN)
     quick = replay_checks.changed(algorithm, update_ratio=0.02, warmup=64, random_steps=64)
     found: list[Finding] = [*replay_checks.value(record(quick, env))]

@@ -24,7 +24,8 @@ from aiorl.testing.plain_loop import plain_loop
 
 STEADY = "aiorl.testing.chain:Steady"
 SHARE, EVERY, NEAR = 0.25, 2, 1e-3
-GAMMA, N_STEP, WORTH, OFF = 0.5, 3, 2.0, 0.15  # 1 / (1 - 0.5); how far off a mean may be
+GAMMA, N_STEP = 0.55, 2  # so chosen that every wrong power of gamma takes values further off than may be
+WORTH, OFF = 1 / (1 - GAMMA), 0.15  # what is expected, and how far off a mean may be
 VALUE_ROLLOUTS, VALUE_STEPS, VALUE_RATE, VALUE_RATIO = 40, 32, 3e-3, 0.25
 PART, STILL, AHEAD = 8, 0.03, 24  # of how many parts the last shows movement; how small; in how many more it may arrive
 
@@ -156,7 +157,7 @@ def value(bench: Bench) -> Iterator[Finding]:
             break
     means = max(tried, key=lambda means: (_settled(means), _leaves(means)))
     before, mean = _lately(means)
-    told = f"where each step is worth 1 for ever it learns values of {mean:.3g}, expected {WORTH:g}"
+    told = f"where each step is worth 1 for ever it learns values of {mean:.3g}, expected {WORTH:.3g}"
     if not _settled(means) and not _leaves(means):
         steps = int(VALUE_RATIO * VALUE_ROLLOUTS * VALUE_STEPS * ENVS)
         yield warning("not-settled", f"{told}, and they still move: shortly before they were {before:.3g}",
@@ -218,7 +219,8 @@ def _guess(mean: float) -> str:
     wrong = {
         "one reward with gamma ** n": 1 / (1 - GAMMA**N_STEP),
         "n rewards with gamma ** 1": n_rewards / (1 - GAMMA),
+        "n rewards with gamma ** 2n": n_rewards / (1 - GAMMA ** (2 * N_STEP)),
         "no value of where they led": n_rewards,
     }
-    near = [what for what, worth in wrong.items() if abs(mean - worth) < 0.5 * OFF * worth]
-    return f"; {near[0]} would do that" if near else ""
+    near = min(wrong, key=lambda what: abs(mean - wrong[what]))
+    return f"; {near} would do that" if abs(mean - wrong[near]) < 0.5 * OFF * wrong[near] else ""
