@@ -284,6 +284,7 @@ def _wire(
         steps_at_once=config.steps_at_once,
         eval_envs=tuple(suite.env for suite in checked.suites),
         aborts_max=config.nonfinite_env_max if config.on_nonfinite_env == "abort_episode" else 0,
+        eager=config.schedule == "eager",
         mailbox=_mailbox(checked),
     )
     plan = plan_stations(common, groups, group_size, cast(int, config.workers), cursors)

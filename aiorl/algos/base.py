@@ -85,7 +85,8 @@ class Policy(Protocol):
     def begin(self, weights: Weights, rollout: int, rng: np.random.Generator | None, steps: int) -> None:
         """Start a segment of at most `steps` steps with these weights, which stay unchanged until the segment ends.
 
-        `rollout` is the index for exploration schedules. `rng` is the only source of randomness; None asks for the
+        `rollout` is the index for exploration schedules (in the eager schedule, where the rollout is not known yet, the
+        first one that it may be: the version of the weights). `rng` is the only source of randomness; None asks for the
         deterministic policy (evaluation, play).
         """
         ...

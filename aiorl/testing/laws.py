@@ -40,7 +40,7 @@ from aiorl.segments import Array
 from aiorl.session import Session
 from aiorl.testing import row_laws
 from aiorl.testing.ledger_env import LedgerEnv
-from aiorl.testing.recording import ACTED_WITH, RecordedLearner, Tape, weights_crc
+from aiorl.testing.recording import ACTED_IN, ACTED_WITH, RecordedLearner, Tape, weights_crc
 from aiorl.testing.row_laws import History, Open, Violation, histories
 
 LEDGER_ENV = "aiorl.testing.ledger_env:LedgerEnv"
@@ -215,6 +215,9 @@ def _lag(session: Session, tape: Tape) -> Iterator[Violation]:
                 yield Violation(
                     "lag", f"rollout {taken.index}, environment {env}: version {known[0]} acted, the degree is {degree}"
                 )
+            told = int(taken.columns[ACTED_IN][0, column])
+            if not known[0] <= told <= taken.index:  # schedules of exploration go by it
+                yield Violation("lag", f"rollout {taken.index}, environment {env}: it acted as if in rollout {told}")
             if known[0] < last.get(env, 0):
                 yield Violation("versions", f"environment {env} went from version {last[env]} back to {known[0]}")
             last[env] = known[-1]

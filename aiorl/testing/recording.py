@@ -24,6 +24,9 @@ from aiorl.structs import as_in_a_file, convert, without_none
 ACTED_WITH = "acted_with"
 """The column that says which weights chose an action: `weights_crc` of them, int64."""
 
+ACTED_IN = "acted_in"
+"""The column that says of which rollout its policy was told to be when it chose an action, int64."""
+
 STAMP = "recorded_version"
 """Goes with the weights, int64 [1]: two versions differ even where an update has changed nothing."""
 
@@ -43,8 +46,8 @@ def weights_crc(weights: Weights) -> int:
 class Taken:
     """One rollout as the learner was given it; every array is a copy. B columns, T rows.
 
-    `columns` hold action, reward, terminated, truncated, valid and ACTED_WITH, [T, B, …]; `obs` leaves are [T + 1, B, …],
-    `next_obs` leaves [T, B, …]. `aborted` [B]: the column does not go on with its environment's open episode. `spans`
+    `columns` hold action, reward, terminated, truncated, valid, ACTED_WITH and ACTED_IN, [T, B, …]; `obs` leaves are
+    [T + 1, B, …], `next_obs` leaves [T, B, …]. `aborted` [B]: the column does not go on with its environment's open episode. `spans`
     [B, 2]: when its collection began and ended, on the monotonic clock.
     """
 
@@ -113,7 +116,7 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         self.algorithm.check(spaces)
 
     def columns(self, spaces: Spaces) -> dict[str, Column]:
-        return {**self.algorithm.columns(spaces), ACTED_WITH: Column((), "int64")}
+        return {**self.algorithm.columns(spaces), ACTED_WITH: Column((), "int64"), ACTED_IN: Column((), "int64")}
 
     def policy(self, spaces: Spaces) -> RecordedPolicy:
         return RecordedPolicy(self.algorithm.policy(spaces))
@@ -134,9 +137,10 @@ class RecordedPolicy:
     def __init__(self, policy: Any) -> None:
         self._policy = policy
         self._weights: Weights = {}
+        self._rollout = 0
 
     def begin(self, weights: Weights, rollout: int, rng: np.random.Generator | None, steps: int) -> None:
-        self._weights = weights
+        self._weights, self._rollout = weights, rollout
         self._policy.begin({name: array for name, array in weights.items() if name != STAMP}, rollout, rng, steps)
 
     def act(self, obs: Mapping[str, Array], first: Array) -> tuple[Array, Mapping[str, Array]]:
@@ -150,7 +154,8 @@ class RecordedPolicy:
 
     def _marked(self, chosen: tuple[Array, Mapping[str, Array]]) -> tuple[Array, Mapping[str, Array]]:
         actions, extras = chosen
-        return actions, {**extras, ACTED_WITH: np.full(len(actions), weights_crc(self._weights), np.int64)}
+        told = {ACTED_WITH: weights_crc(self._weights), ACTED_IN: self._rollout}
+        return actions, {**extras, **{name: np.full(len(actions), value, np.int64) for name, value in told.items()}}
 
 
 class RecordedLearner:
@@ -161,7 +166,7 @@ class RecordedLearner:
         self.tape = Tape()
 
     def update(self, rollout: Rollout) -> dict[str, float]:
-        names = ("action", "reward", "terminated", "truncated", "valid", ACTED_WITH)
+        names = ("action", "reward", "terminated", "truncated", "valid", ACTED_WITH, ACTED_IN)
         clock = slice(SegmentHeader.STARTED_S, SegmentHeader.ENDED_S + 1)
         self.tape.rollouts.append(
             Taken(

@@ -65,6 +65,7 @@ class StationSetup:
     stepping: Stepping = "auto"
     steps_at_once: int | None = None
     life: int = 0
+    eager: bool = False  # which rollout a segment will be part of is not known beforehand
     mailbox: MailboxLayout | None = None  # with central inference
 
     @property
@@ -275,7 +276,8 @@ class Station:
         segment, policy = self._segments[credit.group, credit.slot], self._policies[credit.group]
         key = np.random.SeedSequence(setup.seed, spawn_key=(ACT, credit.ordinal, credit.group))
         started_s = time.monotonic()
-        policy.begin(self._view(credit.buffer), credit.ordinal, np.random.default_rng(key), segment.steps)
+        rollout = credit.value if setup.eager else credit.ordinal  # the first that this version's segments may be part of
+        policy.begin(self._view(credit.buffer), rollout, np.random.default_rng(key), segment.steps)
         yield self._asking(policy, credit), segment, functools.partial(self._stepped, credit.group)
         segment.header[SegmentHeader.STARTED_S] = started_s + self._stood_s[credit.group]
         segment.header[SegmentHeader.ENDED_S] = time.monotonic()
