@@ -209,8 +209,8 @@ def metric_names(source: str | Path) -> list[str]:
 
 def write_svg(picture: Picture, path: str | Path, x: str = "steps") -> None:
     """Draw it into one SVG file. `x` is "steps" or "time"."""
-    curves, *words = picture
-    Path(path).write_text(draw([curve.thinned(x) for curve in curves], x, *words), encoding="utf-8")
+    curves = [curve.thinned(x) for curve in picture.curves]
+    Path(path).write_text(draw(curves, x, picture.labels, picture.what, picture.title), encoding="utf-8")
 
 
 def thin(points: Sequence[Point], axis: str, most: int = POINTS) -> list[Point]:

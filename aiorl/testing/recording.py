@@ -47,8 +47,8 @@ class Taken:
     """One rollout as the learner was given it; every array is a copy. B columns, T rows.
 
     `columns` hold action, reward, terminated, truncated, valid, ACTED_WITH and ACTED_IN, [T, B, …]; `obs` leaves are
-    [T + 1, B, …], `next_obs` leaves [T, B, …]. `aborted` [B]: the column does not go on with its environment's open episode. `spans`
-    [B, 2]: when its collection began and ended, on the monotonic clock.
+    [T + 1, B, …], `next_obs` leaves [T, B, …]. `aborted` [B]: the column does not go on with its environment's open
+    episode. `spans` [B, 2]: when its collection began and ended, on the monotonic clock.
     """
 
     index: int
