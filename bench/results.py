@@ -37,6 +37,11 @@ class Case(NamedTuple):
         return f"{self.algo}/{self.env}"
 
     @property
+    def stem(self) -> str:
+        """What its files are called."""
+        return f"{self.env.replace('/', '-')}-{self.algo}"
+
+    @property
     def command(self) -> str:
         return f"python -m aiorl train {self.env}" + (f" --algo {self.algo}" if self.algo != "ppo" else "")
 
@@ -57,12 +62,13 @@ CASES = (
     Case("sac", "BipedalWalker-v3", 280, 3),  # Stable-Baselines3's zoo reports 298 for its own settings
     Case("sac", "HalfCheetah-v5", 4_000, 1),
     Case("sac", "Hopper-v5", 2_000, 1),
+    Case("dqn", "ALE/Pong-v5", 0, 1),
 )
 
 
 def carry_out(case: Case, seed: int, runs: Path) -> dict[str, Any]:
     """One run as a user would start it; what summary.json says. A run that is there already is taken as it is."""
-    out = runs / f"{case.env}-{case.algo}-{seed}"
+    out = runs / f"{case.stem}-{seed}"
     if not (out / "summary.json").exists():
         shutil.rmtree(out, ignore_errors=True)
         line = [sys.executable, *case.command.split()[1:], "--seed", str(seed), "--out", str(out), "--progress", "none"]
@@ -88,7 +94,7 @@ def row(case: Case, summaries: list[dict[str, Any]]) -> str:
         met,
         f"{summaries[0]['env_steps'] / 1e3:,.0f}k",
         f"{statistics.median(s['wall_seconds'] for s in summaries):.0f} s",
-        f"[curves](img/{image(case)})",
+        f"[curves](img/{case.stem}.svg)",
     )
     return f"| {' | '.join(cells)} |"
 
@@ -99,10 +105,6 @@ def first_at(target: float, summary: dict[str, Any]) -> tuple[float, float] | No
         if evaluation["mean_return"] >= target:
             return evaluation["env_steps"], evaluation["seconds"]
     return None
-
-
-def image(case: Case) -> str:
-    return f"{case.env}-{case.algo}.svg"
 
 
 def write(rows: dict[str, str]) -> None:
@@ -140,8 +142,9 @@ def main() -> None:
 
 
 def plot(case: Case, directories: list[Path]) -> None:
-    line = [sys.executable, "-m", "aiorl", "plot", *map(str, directories)]
-    subprocess.run([*line, "--out", str(DOCUMENT.parent / "img" / image(case))], check=True, stdout=subprocess.DEVNULL)
+    out = str(DOCUMENT.parent / "img" / f"{case.stem}.svg")
+    line = [sys.executable, "-m", "aiorl", "plot", *map(str, directories), "--out", out]
+    subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

@@ -139,6 +139,14 @@ def test_the_learning_rate_falls_to_what_is_left(name: str):
     assert rates == pytest.approx(expected)
 
 
+@every_learner
+def test_rollouts_beyond_those_planned_are_learned_from(name: str):
+    """Rows that are spent on resets make them more than planned."""
+    learner, stream = learner_of(name, learning_rate=1e-2, anneal=True), stream_of(name)
+    rates = [learner.update(stream.next())["learning_rate"] for _ in range(12)]
+    assert rates[9:] == pytest.approx([1e-3] * 3)
+
+
 # -- rewards -----------------------------------------------------------------------------------------------------------
 
 
@@ -408,8 +416,18 @@ def test_what_is_told_of_values_errors_and_parameters(name: str):
     assert metrics["target_drift"] == pytest.approx(drift, rel=1e-3)
     assert drift > 0
     largest = max(np.abs(r.column("reward")[r.column("valid")]).max() for r in rollouts)
-    assert metrics["q_limit"] == pytest.approx(practice.TOLERANCE * 3 * largest / (1 - 0.99))
+    bonus = float(np.mean([float(s.get("bonus", 0.0)) for s in steps]))
+    assert (bonus > 0) is (name == "sac")
+    assert metrics["q_limit"] == pytest.approx(practice.TOLERANCE * (3 * largest + bonus) / (1 - 0.99))
     assert max(-metrics["q_min"], metrics["q_max"]) < metrics["q_limit"]
+
+
+def test_the_bonus_for_entropy_is_among_what_values_may_be(monkeypatch: pytest.MonkeyPatch):
+    learner, stream = learner_of("sac", warmup=0, alpha=20.0, tune_alpha=False), stream_of("sac")
+    metrics = learner.update(constant(stream.next(), reward=0.0))
+    bonus = 20.0 * abs(metrics["entropy"])
+    assert metrics["q_limit"] == pytest.approx(practice.TOLERANCE * (1 + bonus) / (1 - 0.99), rel=1e-3)
+    assert "bonus" not in metrics
 
 
 def test_only_the_last_gradient_steps_are_kept_whole(monkeypatch: pytest.MonkeyPatch):

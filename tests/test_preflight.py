@@ -196,6 +196,30 @@ def test_a_run_that_only_acts_at_random_says_so() -> None:
         assert any("every action will be random: random_steps is 1,000" in text for text in warned) is told
 
 
+IDLE: list[tuple[dict[str, Any], str]] = [
+    ({"algo": aiorl.SAC(anneal_to=0.1)}, "sac.anneal_to = 0.1 does nothing: anneal is off"),
+    (
+        {"algo": aiorl.SAC(tune_alpha=False, target_entropy=-2.0)},
+        "sac.target_entropy = -2.0 does nothing: tune_alpha is off",
+    ),
+    ({"algo": aiorl.TD3(priority_beta=0.5)}, "td3.priority_beta = 0.5 does nothing: priority_exponent is off"),
+    ({"algo": aiorl.PPO(), "warmup": 500}, "warmup = 500 does nothing: ppo has no warm-up"),
+    (
+        {"warmup": 5_000},
+        "for 4,000 env steps a policy acts that has learned nothing: random_steps is 1,000, warm-up takes 5,000",
+    ),
+    ({"algo": aiorl.SAC(anneal=True, anneal_to=0.1, priority_beta=0.5, priority_exponent=0.6, target_entropy=-2.0)}, ""),
+    ({"algo": aiorl.SAC(random_steps=5_000)}, ""),
+    ({"algo": aiorl.PPO(), "warmup": None}, ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "told"), IDLE)
+def test_settings_that_do_nothing_are_said(changes: dict[str, Any], told: str) -> None:
+    given = make(**{"env": "Pendulum-v1", "workers": 0, "total_steps": 20_000, "algo": aiorl.SAC(), **changes})
+    assert check(given, write=False).warnings == ([told] if told else [])
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="this platform has no /proc")
 def test_where_nothing_can_be_written_is_said_first() -> None:
     """A file system without a size says nothing of what is free."""

@@ -58,6 +58,7 @@ def test_it_follows_the_protocols():
         (Discrete(2), "needs a Box action space, this environment has Discrete\n.*ppo"),
         (MultiDiscrete([2, 2]), "needs a Box action space, this environment has MultiDiscrete\n.*ppo"),
         (Box(np.float32([-1, 0]), np.float32([1, np.inf])), r"finite bounds .* number 1 has \[0, inf\]\n"),
+        (Box(-1e300, 1e300, (1,), np.float64), r"finite bounds .* number 0 has \[-inf, inf\]\n"),  # in float32
         (Box(-1, 1, (0,), np.float32), "action space is empty"),
     ],
 )

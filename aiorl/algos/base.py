@@ -58,6 +58,13 @@ class LearnerContext:
     rest: Callable[[], None] = lambda: None
     """Waits while the run is paused."""
 
+    def annealed(self, rollout: int, to: float = 0.0) -> float:
+        """What is left of a setting that falls linearly over the run to `to` of it: never nothing.
+
+        Rows that are spent on resets or given up make more rollouts than planned, which are to be learned from, too.
+        """
+        return max(1 / self.rollouts, 1 - (1 - to) * min(1.0, rollout / self.rollouts))
+
     def go_on(self) -> None:
         """To be called between gradient steps: waits while the run is paused, and raises AbandonedError if there is no more
         point in the update.

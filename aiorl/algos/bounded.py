@@ -24,7 +24,8 @@ def check_bounded(algorithm: str, spaces: Spaces) -> None:
     for what, size in (("observation", spaces.features), ("action", leaf.size)):
         if size == 0:
             raise ConfigError(f"{algorithm}: the {what} space is empty (shape with a 0): there is nothing to learn")
-    low, high = (bound.reshape(-1) for bound in leaf.bounds)
+    with np.errstate(over="ignore"):  # networks compute in float32: what is too large for that is infinite
+        low, high = (bound.reshape(-1).astype(np.float32) for bound in leaf.bounds)
     if len(unbounded := np.flatnonzero(~(np.isfinite(low) & np.isfinite(high)))):
         i = int(unbounded[0])
         raise ConfigError(

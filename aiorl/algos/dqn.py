@@ -1,10 +1,11 @@
 """Deep Q-learning (Mnih et al. 2015) with double Q-learning, dueling heads, n-step returns and a Huber loss.
 
 Papers: double, van Hasselt et al. 2016 (arXiv 1509.06461); dueling, Wang et al. 2016 (1511.06581); priorities, Schaul et al.
-2016 (1511.05952); together, Hessel et al. 2018 (1710.02298). Departures: the gradient is clipped by its norm; `update_ratio`
-gradient steps for each env step stored after warm-up, exactly, done rollout by rollout; epsilon is a function of the rollout
-index, also during warm-up, which is no phase of random actions: where epsilon has fallen by then, what has learned nothing
-acts; the gradient from the two dueling streams into what they share is not divided by sqrt(2), which Adam would make up for.
+2016 (1511.05952); together, Hessel et al. 2018 (1710.02298). Departures: Adam in place of RMSProp; priorities are TD errors
+that are not clipped; the gradient is clipped by its norm; `update_ratio` gradient steps for each env step stored after
+warm-up, exactly, done rollout by rollout; epsilon is a function of the rollout index, also during warm-up, which is no phase
+of random actions: where epsilon has fallen by then, what has learned nothing acts; the gradient from the two dueling streams
+into what they share is not divided by sqrt(2), which Adam would make up for.
 
 Which version acted does not matter to one-step targets, so any staleness is sound. n-step returns (`n_step` > 1) depend on
 the actions of the version that acted, and are corrected neither for that nor for the age of what is in the buffer.

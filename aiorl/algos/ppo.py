@@ -218,7 +218,7 @@ class PPOLearner:
         experience, metrics = self._evaluate(rollout, obs, next_at)
         rate = self._settings["learning_rate"]
         if self._config.anneal:
-            rate *= max(0.0, 1.0 - rollout.index / self._context.rollouts)
+            rate *= self._context.annealed(rollout.index)
         metrics |= self._fit(experience, rollout.index, rate)
         if self._config.normalise_obs:
             # Only now: acting and learning of one version see the same statistics.

@@ -201,7 +201,7 @@ class Practice:
         config, done = self._config, min(1.0, rollout / self._context.rollouts)
         rate = self._settings["learning_rate"]
         if config.anneal:
-            rate *= 1.0 - (1.0 - config.anneal_to) * done
+            rate *= self._context.annealed(rollout, config.anneal_to)
         return rate, config.priority_beta + (1.0 - config.priority_beta) * done
 
     def _store(self, rollout: Rollout) -> None:
@@ -243,7 +243,7 @@ class Practice:
             self.steps += 1
         metrics = _means(config.name, seen, first) | _described(latest)
         horizon = min(LONGEST_HORIZON, 1 / (1 - config.gamma) if config.gamma < 1 else math.inf)
-        metrics["q_limit"] = TOLERANCE * max(1.0, self._largest_reward) * horizon
+        metrics["q_limit"] = TOLERANCE * (max(1.0, self._largest_reward) + metrics.pop("bonus", 0.0)) * horizon
         if config.priority_exponent:
             # The mean of -log P over what P drew estimates the entropy of P, without a pass over the buffer.
             metrics["priority_entropy"] = spread / math.log(max(2, len(self._replay)))

@@ -3,7 +3,8 @@
 Departures: the temperature's step follows the gradient by its logarithm without the factor alpha, as in the authors' later
 code; `update_ratio` gradient steps for each env step stored after warm-up, exactly, done rollout by rollout; uniform random
 actions at first; n-step returns leave out the entropy of the steps between; the weights that make up for priorities are
-factors on the critics' losses alone. Nothing else differs with the default settings.
+factors on the critics' losses alone; the logarithm of the standard deviation is kept within [-20, 2], as in the authors'
+code. Nothing else differs with the default settings.
 
 Which version acted does not matter to one-step targets, so any staleness is sound; n-step returns leave it uncorrected, as
 they do for everything else in the buffer.
@@ -185,7 +186,10 @@ class SACLearner:
         self._adam.step(rate)
         self._critics.follow(self._config.tau)
         actor_loss = -(alpha * entropy + value)
-        return found | {"actor_loss": actor_loss.squeeze(0), "entropy": entropy, "alpha": alpha.squeeze(0)}
+        bonus = (alpha * entropy).abs().squeeze(0)  # comes to each reward, so values may be as much larger
+        return found | {
+            "actor_loss": actor_loss.squeeze(0), "entropy": entropy, "alpha": alpha.squeeze(0), "bonus": bonus
+        }  # fmt: skip
 
     def _view(self, batch: Batch, alpha: torch.Tensor, rng: np.random.Generator) -> View:
         n = len(batch.returns)
