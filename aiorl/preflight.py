@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -21,6 +22,9 @@ from aiorl.metrics.directory import choose_directory, make_writable
 from aiorl.resuming import Saved, check_fits, check_state, read_saved
 from aiorl.segments import Column, SegmentLayout
 from aiorl.workers.memory import available_bytes
+
+SWITCHES = {"anneal_to": "anneal", "priority_beta": "priority_exponent", "target_entropy": "tune_alpha"}
+"""Settings of learners, and those without which they do nothing."""
 
 EVAL_WIDTH = 10  # environments an evaluation runs side by side
 
@@ -65,9 +69,8 @@ class Preflight:
             )
         if self.probe.why_inexact:
             found.append(f"a resumed run may not be exact: {self.probe.why_inexact}")
-        random_steps = getattr(_learning(self.algorithm, self.spaces).algorithm, "random_steps", 0)
-        if random_steps >= now:
-            found.append(f"every action will be random: random_steps is {random_steps:,}, the run has {now:,} env steps")
+        found += self.probe.warnings
+        found += _idle_settings(self.config, _learning(self.algorithm, self.spaces))
         if self.idle_workers:
             found.append(
                 f"{self.config.workers} workers are enough for {self.config.groups} groups of environments; for more, "
@@ -187,6 +190,27 @@ def _check_practice(config: Config, learning: Learning) -> None:
                 f"{settings}.capacity = {capacity:,}, but {what}: some would be overwritten before they are used\n"
                 f"  raise {settings}.capacity to {needs:,} or more"
             )
+
+
+def _idle_settings(config: Config, learning: Learning) -> Iterator[str]:
+    """What is set and does nothing, or leaves a gap."""
+    algorithm, _, settings = learning
+    usual = {field.name: field.default for field in msgspec.structs.fields(cast(Any, algorithm))}
+    for name, switch in SWITCHES.items():
+        given = getattr(algorithm, name, None)
+        if name in usual and given != usual[name] and not getattr(algorithm, switch, True):
+            yield f"{settings}.{name} = {given} does nothing: {switch} is off"
+    warmup = getattr(algorithm, "warmup", None) if config.warmup is None else config.warmup
+    if config.warmup is not None and "warmup" not in usual:
+        yield f"warmup = {config.warmup:,} does nothing: {algorithm.name} has no warm-up"
+    random_steps, steps = getattr(algorithm, "random_steps", None), config.total_steps
+    if random_steps is not None and random_steps >= steps:
+        yield f"every action will be random: random_steps is {random_steps:,}, the run has {steps:,} env steps"
+    elif random_steps is not None and warmup is not None and warmup - random_steps >= config.steps_per_rollout:
+        yield (
+            f"for {warmup - random_steps:,} env steps a policy acts that has learned nothing: random_steps is "
+            f"{random_steps:,}, warm-up takes {warmup:,}"
+        )
 
 
 def _check_bots(algorithm: Algorithm, found: Probe) -> None:

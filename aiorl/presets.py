@@ -272,7 +272,6 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         for algo in ("dqn", "qrdqn") for game in ("Breakout", "Asterix")
     },
     ("dqn", "ALE/Pong-v5"): {**_PONG, "dqn": _PONG_LEARNER},
-    ("qrdqn", "ALE/Pong-v5"): {**_ATARI, "qrdqn": _ATARI_LEARNER},
     ("sac", "aiorl/Hockey-v0"): {**_HOCKEY, "sac": {**_HOCKEY_LEARNER, "alpha": 0.2}},
     ("td3", "aiorl/Hockey-v0"): {**_HOCKEY, "td3": {**_HOCKEY_LEARNER, "noise": 0.2}},
     ("selfplay", "aiorl/Hockey-v0"): _HOCKEY_SELFPLAY,
@@ -280,8 +279,13 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
 
 
 def preset(algo: str, env: str) -> dict[str, Any]:
-    """The settings for an algorithm and an environment, as a copy; empty if there are none."""
-    return copy.deepcopy(PRESETS.get((algo, full_id(env)), {}))
+    """The settings for an algorithm and an environment, as a copy; empty if there are none.
+
+    Atari games without settings of their own share those of Mnih et al. 2015.
+    """
+    name = full_id(env)
+    shared = algo in ("dqn", "qrdqn") and name.startswith("ALE/") and "-ram" not in name
+    return copy.deepcopy(PRESETS.get((algo, name), {**_ATARI, algo: _ATARI_LEARNER} if shared else {}))
 
 
 def suited(settings: dict[str, Any], algo: str, inner: Any) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from aiorl.buffers.replay import Batch
+from aiorl.buffers.batch import Batch, Sequences
 from aiorl.envs.spaces import Spaces
 from aiorl.segments import Array, Rollout
-from aiorl.testing.buffer_checks import STEPS
+from aiorl.testing.transition_checks import STEPS
 
 COLUMNS = ("action", "reward", "terminated", "truncated", "valid", "obs", "next_obs")
 
@@ -165,6 +165,46 @@ class Prioritised(RingBuffer):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.weight = state["weight"].copy()
+
+
+class Chains(RingBuffer):
+    """Has sequences, too."""
+
+    def _put(self, env: int, row: dict[str, Any], last: bool) -> None:
+        before, begins = (self.written[env] - 1) % self.rows, self.written[env] == 0
+        if not begins:
+            begins = any(self.ring[name][before, env] for name in ("terminated", "truncated", "given_up"))
+        super()._put(env, row | {"begins": np.array(begins)}, last)
+
+    def sequences(self, rng: np.random.Generator, size: int, length: int) -> Sequences:
+        row, env = self._draw(rng, size)
+        at = (row + np.arange(length)[:, None]) % self.rows
+        rows = {name: column[at, env] for name, column in self.ring.items()}
+        if self.flaw == "goes on elsewhere":
+            half = length // 2
+            for name, column in self.ring.items():
+                rows[name][half:] = column[at, (env + 1) % self.envs][half:]
+        goes_on = np.ones((length - 1, size), bool)
+        if self.flaw != "sequences cross the head":
+            goes_on &= at[:-1] != (self.written[env] - 1) % self.rows
+        if self.flaw != "sequences hold what is no step":
+            goes_on &= rows["valid"][1:]
+        if self.flaw == "sequences are short":
+            goes_on &= ~rows["begins"][1:]
+        mask = np.ones((length, size), bool)
+        mask[1:] = goes_on if self.flaw == "has holes" else np.logical_and.accumulate(goes_on)
+        first = mask & rows["begins"]
+        if self.flaw == "ends untold":
+            first[1:] = False
+        if self.flaw == "cuts are begins":
+            first[0] = True
+        if self.flaw == "rewards of the step before":
+            rows["reward"] = self.ring["reward"][at - 1, env]
+        return Sequences(
+            obs={"obs": rows["obs"]}, action=rows["action"], reward=rows["reward"], terminated=rows["terminated"],
+            truncated=rows["truncated"], next_obs={"obs": rows["next_obs"]}, first=first, mask=mask,
+            index=row * self.envs, generation=row, weights=np.ones(size),
+        )  # fmt: skip
 
 
 class Stacks(RingBuffer):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from faulty_buffer import Prioritised, RingBuffer, Stacks
+from faulty_buffer import Chains, Prioritised, RingBuffer, Stacks
 
 from aiorl.buffers.lanes import Lanes
 from aiorl.buffers.priorities import SumTree
@@ -51,6 +51,7 @@ def test_sound_buffers_pass() -> None:
     assert check_replay(Replay) == []
     assert check_replay(RingBuffer) == []
     assert check_replay(Prioritised) == []
+    assert check_replay(Chains) == []
     assert check_replay(Replay, stack=4) == []
     assert check_replay(Stacks, stack=4) == []
     assert check_replay(Prioritised, priority_exponent=0.5) == []
@@ -109,6 +110,28 @@ def test_what_does_not_fit_the_stack_is_refused_at_once() -> None:
     """Acting shows 4 frames, the buffer is made for 3."""
     (finding,) = errors(check_replay(functools.partial(Replay, stack=3), stack=4))
     assert "3" in finding.message
+
+
+CHAINED = {
+    "sequences cross the head": ("sequence-order", "beyond it lie the oldest"),
+    "goes on elsewhere": ("sequence-order", "go by rollout.envs"),
+    "sequences hold what is no step": ("not-valid", "end sequences before such a row"),
+    "ends untold": ("sequence-first", "an episode begins with row"),
+    "cuts are begins": ("sequence-first", "`first` is True at row 0 of a sequence, in the middle of an episode"),
+    "has holes": ("sequence-mask", "False before its end"),
+    "sequences are short": ("sequence-short", "end before the step that came next"),
+    "rewards of the step before": ("torn", "row 0 of a sequence is none that was added"),
+}
+
+
+@pytest.mark.parametrize("flaw", CHAINED)
+def test_a_flaw_of_sequences_is_found(flaw: str) -> None:
+    """What the same buffer samples besides is right."""
+    code, words = CHAINED[flaw]
+    findings = found(flaw, Chains)
+    assert code in findings, findings
+    assert words in findings[code].message
+    assert all("sequence" in finding.message for finding in findings.values())
 
 
 PRIORITISED = {

@@ -5,15 +5,16 @@ from __future__ import annotations
 import ast
 import json
 import threading
+from collections.abc import Callable
 from multiprocessing import reduction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import msgspec
 import numpy as np
 import pytest
-from experience import Stream, context, spaces
+from experience import BOX, Stream, context, spaces
 from faulty_learner import Small
 from test_static_guards import PACKAGE, uses_in
 
@@ -28,6 +29,9 @@ from aiorl.testing import check_algorithm, check_env, errors, replay_checks
 from aiorl.testing.bench import record
 from aiorl.testing.examine_algorithm import CHAIN, check_fit
 from aiorl.testing.findings import Finding
+
+if TYPE_CHECKING:
+    import torch
 
 
 def config(tmp_path: Path, algo: Any, **changes: Any) -> aiorl.Config:
@@ -251,8 +255,8 @@ def test_the_doctor_tries_an_own_algorithm(
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     errors = [(f["about"], f["code"], f["catalogue"]) for f in found if f["severity"] == "error"]
     assert errors == [
-        ("faulty_learner:Twice", "target-share", ["0.3", "4.1", "9.4"]),
         ("faulty_learner:Twice in Pendulum-v1", "refused", ["5.1", "5.2", "10.3"]),
+        ("faulty_learner:Twice", "target-share", ["0.3", "4.1", "9.4"]),
     ]
 
 
@@ -325,18 +329,71 @@ def test_gradients_of_several_batches_make_one_step() -> None:
     assert max(float(np.abs(ends[0][k] - ends[1][k]).max()) for k in ends[0]) < 1e-4
 
 
-def test_results_are_fetched_once_an_update_whatever_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device need not wait for each gradient step."""
-    from aiorl import losses
+FETCHES = ("cpu", "item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__")
+"""What brings a tensor's numbers from a device."""
 
-    calls: list[int] = []
-    numbers = losses.numbers
-    monkeypatch.setattr(losses, "numbers", lambda rows: calls.append(len(rows)) or numbers(rows))
-    counts: list[int] = []
-    for ratio in (0.25, 2.0):
-        algorithm = small_dqn(warmup=0, update_ratio=ratio)
-        learner, stream = algorithm.learner(spaces(), context()), Stream(spaces(), 4, 8, columns=algorithm.columns(spaces()))
-        calls.clear()
-        learner.update(stream.next())
-        counts.append(len(calls))
-    assert counts[0] == counts[1] <= 2
+
+def fetched(
+    algorithm: Any, monkeypatch: pytest.MonkeyPatch, wrong: Callable[[torch.Tensor], Any] = lambda loss: None
+) -> int:
+    """How often one update fetches where no tensor says that it is in main memory; `wrong` is done at each step."""
+    import torch
+
+    space = spaces(BOX if isinstance(algorithm, aiorl.SAC | aiorl.TD3) else None)
+    learner: Any = algorithm.learner(space, context())
+    rollout = Stream(space, 4, 8, columns=algorithm.columns(space)).next()
+    found: list[str] = []
+    step = learner._step
+
+    def and_wrong(*args: Any) -> Any:
+        results = step(*args)
+        wrong(results["td_error"].sum())
+        return results
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_cpu", False)
+        patch.setattr(learner, "_step", and_wrong)
+        for name in FETCHES:
+            method = getattr(torch.Tensor, name)
+
+            def counted(self: Any, *args: Any, name: str = name, method: Any = method, **kwargs: Any) -> Any:
+                found.append(name)
+                return method(self, *args, **kwargs)
+
+            patch.setattr(torch.Tensor, name, counted)
+        told = learner.update(rollout)
+    assert told["gradient_steps"] == 32 * algorithm.update_ratio
+    return len(found)
+
+
+BUSY: dict[str, Any] = {"hidden": (8,), "warmup": 0, "capacity": 500, "batch_size": 8}
+FEW, MANY = 0.125, 0.5  # 4 and 16 gradient steps
+LEARNERS = {
+    "dqn": aiorl.DQN(**BUSY), "dueling": aiorl.DQN(**BUSY, dueling=True, target_every=2), "qrdqn": aiorl.QRDQN(**BUSY),
+    "sac": aiorl.SAC(**BUSY, random_steps=0), "td3": aiorl.TD3(**BUSY, random_steps=0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_results_are_fetched_once_an_update_whatever_its_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device need not wait for each gradient step."""
+    few, many = (fetched(replay_checks.changed(LEARNERS[name], update_ratio=r), monkeypatch) for r in (FEW, MANY))
+    assert 0 < few == many <= 12
+
+
+def test_with_priorities_errors_are_fetched_at_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    algorithm = aiorl.DQN(**BUSY, priority_exponent=0.6)
+    few, many = (fetched(replay_checks.changed(algorithm, update_ratio=r), monkeypatch) for r in (FEW, MANY))
+    assert many - few == 2 * (16 - 4), "cpu().numpy()"
+
+
+WRONG: dict[str, Callable[[torch.Tensor], Any]] = {
+    "cpu": lambda loss: loss.cpu(), "item": lambda loss: loss.item(), "tolist": lambda loss: loss.tolist(),
+    "float": float, "compared": lambda loss: bool(loss > 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_a_fetch_in_each_gradient_step_is_counted(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = (fetched(aiorl.DQN(**BUSY, update_ratio=r), monkeypatch, WRONG[how]) for r in (FEW, MANY))
+    assert many - few >= 16 - 4

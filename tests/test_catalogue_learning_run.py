@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from faulty_learner import Small
 
 import aiorl
 from aiorl import checkpoint
+from aiorl.algos.dqn import epsilon_at
 from aiorl.cli import main
 from aiorl.resuming import resumed_config
 from aiorl.testing import check_run
@@ -59,6 +61,12 @@ class Planted:
     def updates(self, change: Change) -> None:
         self.lines("events.jsonl", lambda event: change(event) if event["event"] == "updated" else None)
 
+    def cut(self, name: str, number: int) -> None:
+        """Half of a line is left, as where something else was written over the rest."""
+        lines = (self.path / name).read_text().splitlines()
+        lines[number - 1] = lines[number - 1][: len(lines[number - 1]) // 2]
+        (self.path / name).write_text("\n".join(lines) + "\n")
+
     def metrics(self, **changed: float) -> None:
         self.updates(lambda u: u["metrics"].update(changed) if u["gradient_steps"] else None)
 
@@ -98,6 +106,8 @@ def at(version: int, **fields: Any) -> Change:
     return lambda update: update.update(fields) if update["version"] == version else None
 
 
+FALLING = np.array([1.0, 0.05, 0.2 * 20])  # start and end of epsilon, and the rollouts over which it falls
+
 PLANTED: dict[str, tuple[Callable[[Planted], None], str, str]] = {
     "zeros": (lambda r: r.warned("every observation of rollout 3 is 0"), "zeros", "rollout 3"),
     "no gradient": (lambda r: r.metrics(grad_norm=0.0), "no-gradient", "the gradient is 0 in"),
@@ -120,7 +130,11 @@ PLANTED: dict[str, tuple[Callable[[Planted], None], str, str]] = {
         lambda r: r.summary(ledger={"produced": 700, "stored": 640, "dropped": 0, "in_flight": 0}),
         "ledger", "produced is not",
     ),
-    "epsilon": (lambda r: r.updates(lambda u: u["metrics"].update(epsilon=0.5)), "epsilon", "expected 1"),
+    "epsilon": (
+        lambda r: r.updates(lambda u: u["metrics"].update(epsilon=epsilon_at(max(0, u["rollout"] - 1), FALLING))),
+        "epsilon", "epsilon is 1 in rollout 1, expected 0.7625",
+    ),
+    "another epsilon": (lambda r: r.updates(lambda u: u["metrics"].update(epsilon=0.5)), "epsilon", "expected 1"),
     "exploring": (lambda r: r.config("epsilon_end", 0.9), "epsilon", "epsilon is"),
     "annealing": (
         lambda r: r.updates(lambda u: u["metrics"].update(learning_rate=1e-3)), "learning-rate", "stays 0.001",
@@ -139,7 +153,8 @@ PLANTED: dict[str, tuple[Callable[[Planted], None], str, str]] = {
         lambda r: r.event(event="worker_restarted", worker="worker-0", reason="killed (signal 9)"), "restarts", "signal 9",
     ),
     "gap": (lambda r: r.lines("schedule.jsonl", lambda x: x.update(k=x["k"] + 1)), "damaged", "rollout 1 follows -1"),
-    "torn": (lambda r: r.updates(lambda u: u.pop("metrics")), "damaged", "metrics"),
+    "torn": (lambda r: r.cut("events.jsonl", 9), "damaged", "events.jsonl, line 9"),
+    "without metrics": (lambda r: r.updates(lambda u: u.pop("metrics")), "damaged", "metrics"),
 }  # fmt: skip
 
 
@@ -172,6 +187,13 @@ FLAWED: dict[str, tuple[Any, str]] = {
     "training before there is data": (Small(flaw="does not wait"), "update-ratio"),
     "training that never begins": (Small(flaw="waits for ever"), "never-updated"),
     "the loss only": (Small(flaw="tells the loss only"), "loss-only"),
+    "a rate at which nothing moves": (aiorl.DQN(**SMALL_DQN, learning_rate=1e-9), "no-change"),
+    "a rate at which nothing moves, and no target": (
+        aiorl.DQN(**SMALL_DQN | {"target_every": 1}, learning_rate=1e-9), "no-change",
+    ),
+    "a target that is never updated": (aiorl.DQN(**SMALL_DQN | {"target_every": 10**6}), "target-stands"),
+    "no exploration": (aiorl.DQN(**SMALL_DQN, epsilon_fraction=0.0), "stopped-exploring"),
+    "exploration that ends in warm-up": (aiorl.DQN(**SMALL_DQN, epsilon_fraction=0.1), "stopped-exploring"),
 }  # fmt: skip
 
 
@@ -183,6 +205,36 @@ def test_a_run_of_a_faulty_learner_is_found_out(name: str, tmp_path: Path) -> No
     assert set(found) == set(codes.split())
     for code, words in {"q-explodes": "the values of update", "no-gradient": "the gradient of update"}.items():
         assert words in found.get(code, words), "the run warned of it itself"
+
+
+def test_what_the_return_does_not_show_stands_beside_it(run: Planted) -> None:
+    """Planted: returns that stay as they were while values run away and the loss is 0."""
+    run.updates(lambda u: u.update(return_mean=20.0 if u["episodes"] else None))
+    run.updates(lambda u: u["metrics"].update(q_mean=-40.0 * u["version"], loss=0.0) if u["gradient_steps"] else None)
+    (progress,) = check_run(run.path)
+    assert progress.code == "progress"
+    for part in ("return 20 -> 20", "q_mean -120 -> -840", "loss 0 -> 0", "epsilon 0.881 -> 0.05"):
+        assert part in progress.message
+
+
+SLOW_BUT_SOUND = {
+    "dqn": aiorl.DQN(**SMALL_DQN, learning_rate=1e-5),
+    "a new target at each step": aiorl.DQN(**SMALL_DQN | {"target_every": 1}),
+    "a constant epsilon": aiorl.DQN(**SMALL_DQN, epsilon_start=0.1, epsilon_end=0.1),
+    "no warm-up": aiorl.DQN(**SMALL_DQN | {"warmup": 0}, epsilon_fraction=0.05),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SLOW_BUT_SOUND)
+def test_a_sound_run_is_not_accused(name: str, tmp_path: Path) -> None:
+    trained(tmp_path / "run", SLOW_BUT_SOUND[name])
+    assert [f.code for f in check_run(tmp_path / "run") if f.severity != "info"] == []
+
+
+def test_a_run_that_goes_on_is_not_accused_of_a_target_that_stands(tmp_path: Path) -> None:
+    trained(tmp_path / "run", aiorl.DQN(**SMALL_DQN | {"target_every": 10**6}))
+    (tmp_path / "run" / "summary.json").unlink()
+    assert Planted(tmp_path / "run").found.keys() <= {"killed"}
 
 
 def test_no_episode_ever_ends(run: Planted) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
+import pytest
+
+from aiorl.testing import examine_algorithm, examine_run, learner_checks, policy_checks, replay_checks
 from aiorl.testing.catalogue import FAULTS, FOUND_AS
 from aiorl.testing.laws import __doc__ as laws
 
@@ -50,6 +56,31 @@ def test_every_code_of_the_catalogue_is_one_that_a_check_gives() -> None:
     source += "".join(path.read_text(encoding="utf-8") for path in (ROOT / "aiorl" / "testing").glob("examine_*.py"))
     source = source.replace('f"ignores-{what}"', '"ignores-rewards" "ignores-observations"')
     assert [code for code in FOUND_AS if f'"{code}"' not in source] == []
+
+
+def given_by(module: ModuleType) -> set[str]:
+    """The codes of findings that are written out in a module."""
+    calls = [node for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Call) and node.args]
+    made = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id in ("error", "warning", "info", "_guarded")]
+    return {c.args[0].value for c in made if isinstance(c.args[0], ast.Constant)}
+
+
+ALGORITHM = (examine_algorithm, learner_checks, policy_checks, replay_checks)
+MORE = {"ignores-rewards", "ignores-observations", *(c.__name__.replace("_", "-") for c in examine_algorithm.CHECKS)}
+
+
+@pytest.mark.parametrize(
+    ("section", "codes"),
+    [("An algorithm", set[str]().union(*map(given_by, ALGORITHM)) | MORE),
+     ("A run", given_by(examine_run) | set(examine_run.ALARMS))],
+)  # fmt: skip
+def test_every_code_that_the_checks_give_is_explained(section: str, codes: set[str]) -> None:
+    text = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8").split(f"\n## {section}\n")[1].split("\n## ")[0]
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    named = {code for row in rows for code in re.findall(r"`([^`]+)`", row.split(" | ")[0])}
+    mentioned = {code for row in rows for code in re.findall(r"`([^`]+)` \(warning\)", row)}
+    assert len(codes) > 20
+    assert codes == named | mentioned
 
 
 def test_every_test_that_it_names_is_collected() -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from faulty_learner import Small
 
+from aiorl.algos.base import LearnerContext
+from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import EnvSpec
+from aiorl.segments import Rollout
 from aiorl.testing import check_algorithm, replay_checks
 from aiorl.testing.bench import record
 from aiorl.testing.examine_algorithm import CHAIN
 from aiorl.testing.findings import Finding
+from examples.custom_replay import TinyDQN, TinyDQNLearner
 
 pytestmark = [
     pytest.mark.usefixtures("no_leaks"),
@@ -101,6 +107,80 @@ def test_no_course_of_values_is_judged_too_soon(limit: float, slow_share: float)
         wrong = not replay_checks._near(means[-1]) and (replay_checks._settled(means) or replay_checks._leaves(means))
         assert not (wrong if limit == replay_checks.WORTH else right)
         assert right or wrong or pace < 0.2
+
+
+class Tiny(TinyDQN, frozen=True):
+    """The example, whose target is a copy every `target_every` gradient steps, but for its `flaw`."""
+
+    flaw: str = ""
+
+    def learner(self, spaces: Spaces, context: LearnerContext) -> TinyLearner:
+        return TinyLearner(self, spaces, context)
+
+
+class TinyLearner(TinyDQNLearner):
+    def __init__(self, config: Tiny, spaces: Spaces, context: LearnerContext) -> None:
+        super().__init__(config, spaces, context)
+        self._flaw = config.flaw
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        before = self._target
+        told = super().update(rollout)
+        if self._flaw == "never":
+            self._target = before
+        if self._flaw == "but for a layer":
+            self._target = {**self._target, "w1": before["w1"]}
+        return told
+
+    def _gradient_step(self, rng: np.random.Generator) -> dict[str, float]:
+        told = super()._gradient_step(rng)
+        if share := {"softly at every step": 0.005, "whole at every step": 1.0}.get(self._flaw):
+            self._target = {name: t + share * (self._parameters[name] - t) for name, t in self._target.items()}
+        return told
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self._flaw == "under another name":
+            state["slow"] = state.pop("target")
+        return state
+
+
+COPIED = {
+    "softly at every step": ("target-interval", "step 1 target took over 0.005 of the way to the parameters, expected 0"),
+    "whole at every step": ("target-interval", "step 1 target took over 1 of the way to the parameters, expected 0"),
+    "never": ("target-interval", "step 2 target took over 0 of the way to the parameters, expected 1"),
+    "but for a layer": ("target-share", "of the way to the parameters, expected 1"),
+    "under another name": ("not-checked", "its state has no `target` beside `parameters`"),
+}
+
+
+@pytest.mark.parametrize("flaw", COPIED)
+def test_a_target_that_is_copied_is_measured_by_its_interval_alone(flaw: str) -> None:
+    code, words = COPIED[flaw]
+    (finding,) = target_of(Tiny(flaw=flaw))
+    assert (finding.code, words in finding.message) == (code, True), finding
+    assert len(finding.message.splitlines()) <= 3
+
+
+def test_the_doctor_looks_at_the_target_of_the_example() -> None:
+    assert target_of(Tiny()) == []
+    assert "target-interval" in {f.code for f in check_algorithm(Tiny(flaw="softly at every step"), learning=False)}
+
+
+class Renamed:
+    """The example, with another name for `target_every`."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(Tiny(), {"copy_every": "target_every", "target_every": "?"}.get(name, name))
+
+
+def test_a_target_whose_settings_nobody_knows_is_not_passed_over() -> None:
+    (finding,) = target_of(Renamed())
+    assert (finding.code, "no setting `target_every` or `tau`" in finding.message) == ("not-checked", True)
+
+
+def target_of(algorithm: Any) -> list[Finding]:
+    return list(replay_checks.target(record(algorithm, EnvSpec(CHAIN, {"action": "discrete"}, CHAIN))))
 
 
 def test_what_is_not_looked_at_is_said() -> None:

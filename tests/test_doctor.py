@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import aiorl
 from aiorl.cli import main
 from aiorl.testing import machine
 from aiorl.testing.findings import Finding
@@ -72,10 +73,54 @@ def test_a_name_of_nothing_may_have_been_a_run(capsys: pytest.CaptureFixture[str
     assert "a run:" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [["--nonsense"], ["CartPole-v1", "--env-kwargs", "gravity"]])
-def test_bad_usage(words: list[str], capsys: pytest.CaptureFixture[str]):
-    assert main(["doctor", *words]) == 2
-    assert len(capsys.readouterr().err.splitlines()) <= 3
+def test_each_section_is_shown_when_it_is_found_the_quickest_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    shown: list[str] = []
+
+    def look(*_: object) -> list[Finding]:
+        shown.append(capsys.readouterr().out)
+        return []
+
+    for place in ("examine_algorithm.check_fit", "machine.check_machine", "examine_env.examine"):
+        monkeypatch.setattr(f"aiorl.testing.{place}", look)
+    monkeypatch.setattr("aiorl.testing.examine_algorithm.check_algorithm", look)
+    assert main(["doctor", "--algo", "sac", "CartPole-v1"]) == 0
+    well = "  ok     nothing wrong was found\n\n"
+    assert shown == ["sac in CartPole-v1\n", f"{well}machine\n", f"{well}CartPole-v1\n", f"{well}sac\n"]
+    assert capsys.readouterr().out == f"{well}nothing to complain about\n"
+
+
+def test_an_algorithm_is_tried_with_the_settings_that_are_given(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    tried: list[object] = []
+    monkeypatch.setattr(machine, "check_machine", lambda out: [])
+    monkeypatch.setattr("aiorl.testing.examine_algorithm.check_algorithm", lambda a: tried.append(a) or [])
+    assert main(["doctor", "--algo", "dqn", "--dqn.learning-rate", "1e-2", "--dqn.hidden", "8,8"]) == 0
+    assert tried == [aiorl.DQN(learning_rate=1e-2, hidden=(8, 8))]
+    assert main(["doctor", "--algo", "dqn"]) == 0
+    assert tried[1:] == [aiorl.DQN]
+    assert main(["doctor", "--algo", "dqn", "--dqn.learning-rate", "-1"]) == 2
+    assert "--dqn.learning-rate -1: expected a number, > 0" in capsys.readouterr().err
+    assert main(["doctor", "--algo", "dqn", "--help"]) == 0
+    assert "--dqn.target-every" in capsys.readouterr().out
+
+
+MISUSED = {
+    "--nonsense": "unknown flag", "CartPole-v1 --env-kwargs gravity": "expected key=value",
+    "--algo nonsense": "unknown algorithm", "--env-kwargs a=1": "without an environment",
+    ". --algo dqn --env-kwargs a=1": ". is a directory: what a run wrote is only read, without --algo, --env-kwargs",
+    ". --out x": "without --out", ". --algo dqn --dqn.gamma 0.5": "without --algo", ".": "is not a run directory",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", MISUSED)
+def test_bad_usage(words: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["doctor", *words.split()]) == 2
+    told = capsys.readouterr().err
+    assert MISUSED[words] in told
+    assert len(told.splitlines()) <= 3
 
 
 def test_help_imports_nothing_heavy():

@@ -24,6 +24,7 @@ from examples import (
     custom_algorithm,
     custom_env,
     custom_replay,
+    custom_sequences,
     hockey_selfplay,
     log_to_tensorboard,
     pause_and_tune,
@@ -173,6 +174,80 @@ async def test_custom_replay_learns():
 
 def test_the_doctor_finds_nothing_wrong_with_custom_replay():
     assert [f for f in check_algorithm(custom_replay.TinyDQN()) if f.severity != "info"] == []
+
+
+class Forgetful:
+    """A policy that is told with each step that an episode begins."""
+
+    def __init__(self, policy: Any) -> None:
+        self._policy = policy
+
+    def act(self, obs: Any, first: Any) -> Any:
+        return self._policy.act(obs, np.ones_like(first))
+
+
+async def test_custom_sequences_learns_what_needs_memory():
+    """Two workers, acting one update behind: it remembers the sign (1; 0 is what anybody gets who does not), and without
+    its memory it is lost."""
+    from aiorl.envs.episodes import run_episodes
+    from aiorl.envs.spec import resolve_env
+
+    config = aiorl.Config(
+        env="examples.custom_sequences:TMaze", algo=custom_sequences.RecurrentQ(), total_steps=8_000, seed=3, envs=8,
+        workers=2, off_policy_degree=1, eval_every=0, eval_episodes=100,
+    )  # fmt: skip
+    result = await aiorl.train(config)
+    assert (result.status, result.dropped, result.staleness["max"]) == ("completed", {}, 1)
+    assert result.final_evaluation is not None
+    assert result.final_evaluation.mean_return > 0.9
+    loaded = aiorl.load(result.directory, algo=custom_sequences.RecurrentQ)
+    forgetful: Any = Forgetful(loaded._policy)
+    returns, _ = run_episodes(resolve_env(config.env, in_process=True), loaded.spaces, forgetful, 100, 0, 10)
+    assert abs(returns.mean()) < 0.4, "four standard deviations"
+
+
+async def test_custom_sequences_resumes_as_if_it_had_not_stopped():
+    """Segments begin in the middle of episodes, with a memory that no checkpoint holds."""
+    config = aiorl.Config(
+        env="examples.custom_sequences:TMaze", algo=custom_sequences.RecurrentQ(warmup=200), total_steps=1_600, seed=0,
+        envs=8, workers=0, off_policy_degree=0, segment_length=20, eval_every=0, eval_episodes=1,
+    )  # fmt: skip
+    whole = await aiorl.train(config)
+    async with aiorl.Run(config) as run:
+        async for event in run:
+            if event.version >= 5:
+                run.stop(final_evaluation=False)
+    assert (await aiorl.train(config, resume=run.directory)).params_sha256 == whole.params_sha256
+
+
+def test_the_gradient_of_custom_sequences_is_that_of_its_loss():
+    rng, (steps, n, features, cells, hidden, actions) = np.random.default_rng(0), (4, 3, 2, 3, 5, 2)
+    sizes = {"gate": (features, cells), "new": (features, cells), "hidden": (cells + features, hidden)}
+    sizes |= {"q": (hidden, actions)}
+    p = {f"w_{name}": rng.normal(size=size) for name, size in sizes.items()}
+    p |= {f"b_{name}": rng.normal(size=size[1]) for name, size in sizes.items()}
+    x, first, memory = rng.normal(size=(steps, n, features)), rng.random((steps, n)) < 0.3, rng.normal(size=(n, cells))
+    action, target, weight = rng.integers(actions, size=(steps, n)), 3 * rng.normal(size=(steps, n)), rng.random((steps, n))
+
+    def found() -> tuple[dict[str, Any], float]:
+        gradient, error, _ = custom_sequences.gradient(p, x, first, memory, action, target, weight)
+        size = np.abs(error)
+        return gradient, float((weight * np.where(size < 1, size**2 / 2, size - 0.5)).sum())
+
+    assert first[1:].any()
+    gradient, _ = found()
+    for name, array in p.items():
+        for place in np.ndindex(array.shape):
+            there, losses = array[place], list[float]()
+            for moved in (1e-6, -1e-6):
+                array[place] = there + moved
+                losses.append(found()[1])
+            array[place] = there
+            assert gradient[name][place] == pytest.approx((losses[0] - losses[1]) / 2e-6, abs=1e-6), (name, place)
+
+
+def test_the_doctor_finds_nothing_wrong_with_custom_sequences():
+    assert [f for f in check_algorithm(custom_sequences.RecurrentQ()) if f.severity != "info"] == []
 
 
 async def test_custom_algorithm_learns():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,6 +67,13 @@ def test_an_episode_depends_on_its_seed_and_actions_alone(env: str) -> None:
     fresh.close()
 
 
+@pytest.mark.parametrize("vector", [False, True])
+def test_single_frames_of_a_game_are_warned_of(vector: bool) -> None:
+    (told,) = look("ALE/Breakout-v5", vector=vector).warnings
+    assert "frame_stack = 4" in told
+    assert look("ALE/Breakout-v5", 4, vector=vector).warnings == look("MinAtar/Breakout-v1").warnings == ()
+
+
 def test_rewards_are_clipped_if_asked_for() -> None:
     env: Any = make_env(look("ALE/MsPacman-v5", clip_rewards=True).spec)
     plain: Any = make_env(look("ALE/MsPacman-v5").spec)
@@ -106,6 +116,15 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, env: st
     assert len(str(error.value).splitlines()) <= 3
 
 
+def test_every_extra_is_in_the_table_of_extras() -> None:
+    root = Path(__file__).parent.parent
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    table = (root / "docs/environments.md").read_text(encoding="utf-8").partition("## Extras")[2].partition("\n## ")[0]
+    assert sorted(re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE)) == sorted(extras)
+    for extra, licence in {"atari": "GPL-2.0", "minatar": "GPL-3.0"}.items():
+        assert re.search(rf"^\| `{extra}` .*{licence}", table, re.MULTILINE)
+
+
 def test_an_unknown_game_or_argument_is_refused() -> None:
     with pytest.raises(ConfigError, match="did you mean MinAtar/Breakout-v1"):
         resolve_env("MinAtar/Brakout-v1", in_process=True)
@@ -117,3 +136,13 @@ def test_an_unknown_game_or_argument_is_refused() -> None:
 
 def test_all_that_is_installed_is_listed() -> None:
     assert {*IDS, "aiorl/Hockey-v0", "CartPole-v1"} <= set(installed())
+
+
+@pytest.mark.parametrize("env", ["Pong-v4", "PongNoFrameskip-v4", "PongDeterministic-v0", "Pong-ram-v4", "Pong"])
+def test_old_ids_of_atari_games_give_way_to_todays(env: str) -> None:
+    """ale_py registers some of them, to make the raw game; that is asked for by its name."""
+    for _ in range(2):  # whether or not ale_py has been imported
+        with pytest.raises(ConfigError, match=rf"unknown environment '{env}' — did you mean ALE/Pong-v5\?"):
+            resolve_env(env, in_process=True)
+        assert env not in installed()
+    assert look("ale_py:Pong-v4").spaces.observation[0].shape == (210, 160, 3)

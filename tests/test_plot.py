@@ -83,6 +83,17 @@ def test_a_metric_that_nobody_tells_is_refused_with_those_there_are(tmp_path: Pa
     assert not list(tmp_path.rglob("*.svg"))
 
 
+def test_a_long_list_of_metrics_is_told_whole_or_says_that_it_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for most, cut in ((20, False), (60, True)):
+        told = {f"a_metric_with_a_name_{i}": 1.0 for i in range(most)}
+        run = told_run(tmp_path / str(most), **told)
+        assert main(["plot", str(run), "--metric", "typo"]) == 2
+        text = capsys.readouterr().err
+        names = text.replace("there are", "").replace("\n", " ").split("tells it")[1].replace(",", " ").split()
+        assert set(names) - {"…"} <= set(metric_names(run)), "a name was cut"
+        assert (names == metric_names(run), names[-1] == "…") == (not cut, cut)
+
+
 def test_several_metrics_share_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Of one run each line is named for its metric, of several for both; a run that does not tell one is named."""
     one, two = told_run(tmp_path / "one", q_mean=1.0, q_max=2.0), told_run(tmp_path / "two", q_mean=3.0)

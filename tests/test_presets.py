@@ -55,6 +55,15 @@ def test_there_is_none_for_the_unknown_and_a_copy_for_the_known():
     assert preset("ppo", "CartPole-v1")["ppo"]["gamma"] > 0
 
 
+def test_atari_games_without_settings_of_their_own_share_some():
+    for algo in ("dqn", "qrdqn"):
+        found = preset(algo, "ALE/Breakout-v5")
+        assert (found["frame_stack"], found[algo]["reward_clip"]) == (4, 1.0)
+        assert Config.preset("ALE/Breakout-v5", algo).algorithm.name == algo
+    assert preset("dqn", "ALE/Pong-v5")["total_steps"] < preset("qrdqn", "ALE/Pong-v5")["total_steps"]
+    assert preset("ppo", "ALE/Breakout-v5") == preset("dqn", "ALE/Breakout-ram-v5") == {}
+
+
 def test_changes_reach_as_deep_as_those_in_a_file(tmp_path: Path):
     changed = Config.preset("hockey", "sac", eval_suites={"weak": {"episodes": 5}}, sac={"gamma": 0.9})
     file = tmp_path / "changes.toml"

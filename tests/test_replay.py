@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiorl.buffers.replay import Replay, gradient_steps_owed
-from aiorl.segments import Rollout
+from aiorl.segments import Column, Rollout
 
 # -- how many gradient steps -------------------------------------------------------------------------------------------
 
@@ -186,6 +186,17 @@ def test_state_round_trip_is_exact(rollouts: int):
     assert digest(a.state_dict()) == digest(b.state_dict())
     for x, y in zip(*(r.sample(np.random.default_rng(0), 9, n=3, gamma=0.9).returns for r in (a, b)), strict=True):
         assert x == y
+
+
+def test_a_state_without_the_columns_that_are_kept_is_refused_by_name():
+    stream = Stream(spaces(), 2, 4)
+    with_own, without = Replay(stream.space, 2, 20, columns={"log_prob": Column()}), Replay(stream.space, 2, 20)
+    for replay, rollout in ((with_own, stream.next()), (without, stream.next())):
+        replay.add(rollout)
+    with pytest.raises(ValueError, match=r"replay\.columns\.own\.log_prob"):
+        with_own.load_state_dict(without.state_dict())
+    with pytest.raises(ValueError, match=r"replay\.columns\.own\.log_prob"):
+        without.load_state_dict(with_own.state_dict())
 
 
 def test_a_state_that_does_not_fit_is_refused_by_name():

@@ -17,6 +17,8 @@ from aiorl.envs.spaces import Spaces, spaces_of
 from aiorl.frames import Stack
 from aiorl.segments import CORE_COLUMNS, Array, Column, Rollout, Segment, SegmentLayout
 
+OWN = {"memory": Column((2,))}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -29,6 +31,7 @@ class Row:
     truncated: bool
     valid: bool
     seam: bool  # the episode before it was given up
+    memory: list[float]  # a column of the policy's own
 
     @property
     def ended(self) -> bool:
@@ -50,7 +53,7 @@ class Crowd:
         self.takes_a_row, self.rng, self.index, self.count = takes_a_row, np.random.default_rng(seed), 0, 0
         self.space = space_of(k)
         columns = {"action": self.space.action_column, "reward": Column((), "float64")}
-        columns |= {name: Column((), "bool") for name in CORE_COLUMNS[2:]}
+        columns |= {name: Column((), "bool") for name in CORE_COLUMNS[2:]} | OWN
         self.layout = SegmentLayout(steps, size, self.space.obs_columns, columns)
         self.speeds = np.array(speeds or np.ones(groups)) / np.sum(speeds or np.ones(groups))
         self.envs = groups * size
@@ -102,8 +105,8 @@ class Crowd:
             segment.add_final(t, b, {"obs": after})
             self.shown[env] = self.stacks[env].begin(self._frame())
         seam = t == 0 and bool(segment.aborted[b])
-        row = Row(before, after.tolist(), float(self.count), terminated, truncated, valid, seam)
-        for name in ("reward", *CORE_COLUMNS[2:]):
+        row = Row(before, after.tolist(), float(self.count), terminated, truncated, valid, seam, [t, self.count])
+        for name in ("reward", "memory", *CORE_COLUMNS[2:]):
             columns[name][t, b] = getattr(row, name)
         columns["action"][t, b] = len(self.rows[env]) % 3
         self.rows[env].append(row)
@@ -119,6 +122,12 @@ def space_of(k: int) -> Spaces:
 
 def goes_on(rows: list[Row], t: int) -> bool:
     return t + 1 < len(rows) and rows[t + 1].valid and not rows[t + 1].seam
+
+
+def begins(rows: list[Row], t: int) -> bool:
+    """Whether an episode begins with row t: it is the first, or the step before it was the last of another."""
+    before = [row for row in rows[:t] if row.valid]
+    return rows[t].seam or not before or before[-1].ended
 
 
 def window(rows: list[Row], t: int, n: int, gamma: float) -> tuple[float, float, list[float]]:
@@ -155,19 +164,24 @@ def check_transitions(replay: Replay, crowd: Crowd, n: int) -> None:
 
 def check_sequences(replay: Replay, crowd: Crowd, length: int) -> None:
     where = crowd.where()
-    found = replay.sequences(np.random.default_rng(crowd.index), 7, length)
+    found = replay.sequences(np.random.default_rng(crowd.index), 7, length, beta=0.5)
+    begun = replay.sample(np.random.default_rng(crowd.index), 7, beta=0.5)
+    for name in ("index", "generation", "weights"):
+        assert getattr(found, name).tolist() == getattr(begun, name).tolist()
+    assert found.columns["memory"][0].tolist() == begun.columns["memory"].tolist()
     for i in range(7):
         env, t = where[float(found.reward[0, i])]
-        rows, alive, carried = crowd.rows[env], True, False
+        rows, alive = crowd.rows[env], True
         for step in range(length):
             if step:
-                alive, carried = alive and goes_on(rows, t), not rows[t].ended
+                alive = alive and goes_on(rows, t)
                 t += alive
             assert found.mask[step, i] == alive
             assert found.reward[step, i] == rows[t].reward
             assert found.obs["obs"][step, i].tolist() == rows[t].stack
             assert found.next_obs["obs"][step, i].tolist() == rows[t].led_to
-            assert not alive or found.first[step, i] == (not carried)
+            assert found.columns["memory"][step, i].tolist() == rows[t].memory
+            assert found.first[step, i] == (alive and begins(rows, t))
 
 
 @settings(deadline=None, max_examples=100)
@@ -183,7 +197,12 @@ def test_what_is_sampled_is_what_one_environment_did(
 ):  # fmt: skip
     speeds = [1.0, 1.0, 0.5, 3.0][:groups]
     crowd = Crowd(groups, size, steps, seed, k=k, alike=alike, takes_a_row=takes_a_row, speeds=speeds)
-    make = lambda: Replay(crowd.space, crowd.envs, rows * crowd.envs, storage=storage, priority_exponent=exponent)  # noqa: E731
+
+    def make() -> Replay:
+        return Replay(
+            crowd.space, crowd.envs, rows * crowd.envs, storage=storage, priority_exponent=exponent, columns=OWN
+        )
+
     replay = make()
     for _ in range(rollouts):
         replay.add(crowd.next())
@@ -199,6 +218,7 @@ def test_what_is_sampled_is_what_one_environment_did(
             batch = replay.sample(np.random.default_rng(seed), 20, n=n, gamma=0.9)
             assert replay._marks.has(batch.index).all()
             assert replay.reprioritise(batch, np.full(20, 2.0)) == 0
+            assert replay.reprioritise(replay.sequences(np.random.default_rng(seed), 5, n), np.full(5, 3.0)) == 0
         kept = replay.state_dict()["obs"]
         assert replay._obs.kept_aside == len(kept["after"]["at"]) + len(kept["older"]["at"]) * (k - 1), "a place is lost"
     assert replay.env_steps == sum(row.valid for of in crowd.rows for row in of)

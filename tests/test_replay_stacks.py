@@ -37,6 +37,7 @@ class Row:
     truncated: bool
     valid: bool
     seam: bool  # it did not happen after the row before
+    begins: bool  # an episode begins with it
 
     @property
     def ended(self) -> bool:
@@ -59,7 +60,7 @@ class Filming:
         self.rng, self.frames, self.index = np.random.default_rng(seed), 0, 0
         self.stacks = [Stack(k, (), "float64") for _ in range(envs)]
         self.shown = [self._begin(b) for b in range(envs)]
-        self.reset_is_due = [False] * envs
+        self.reset_is_due, self.begins = [False] * envs, [True] * envs
         self.numbers = np.arange(envs)
         self.rows: list[list[Row]] = [[] for _ in range(envs)]
 
@@ -87,7 +88,7 @@ class Filming:
                 for _ in range(self.k):
                     self.shown[b] = self.stacks[b].push(self._frame())
             if kind < 0.3:
-                self.reset_is_due[b] = False
+                self.reset_is_due[b], self.begins[b] = False, kind < 0.15
                 seams.add(b)
 
     def next(self) -> Rollout:
@@ -104,7 +105,7 @@ class Filming:
             for b in range(self.envs):
                 self._step(segment, t, b, b in seams and t == 0)
             self._show(segment, t + 1)
-        for row in (Row([], [], 0, 0.0, False, False, False, False) for _ in range(used, self.steps)):
+        for row in (Row([], [], 0, 0.0, False, False, False, False, False) for _ in range(used, self.steps)):
             for rows in self.rows:
                 rows.append(row)
         self.index += 1
@@ -133,8 +134,9 @@ class Filming:
         columns["valid"][t, b], columns["terminated"][t, b], columns["truncated"][t, b] = valid, terminated, truncated
         row = Row(
             stack.tolist(), after.tolist(), int(columns["action"][t, b]), float(columns["reward"][t, b]), terminated,
-            truncated, valid, seam,
+            truncated, valid, seam, self.begins[b],
         )  # fmt: skip
+        self.begins[b] = terminated or truncated or (self.begins[b] and not valid)
         self.rows[b].append(row)
 
 
@@ -196,11 +198,10 @@ def check_sequences(replay: Replay, film: Filming, length: int) -> None:
     assert found.mask.shape == (length, 7)
     for i in range(7):
         b, t = where[float(found.obs["obs.n"][0, i, -1])]
-        rows, alive, carried = film.rows[b], True, False
+        rows, alive = film.rows[b], True
         for step in range(length):
             if step:
                 alive = alive and goes_on(rows, t)
-                carried = not rows[t].ended
                 t += alive
             assert found.mask[step, i] == alive
             row = rows[t]
@@ -208,8 +209,7 @@ def check_sequences(replay: Replay, film: Filming, length: int) -> None:
             assert found.next_obs["obs.n"][step, i].tolist() == row.led_to
             numbers = found.action[step, i], found.reward[step, i], found.terminated[step, i], found.truncated[step, i]
             assert numbers == (row.action, row.reward, row.terminated, row.truncated)
-            if alive:
-                assert found.first[step, i] == (not carried)
+            assert found.first[step, i] == (alive and row.begins)
 
 
 @settings(deadline=None, max_examples=150)
@@ -374,7 +374,7 @@ def test_a_million_stacks_of_four_cost_seven_gigabytes():
 @pytest.mark.parametrize("exponent", [0.0, 0.6])
 @pytest.mark.parametrize("stack", [1, 4])
 def test_the_estimate_is_what_a_new_buffer_takes(stack: int, exponent: float):
-    given = {"stack": stack, "priority_exponent": exponent}
+    given = {"stack": stack, "priority_exponent": exponent, "columns": {"memory": Column((16,))}}
     assert Replay(ATARI, 3, 1000, **given).nbytes == Replay.nbytes_for(ATARI, 3, 1000, **given)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -14,12 +15,16 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+from gymnasium import wrappers
 from gymnasium.vector import SyncVectorEnv
 
+from aiorl.config import Config
 from aiorl.envs import spec as spec_module
 from aiorl.envs.make import make_env, make_vector, probe
 from aiorl.envs.spec import EnvSpec, resolve_env
 from aiorl.errors import ConfigError, EnvError
+from aiorl.preflight import check
+from aiorl.testing import check_env
 from tests.envs_for_tests import Maker, Walk, WalkVector, sync_vector
 
 
@@ -289,6 +294,56 @@ def test_an_error_of_close_is_named(env: str):
     with pytest.raises(ConfigError, match=rf"{made.__name__}: closing it raised OSError: the door is stuck") as caught:
         probe(resolve_env(made, in_process=True), 2)
     assert "in close" in caught.value.detail, "no traceback"
+
+
+def normalised(name: str = "NormalizeObservation", frozen: bool = False) -> Any:
+    env: Any = getattr(wrappers, name)(gymnasium.make("Pendulum-v1"))
+    env.update_running_mean = not frozen
+    return wrappers.TransformReward(env, float)
+
+
+def normalised_vector(num_envs: int) -> Any:
+    return wrappers.vector.NormalizeObservation(WalkVector(num_envs))
+
+
+def vector_of_normalised(num_envs: int) -> Any:
+    return SyncVectorEnv([normalised] * num_envs)
+
+
+@pytest.mark.parametrize(
+    ("env", "kwargs", "instead"),
+    [
+        (normalised, {}, "NormalizeObservation .* use normalise_obs"),
+        (normalised, {"name": "NormalizeReward"}, "NormalizeReward .* use normalise_rewards or reward_scale"),
+        (normalised_vector, {}, "NormalizeObservation .* use normalise_obs"),
+        (vector_of_normalised, {}, "NormalizeObservation .* use normalise_obs"),
+    ],
+)
+def test_statistics_that_a_wrapper_keeps_are_told(env: Any, kwargs: dict[str, Any], instead: str):
+    """Evaluations have others, and an open episode is not brought back by its seed and actions."""
+    look = probe(resolve_env(env, kwargs, in_process=True), 2)
+    (told,) = look.warnings
+    assert re.search(instead, told)
+    assert not look.exact
+    assert look.why_inexact
+
+
+def test_statistics_that_stand_still_are_as_good_as_none():
+    look = probe(resolve_env(normalised, {"frozen": True}, in_process=True))
+    assert (look.warnings, look.exact) == ((), True)
+    assert probe(resolve_env("Pendulum-v1", in_process=True)).warnings == ()
+
+
+def test_wrappers_that_keep_statistics_are_not_taken_for_a_faulty_generator():
+    told = {f.code: f.message for f in check_env("tests.test_spec:normalised") if f.severity != "info"}
+    assert told.keys() - {"slow-start"} == {"doubtful", "inexact"}
+    assert "use normalise_obs" in told["doubtful"]
+    assert "the statistics of NormalizeObservation last over episodes" in told["inexact"]
+
+
+def test_a_run_begins_with_what_is_doubtful():
+    checked = check(Config(env=normalised, algo="sac", workers=0), write=False)
+    assert set(checked.probe.warnings) < set(checked.warnings), "and that it may not be resumed exactly"
 
 
 def test_gymnasiums_checker_is_off():

@@ -144,6 +144,10 @@ def test_what_replay_could_not_make_again_is_not_taken_for_a_stack(kwargs: dict[
     found = look(own, 1, **kwargs)
     assert found.spaces.stack == 1
     assert found.spaces.observation[0].shape == (K, 3)
+    (told,) = found.warnings
+    assert f"each frame is kept {K} times" in told
+    assert f"use frame_stack = {K}" in told
+    assert look(own, 1).warnings == look(Walk, K).warnings == ()
 
 
 def test_stacks_of_stacks_are_refused() -> None:

@@ -101,6 +101,18 @@ def test_native_can_be_declined():
     assert isinstance(make_group(native.spec, native.spaces, range(4), 0), VectorGroup)
 
 
+def test_episodes_without_a_limit_are_those_of_single_environments():
+    """-1 is gymnasium's word for none; its vectors would take it for a number of steps, and truncate each one."""
+    parts, _, _ = collect("CartPole-v1", 3, 60, 2, max_episode_steps=-1)
+    ends = [np.concatenate([p.columns[name] for p in parts]) for name in ("truncated", "terminated", "valid")]
+    assert [bool(x.any()) for x in ends] == [False, True, True]
+    assert ends[2].all(), "a row was spent on a reset"
+    assert not found("CartPole-v1", 3, max_episode_steps=None)[0].native
+    limited, _, _ = collect("CartPole-v1", 3, 60, 2, max_episode_steps=5)
+    assert np.concatenate([p.columns["truncated"] for p in limited]).any()
+    assert found("CartPole-v1", 3, max_episode_steps=5)[0].native
+
+
 def both(num_envs: int | None = None, wide: bool = False, hidden: bool = False) -> Any:
     """A single environment, or a vector: `wide` with other spaces, `hidden` with state that cannot be captured."""
     if num_envs is None:

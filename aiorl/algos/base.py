@@ -87,7 +87,10 @@ class LearnerContext:
 
 @runtime_checkable
 class Policy(Protocol):
-    """The acting half. One instance serves one group, so it may keep state from step to step (recurrence, search)."""
+    """The acting half. One instance serves one group, so it may keep state from step to step (recurrence, search).
+
+    What it keeps beyond `begin` is in no checkpoint: a run that is resumed, or loses a worker, is then not exact.
+    """
 
     def begin(self, weights: Weights, rollout: int, rng: np.random.Generator | None, steps: int) -> None:
         """Start a segment of at most `steps` steps with these weights, which stay unchanged until the segment ends.

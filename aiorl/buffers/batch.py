@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from aiorl.segments import Array
@@ -28,6 +28,8 @@ class Batch:
     """[N] int64: how often that row had been overwritten."""
     weights: Array
     """[N] float64: importance weights, the largest of them 1; all 1 where sampling is uniform."""
+    columns: dict[str, Array] = field(default_factory=dict)
+    """[N, …] the policy's own columns that the buffer keeps."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,16 @@ class Sequences:
     next_obs: dict[str, Any]
     """What each step led to, true at episode ends too."""
     first: Array
-    """[L, N] bool: nothing is to be carried over from the row before: the sequence, or another episode, begins."""
+    """[L, N] bool: an episode begins with the row, so nothing is to be carried over from the row before. Where row 0 is
+    none of these, the sequence begins in the middle of an episode: what was carried over into it then is for the learner
+    to say (a state that the policy kept in `columns`, or zeros and some rows of burn-in)."""
     mask: Array
     """[L, N] bool: False beyond the end."""
+    index: Array
+    """[N] int64: where they begin (row * B + column)."""
+    generation: Array
+    """[N] int64: how often that row had been overwritten."""
+    weights: Array
+    """[N] float64: importance weights, as those of a `Batch` of the rows that they begin with."""
+    columns: dict[str, Array] = field(default_factory=dict)
+    """[L, N, …] the policy's own columns that the buffer keeps."""

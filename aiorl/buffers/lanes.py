@@ -41,6 +41,10 @@ class Lanes:
         """The places [N] of the newest rows; of a lane that is empty, of one that was never written."""
         return (self._written[lanes] - 1) % self.rows * self.envs + lanes
 
+    def empty(self, lanes: Array) -> Array:
+        """[N] bool: which were never written."""
+        return self._written[lanes] == 0
+
     def oldest(self, lanes: Array, count: int) -> tuple[Array, Array]:
         """(lanes [F], places [count, F] of their oldest rows) of those lanes that are full."""
         full = lanes[self._written[lanes] >= self.rows]

@@ -21,7 +21,7 @@ from aiorl.buffers.storage import Rows, Storage
 from aiorl.buffers.turn import Turn
 from aiorl.envs.spaces import Spaces
 from aiorl.returns import n_step
-from aiorl.segments import Array, Rollout
+from aiorl.segments import Array, Column, Rollout
 from aiorl.trees import check_tree
 
 # What is known of a row, as bits of one byte.
@@ -29,6 +29,7 @@ VALID = np.uint8(1)  # it is a transition
 TERMINATED, TRUNCATED = np.uint8(2), np.uint8(4)
 SEAM = np.uint8(8)  # what lies behind it did not happen after it
 FOLLOWS = np.uint8(16)  # its observation is the one after the step of the row before
+BEGINS = np.uint8(32)  # an episode begins with it or, if it is no transition, with the next row that is one
 STOPS = TERMINATED | TRUNCATED | SEAM
 GOES_ON = 1.0 - (np.arange(256) & TERMINATED != 0)  # by a row's byte: whether anything comes after it
 
@@ -57,7 +58,7 @@ class Replay:
     def __init__(
         self, spaces: Spaces, envs: int, capacity: int, *, stack: int | None = None, priority_exponent: float = 0.0,
         storage: Storage = "memory", directory: str | Path | None = None, device: str = "cpu",
-        learned: Callable[[Array], Array] | None = None,
+        learned: Callable[[Array], Array] | None = None, columns: Mapping[str, Column] | None = None,
     ) -> None:  # fmt: skip
         """`capacity` is in transitions, rounded down to whole rows (one at least). Observations of a `stack` of frames
         (None: as `spaces` says) have them on the first axis of each leaf; every frame is stored once.
@@ -65,7 +66,8 @@ class Replay:
         With a `priority_exponent` rows are sampled by their priorities raised to it, else uniformly. With storage "disk"
         the observations lie in `directory`, in files without a name which vanish with `close` or the process; with "device"
         on `device`, and what is sampled of them are tensors there. Raises ConfigError if there is no room for them, or a
-        leaf is no such stack. `learned` makes of rewards as they were what is sampled, each for itself.
+        leaf is no such stack. `learned` makes of rewards as they were what is sampled, each for itself. `columns` are
+        those of the policy (`Algorithm.columns`) that are kept, in memory, and sampled with the rest.
         """
         self.stack = spaces.stack if stack is None else stack
         self.envs, self.rows = envs, _rows(envs, capacity, self.stack)
@@ -81,6 +83,7 @@ class Replay:
         action = spaces.action_column
         self._action = np.zeros((places, *action.shape), action.dtype)
         self._reward, self._flags = np.zeros(places), np.zeros(places, np.uint8)
+        self._own = {name: np.zeros((places, *c.shape), c.dtype) for name, c in (columns or {}).items()}
         self._marks = Marks(places)  # what can be sampled
         self._priorities = Priorities(places, priority_exponent) if priority_exponent else None
         self._turn = Turn("replay")
@@ -88,7 +91,7 @@ class Replay:
     @staticmethod
     def nbytes_for(
         spaces: Spaces, envs: int, capacity: int, *, stack: int | None = None, priority_exponent: float = 0.0,
-        storage: Storage = "memory",
+        storage: Storage = "memory", columns: Mapping[str, Column] | None = None,
     ) -> int:  # fmt: skip
         """Bytes of memory that a buffer takes once it is full, but for the last observations of episodes, and for those that
         lie elsewhere."""
@@ -97,8 +100,9 @@ class Replay:
         frames, links = Observations.nbytes_for(spaces.obs_columns, rows, envs, stack)
         places = rows * envs
         tree = SumTree.nbytes_for(places) if priority_exponent else 0
-        columns = places * (spaces.action_column.nbytes + 8 + 1)
-        return (frames if storage == "memory" else 0) + links + columns + Marks.nbytes_for(places) + tree
+        own = sum(column.nbytes for column in (columns or {}).values())
+        numbers = places * (spaces.action_column.nbytes + own + 8 + 1)
+        return (frames if storage == "memory" else 0) + links + numbers + Marks.nbytes_for(places) + tree
 
     def __len__(self) -> int:
         """Transitions that can be sampled."""
@@ -107,7 +111,7 @@ class Replay:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays, those on disk included."""
-        arrays = self._obs.nbytes + self._action.nbytes + self._reward.nbytes + self._flags.nbytes + self._marks.nbytes
+        arrays = self._obs.nbytes + sum(column.nbytes for column in self._columns().values()) + self._marks.nbytes
         return arrays + (self._priorities.nbytes if self._priorities else 0)
 
     def close(self) -> None:
@@ -133,7 +137,9 @@ class Replay:
         """Add one in which no environment is twice."""
         obs, valid, steps = rollout.obs, rollout.column("valid"), rollout.steps
         t, b, final = rollout.finals()
+        own = {name: rollout.column(name) for name in self._own}
         lanes, known = self._lanes.of(rollout.envs)
+        begins = self._begins(rollout, lanes, known)
         follows = np.empty(valid.shape, bool)
         follows[0] = self._join(self._lanes.newest(lanes), known & ~rollout.aborted, obs)
         follows[1:] = valid[:-1]
@@ -143,7 +149,7 @@ class Replay:
         if steps >= self.rows:
             follows[kept.start] = False  # the row before is overwritten
         flags = valid * VALID | rollout.column("terminated") * TERMINATED | rollout.column("truncated") * TRUNCATED
-        flags |= follows * FOLLOWS
+        flags |= follows * FOLLOWS | begins * BEGINS
         flags[-1] |= SEAM  # until it is known what lies behind it
 
         places = self._lanes.extend(lanes, steps - kept.start)
@@ -151,6 +157,8 @@ class Replay:
         self._action[places] = rollout.column("action")[kept]
         self._reward[places] = rollout.column("reward")[kept]
         self._flags[places] = flags[kept]
+        for name, column in own.items():
+            self._own[name][places] = column[kept]
         self._renew(places.reshape(-1), valid[kept].reshape(-1))
         self._withdraw(lanes)
         # What the newest row led to is kept aside like the last observation of an episode, until a row shows it.
@@ -164,6 +172,17 @@ class Replay:
             whole = self._marks.has(places[row])
             seen = {name: leaf[kept][row][whole] for name, leaf in obs.items()}
             self._obs.compare(seen, self._obs.take(places[row][whole]))
+
+    def _begins(self, rollout: Rollout, lanes: Array, known: Array) -> Array:
+        """[T, B] bool: see `BEGINS`. With the first row ever of a lane, too."""
+        valid, before = rollout.column("valid"), self._flags[self._lanes.newest(lanes)]
+        begins = np.empty(valid.shape, bool)
+        due = (before & (TERMINATED | TRUNCATED) != 0) | (before & (BEGINS | VALID) == BEGINS)
+        begins[0] = rollout.aborted | known & due | self._lanes.empty(lanes)
+        begins[1:] = (rollout.column("terminated") | rollout.column("truncated"))[:-1]
+        for t in np.flatnonzero(~valid[:-1].all(1)):
+            begins[t + 1] |= begins[t] & ~valid[t]
+        return begins
 
     def _keep_next(self, places: Array, leaves: Mapping[str, Array]) -> None:
         if not len(places):
@@ -212,21 +231,17 @@ class Replay:
         """`size` transitions, with repetition, with returns over at most `n` steps: uniformly, or by priority and with
         importance weights to the power `beta` (1: sampling by priority makes no difference to the expected gradient)."""
         with self._turn.of("sample"):
-            if self._priorities is None:
-                return self._gather(self._draw(rng, size), n, gamma, np.ones(size))
-            held = self._held()
-            index = self._priorities.sample(rng, size)
-            return self._gather(index, n, gamma, self._priorities.weights(index, held, beta))
+            index, weights = self._draw(rng, size, beta)
+            return self._gather(index, n, gamma, weights)
 
-    def _draw(self, rng: np.random.Generator, size: int) -> Array:
-        self._held()
-        return self._marks.draw(rng, size, self._lanes.used * self.envs)
-
-    def _held(self) -> int:
-        count = len(self._marks)
-        if not count:
+    def _draw(self, rng: np.random.Generator, size: int, beta: float) -> tuple[Array, Array]:
+        """Places of transitions, with repetition, and their importance weights, [size] both."""
+        if not (held := len(self._marks)):
             raise ValueError("replay: nothing to sample from: it is empty, or closed")
-        return count
+        if self._priorities is None:
+            return self._marks.draw(rng, size, self._lanes.used * self.envs), np.ones(size)
+        index = self._priorities.sample(rng, size)
+        return index, self._priorities.weights(index, held, beta)
 
     def gather(self, index: Array, n: int, gamma: float) -> Batch:
         """The n-step transitions that begin at `index` [N] (row * B + column)."""
@@ -250,6 +265,7 @@ class Replay:
             index=index,
             generation=self._lanes.generation(index),
             weights=weights,
+            columns={name: column.take(index, 0, mode="clip") for name, column in self._own.items()},
         )
 
     def _rewards(self, index: Array) -> Array:
@@ -269,33 +285,43 @@ class Replay:
         returns, discounts, steps = n_step(self._rewards(at), flags & TERMINATED != 0, last, gamma=gamma)
         return at[steps - 1, np.arange(len(index))], returns, discounts
 
-    def sequences(self, rng: np.random.Generator, size: int, length: int) -> Sequences:
-        """`size` sequences of at most `length` rows, which begin at transitions drawn uniformly. They go on over ends of
-        episodes, but not past the newest row, nor into a row that is not valid or did not happen after the one before."""
+    def sequences(self, rng: np.random.Generator, size: int, length: int, *, beta: float = 1.0) -> Sequences:
+        """`size` sequences of at most `length` rows. Where each begins is drawn as `sample` draws, with the same weights. It
+        goes on over ends of episodes, but not past the newest row, nor into a row that is not valid or did not happen after
+        the one before."""
         with self._turn.of("sequences"):
-            at = self._rows_from(self._draw(rng, size), length)
+            index, weights = self._draw(rng, size, beta)
+            at = self._rows_from(index, length)
             flags = self._flags.take(at)
             mask = np.ones(at.shape, bool)
             goes_on = (flags[:-1] & SEAM == 0) & (flags[1:] & VALID != 0)
             np.logical_and.accumulate(goes_on, axis=0, out=mask[1:])
             held = np.minimum(np.arange(length)[:, None], mask.sum(0) - 1)
             at, flags = (np.take_along_axis(x, held, 0) for x in (at, flags))
-            first = np.ones(at.shape, bool)
-            first[1:] = mask[1:] & (flags[:-1] & (TERMINATED | TRUNCATED) != 0)
             obs, next_obs = (
                 {name: leaf.reshape(*at.shape, *leaf.shape[1:]) for name, leaf in leaves.items()}
                 for leaves in (self._obs.take(at.reshape(-1)), self._obs.take_next(at.reshape(-1)))
             )
             return Sequences(
-                obs, self._action.take(at, 0), self._rewards(at), flags & TERMINATED != 0, flags & TRUNCATED != 0,
-                next_obs, first, mask,
-            )  # fmt: skip
+                obs=obs,
+                action=self._action.take(at, 0),
+                reward=self._rewards(at),
+                terminated=flags & TERMINATED != 0,
+                truncated=flags & TRUNCATED != 0,
+                next_obs=next_obs,
+                first=mask & (flags & BEGINS != 0),
+                mask=mask,
+                index=index,
+                generation=self._lanes.generation(index),
+                weights=weights,
+                columns={name: column.take(at, 0) for name, column in self._own.items()},
+            )
 
     # -- priorities --------------------------------------------------------------------------------------------------
 
-    def reprioritise(self, batch: Batch, td_errors: Array) -> int:
-        """Rows of a batch turned out to have these errors [N]. How many were ignored, because the row was overwritten
-        since, or can be sampled no more. Raises NonFiniteError."""
+    def reprioritise(self, batch: Batch | Sequences, td_errors: Array) -> int:
+        """Transitions, or the sequences that begin with them, turned out to have these errors [N]. How many were ignored,
+        because the row was overwritten since, or can be sampled no more. Raises NonFiniteError."""
         with self._turn.of("reprioritise"):
             known = (batch.generation == self._lanes.generation(batch.index)) & self._marks.has(batch.index)
             if self._priorities is not None:
@@ -306,8 +332,8 @@ class Replay:
         """If what is done within raises, `reprioritise` there counts no more. Nothing may be added within."""
         return nullcontext() if self._priorities is None else self._priorities.undone_by_failure()
 
-    def chances(self, batch: Batch) -> Array:
-        """How likely each row of a batch is to be drawn now, [N] float64."""
+    def chances(self, batch: Batch | Sequences) -> Array:
+        """How likely each transition of a batch is to be drawn now, [N] float64."""
         if self._priorities is None:
             return np.full(len(batch.index), 1 / max(1, len(self)))
         return self._priorities.chances(batch.index)
@@ -323,6 +349,7 @@ class Replay:
     def _columns(self) -> dict[str, Array]:
         """What is kept of each row besides observations, [rows, B, …] views."""
         flat = {"action": self._action, "reward": self._reward, "flags": self._flags}
+        flat |= {f"own.{name}": column for name, column in self._own.items()}
         return {name: column.reshape(self.rows, self.envs, *column.shape[1:]) for name, column in flat.items()}
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from typing import Any, get_origin
 
 import msgspec
 
-from aiorl.algos import ALGORITHMS, algorithm_class
+from aiorl.algos import ALGORITHMS, algorithm_class, algorithm_name
 from aiorl.cli.flags import Parser, bare, description, members, show
 from aiorl.cli.text import oneline, table
 from aiorl.envs.spaces import Leaf, Spaces
 from aiorl.errors import ConfigError
+from aiorl.presets import PRESETS
 
 ACTIONS = {
     "discrete": Leaf(name="action", kind="discrete", dtype="int64", nvec=(3,), start=(0,)),
@@ -43,12 +44,14 @@ def main(argv: Sequence[str]) -> int:
 
 def outline(algorithm: Any) -> str:
     """What an algorithm is and where it can be used."""
+    tuned = ", ".join(env for name, env in PRESETS if name == algorithm_name(algorithm))
     return "\n".join(
         [
             textwrap.fill(f"{algorithm.name}: {oneline(_doc(algorithm))}", 80, subsequent_indent="  "),
             f"  acts in     {', '.join(actions_of(algorithm)) or 'spaces of its own kind'}",
             f"  stale data  {corrections(algorithm)}",
             f"  segment     {algorithm().default_segment_length} steps of each environment",
+            textwrap.fill(f"  presets     {tuned or 'none'}", 80, subsequent_indent=" " * 14, break_on_hyphens=False),
         ]
     )
 
@@ -60,7 +63,8 @@ def details(algorithm: Any) -> str:
         default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory
         value = default() if callable(default) else default
         text = "–" if value is None or value is msgspec.NODEFAULT else show(value)
-        rows.append((f"--{algorithm.name}.{field.name.replace('_', '-')}", text, description(field.type)))
+        flag = f"--{algorithm.name}.{field.name}".replace("_", "-")
+        rows.append((flag, text, description(field.type)))
     return f"{outline(algorithm)}\n\n{table(rows)}"
 
 

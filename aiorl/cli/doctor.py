@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aiorl.cli.flags import Parser, key_value
+import msgspec
+
+from aiorl.cli.flags import Parser, add_fields, field_value, key_value
 from aiorl.cli.text import plural
+from aiorl.errors import ConfigError
 
 if TYPE_CHECKING:
     from aiorl.testing.findings import Finding
@@ -18,57 +21,119 @@ MARKS = {"error": "ERROR", "warning": "warn", "info": "ok"}
 
 
 def main(argv: Sequence[str]) -> int:
+    named = _early_parser().parse_known_args(list(argv))[0]
+    algorithm = _algorithm_class(named.algo) if "algo" in named else None
+    parser = _parser(algorithm)
+    given = parser.read(argv)
+    if given.pop("help", False):
+        print(parser.format_help(), end="")
+        return 0
+    _refuse_what_is_ignored(given)
+    algorithm = _with_settings(algorithm, given)
+    kwargs = dict(key_value("--env-kwargs", text) for text in given.get("env_kwargs", []))
+    as_json, found = given.get("json", False), list["Finding"]()
+    for about, find in look(given.get("what"), given.get("algo"), algorithm, kwargs, given.get("out", "runs")):
+        found += _show_as_json(about, find) if as_json else _show(about, find)
+    if not as_json:
+        print(summary(found))
+    return int(any(f.severity == "error" for f in found))
+
+
+def _early_parser() -> Parser:
+    """Finds what decides which flags there are."""
+    parser = Parser("doctor", "")
+    parser.add_argument("--algo")
+    return parser
+
+
+def _algorithm_class(name: str) -> Any:
+    from aiorl.algos import algorithm_class
+
+    return algorithm_class(name)
+
+
+def _parser(algorithm: Any) -> Parser:
     parser = Parser(
         "doctor", "Check this machine and, if given, an environment and an algorithm; or with RUN what a run wrote.",
-        "[ENV|RUN] [--algo A] [--env-kwargs KEY=VALUE …] [--json]",
+        "[ENV|RUN] [--algo A] [--A.SETTING VALUE …] [--env-kwargs KEY=VALUE …] [--json]",
         epilog="Each finding says what to do about it; [ids] are those of docs/catalogue.md. "
-        "Exit code 0: no error found; 1: at least one.",
+        "Exit code 0: no error found; 1: at least one; 2: there was nothing to look at, such as an unknown algorithm.",
     )  # fmt: skip
     parser.add_argument(
         "what", nargs="?", metavar="ENV|RUN",
         help="gymnasium id or module:callable, tried out in workers; or the directory of a run, which is only read",
     )  # fmt: skip
-    parser.add_argument("--algo", metavar="A", help="algorithm to try out: a name or pkg.mod:Class")
+    parser.add_argument(
+        "--algo", metavar="A", help="algorithm to try out: a name or pkg.mod:Class; with --help, its settings are listed"
+    )
     parser.add_argument(
         "--env-kwargs", nargs="+", action="extend", metavar="KEY=VALUE", help="keyword arguments for the environment"
     )
     parser.add_argument("--out", metavar="DIR", help="where runs are to be written (default: runs)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    given = parser.read(argv)
-    if given.pop("help", False):
-        print(parser.format_help(), end="")
-        return 0
-    kwargs = dict(key_value("--env-kwargs", text) for text in given.get("env_kwargs", []))
-    sections = look(given.get("what"), given.get("algo"), kwargs, given.get("out", "runs"))
-    if given.get("json", False):
-        for about, findings in sections.items():
-            for f in findings:
-                print(json.dumps(plain(about, f)))
-    else:
-        print("\n\n".join(section(about, findings) for about, findings in sections.items()))
-        print("\n" + summary([f for findings in sections.values() for f in findings]))
-    return int(any(f.severity == "error" for findings in sections.values() for f in findings))
+    if isinstance(algorithm, type) and issubclass(algorithm, msgspec.Struct):
+        names = [f.name for f in msgspec.structs.fields(algorithm)]
+        own = str(getattr(algorithm, "name", ""))
+        add_fields(parser, parser.add_argument_group(f"{own} options"), algorithm, names, {}, f"{own}.")
+    return parser
 
 
-def look(what: str | None, algo: str | None, kwargs: Mapping[str, Any], out: str) -> dict[str, list[Finding]]:
-    """What is found, by what it is about: "machine", the environment's and the algorithm's name; or the run alone."""
+def _refuse_what_is_ignored(given: Mapping[str, Any]) -> None:
+    """Raises ConfigError for what was asked and would not be looked at."""
+    what = given.get("what")
+    if what is not None and Path(what).is_dir():
+        flags = [f"--{name.replace('_', '-')}" for name in ("algo", "env_kwargs", "out") if name in given]
+        if flags:
+            raise ConfigError(f"{what} is a directory: what a run wrote is only read, without {', '.join(flags)}\n"
+                              "  leave that out, or name an environment")  # fmt: skip
+    elif what is None and "env_kwargs" in given:
+        raise ConfigError("--env-kwargs without an environment\n  name one: python -m aiorl doctor ENV --env-kwargs …")
+
+
+def _with_settings(algorithm: Any, given: Mapping[str, Any]) -> Any:
+    """The class as it is, or an instance with the settings that were given."""
+    own = {key.partition(".")[2]: (key, text) for key, text in given.items() if "." in key}
+    if not own:
+        return algorithm
+    kinds = {f.name: f.type for f in msgspec.structs.fields(algorithm)}
+    return algorithm(**{name: field_value(key, text, kinds[name]) for name, (key, text) in own.items()})
+
+
+def look(
+    what: str | None, name: str | None, algorithm: Any, kwargs: Mapping[str, Any], out: str
+) -> Iterator[tuple[str, Callable[[], Sequence[Finding]]]]:
+    """What there is to look at, and what is found there, the quickest first: whether they fit; the machine, the
+    environment, the algorithm called `name`; or the run alone."""
     from aiorl.testing.examine_algorithm import check_algorithm, check_fit
     from aiorl.testing.examine_env import examine
     from aiorl.testing.examine_run import check_run
     from aiorl.testing.machine import check_machine
 
     if what is not None and Path(what).is_dir():
-        return {what: check_run(what)}
-    found = {"machine": check_machine(out)}
+        yield what, lambda: check_run(what)
+        return
+    if what is not None and name is not None:
+        yield f"{name} in {what}", lambda: check_fit(algorithm, what, kwargs)
+    yield "machine", lambda: check_machine(out)
     if what is not None:
-        found[what] = [_also_no_run(what, finding) for finding in examine(what, kwargs)]
-    if algo is not None:
-        from aiorl.algos import algorithm_class
+        yield what, lambda: [_also_no_run(what, finding) for finding in examine(what, kwargs)]
+    if name is not None:
+        yield name, lambda: check_algorithm(algorithm)
 
-        found[algo] = check_algorithm(algorithm_class(algo))
-        if what is not None:
-            found[f"{algo} in {what}"] = check_fit(algorithm_class(algo), what, kwargs)
-    return found
+
+def _show(about: str, find: Callable[[], Sequence[Finding]]) -> Sequence[Finding]:
+    """First what is looked at: it may take a while."""
+    print(about, flush=True)
+    findings = find()
+    print("\n".join([*section(about, findings), ""]), flush=True)
+    return findings
+
+
+def _show_as_json(about: str, find: Callable[[], Sequence[Finding]]) -> Sequence[Finding]:
+    findings = find()
+    for f in findings:
+        print(json.dumps(plain(about, f)), flush=True)
+    return findings
 
 
 def _also_no_run(what: str, finding: Finding) -> Finding:
@@ -87,16 +152,16 @@ def plain(about: str, finding: Finding) -> dict[str, Any]:
     return shown | {"catalogue": ids}
 
 
-def section(about: str, findings: Sequence[Finding]) -> str:
+def section(about: str, findings: Sequence[Finding]) -> list[str]:
     """The findings about one thing, in aligned columns; what to do stands under what was seen."""
     width = max((len(f.code) for f in findings), default=0)
-    lines = [about]
+    lines: list[str] = [] if findings else [f"  {MARKS['info']:<5}  nothing wrong was found"]
     for f in findings:
         first, *rest = f.message.splitlines()
         ids = " ".join(plain(about, f)["catalogue"])
         lines.append(f"  {MARKS[f.severity]:<5}  {f.code:<{width}}  {first}" + (f"  [{ids}]" if ids else ""))
         lines += [f"  {'':<5}  {'':<{width}}  {line.strip()}" for line in rest]
-    return "\n".join(lines)
+    return lines
 
 
 def summary(findings: Sequence[Finding]) -> str:

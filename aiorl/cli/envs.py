@@ -12,8 +12,8 @@ from aiorl.cli.text import number, oneline, table
 from aiorl.envs.make import probe
 from aiorl.envs.spaces import Leaf, Spaces
 from aiorl.envs.spec import installed, resolve_env
-from aiorl.errors import AiorlError
-from aiorl.presets import PRESETS
+from aiorl.errors import AiorlError, ConfigError
+from aiorl.presets import PRESETS, preset
 
 HEADING = ("environment", "observation", "action", "presets", "")
 LOOK_AT = 40
@@ -24,11 +24,15 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser("envs", "List environments, their spaces and presets, and which extra is missing.", "[FILTER|ENV]")
     parser.add_argument("filter", nargs="?", metavar="FILTER", help="part of an id; a whole one gives details")
     parser.add_argument("--all", action="store_true", help="older versions, too")
+    parser.add_argument("--presets", action="store_true", help="only those that an algorithm has settings for")
     given = parser.read(argv)
     if given.pop("help", False):
         print(parser.format_help(), end="")
         return 0
     word = given.get("filter", "")
+    if given.get("presets", False):
+        print(listing(with_presets(word), everything=True))
+        return 0
     known = known_ids(given.get("all", False))
     if ":" in word or word in installed():
         print(details(word))
@@ -38,6 +42,14 @@ def main(argv: Sequence[str]) -> int:
         resolve_env(word, in_process=True)  # says why there is no such id, and which one may have been meant
     print(listing(found, everything=bool(word) or given.get("all", False)))
     return 0
+
+
+def with_presets(word: str) -> list[str]:
+    """Environments with a preset and `word` in their ids. Raises ConfigError if there are none."""
+    found = sorted({env for _, env in PRESETS if word.lower() in env.lower()}, key=str.lower)
+    if not found:
+        raise ConfigError(f"no environment with a preset has {word!r} in its id\n  `envs {word}` lists those without")
+    return found
 
 
 def known_ids(older: bool) -> list[str]:
@@ -83,7 +95,7 @@ def look(env: str) -> tuple[str, str, str]:
 
 
 def presets_for(env: str) -> list[str]:
-    return sorted(algo for algo, name in PRESETS if name == env)
+    return sorted(algo for algo in {algo for algo, _ in PRESETS} if preset(algo, env))
 
 
 def details(env: str) -> str:
@@ -99,10 +111,12 @@ def details(env: str) -> str:
         lines.append(_line("episode", f"at most {found.max_episode_steps:,} steps"))
     if found.reward_threshold is not None:
         lines.append(_line("solved at", number(found.reward_threshold)))
-    for algo in presets_for(env):
-        values = ", ".join(f"{k}={show(v)}" for k, v in flat(PRESETS[algo, env]).items())
+    algos = presets_for(env)
+    for algo in algos:
+        values = ", ".join(f"{k}={show(v)}" for k, v in flat(preset(algo, env)).items())
         lines.append(_line(f"{algo} preset", values))
-    lines.append(_line("train", f"python -m aiorl train {env}"))
+    choice = f" --algo {algos[0]}" if algos and "ppo" not in algos else ""  # ppo is what `train` takes by itself
+    lines.append(_line("train", f"python -m aiorl train {env}{choice}"))
     return "\n".join(lines)
 
 

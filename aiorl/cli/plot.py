@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import sys
+import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from aiorl.metrics.matrix import write_standings
 from aiorl.metrics.svg import COLOURS, RETURNS, short_number, title_of
 
 AXES = ("steps", "time")
-
+WIDTH = 390
+"""Of each of the two lines that an error has room for; longer ones would be cut off."""
 
 NO_WINS = "no evaluation says how its episodes ended\n  the environment has to: info['outcome']"
 NO_RATES = "no update tells of games won\n  it is drawn for self-play: --algo selfplay"
@@ -104,7 +107,8 @@ def _metrics(runs: Sequence[Path], metrics: Sequence[str]) -> Picture:
             near = difflib.get_close_matches(metric, known, 3)
             hint = f" — did you mean {' or '.join(near)}?" if near else ""
             listed = f"there are {', '.join(known)}" if known else "there has been no update"
-            raise ConfigError(f"--metric {metric}: no update tells it{hint}\n  {listed}")
+            lines = textwrap.wrap(listed, WIDTH, max_lines=2, placeholder=" …", break_on_hyphens=False)
+            raise ConfigError(f"--metric {metric}: no update tells it{hint}\n  " + "\n  ".join(lines))
         for run in runs:
             if metric not in told[run]:
                 print(f"left out: no update of {run} tells {metric}", file=sys.stderr)
@@ -156,7 +160,9 @@ def write_png(picture: Picture, path: Path, x: str) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
+    with warnings.catch_warnings():  # of how long it may take to find a place for the legend: lines are thinned
+        warnings.simplefilter("ignore", UserWarning)
+        figure.savefig(path, dpi=150)
 
 
 def _add_curve(axes: Any, curve: Curve, x: str, index: int, label: str | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 
 NEXT_STEP, SAME_STEP, DISABLED = "NEXT_STEP", "SAME_STEP", "DISABLED"
+STATISTICS = {
+    "NormalizeObservation": "normalise_obs instead, whose statistics go with the weights",
+    "NormalizeReward": "normalise_rewards or reward_scale instead, which leave returns as they are",
+}
+"""gymnasium's wrappers that keep statistics over episodes, and what to use."""
 
 
 def autoreset_mode(env: Any) -> str:
@@ -116,6 +121,35 @@ def own_stack(made: Any) -> int:
     return int(made.stack_size)
 
 
+def _wrappers(made: Any) -> Iterator[tuple[str, Any]]:
+    """Those of gymnasium, the outermost first; of a vector of single environments also those of its first one."""
+    import gymnasium
+
+    vector = gymnasium.vector.SyncVectorEnv
+    while isinstance(made, (gymnasium.Wrapper, gymnasium.vector.VectorWrapper, vector)):
+        for kind in type(made).__mro__:
+            if kind.__module__.startswith("gymnasium.wrappers."):
+                yield kind.__name__, made
+        made = cast("Any", made.envs[0] if isinstance(made, vector) else made.env)
+
+
+def _statistics(made: Any) -> list[str]:
+    """Wrappers that keep statistics over episodes, unless these stand still."""
+    return sorted({name for name, wrapper in _wrappers(made) if name in STATISTICS and wrapper.update_running_mean})
+
+
+def _doubts(spec: EnvSpec, made: Any) -> Iterator[str]:
+    """What trains, but hardly as it is meant."""
+    for name in _statistics(made):
+        yield f"the statistics of {name} are each environment's own, and evaluations have others: use {STATISTICS[name]}"
+    for name, wrapper in _wrappers(made):
+        if name == "FrameStackObservation" and own_stack(made) == 1:
+            k = wrapper.stack_size
+            yield f"each frame is kept {k} times: use frame_stack = {k} instead of this FrameStackObservation"
+    if spec.stack == 1 and getattr(spec.registration, "id", "").startswith("ALE/"):
+        yield f"{spec.name} shows single frames, which tell nothing of motion: frame_stack = 4 is usual"
+
+
 def _make(spec: EnvSpec, n: int | None) -> Any:
     """What the environment's maker returns; `n` asks for a vector."""
     import gymnasium
@@ -177,7 +211,8 @@ class Probe:
     implementation that exists is not used. `exact`: as far as a look can tell, open episodes can be brought back
     exactly (a single environment shows that when it is done); else `why_inexact`. `state_bytes` is room for the state
     of a native group of the probed size. `bounds` are those of the observations' boxes. `bots` are the scripted players of
-    a game for two by name, None where the environment has no word for them.
+    a game for two by name, None where the environment has no word for them. `warnings` say what trains, but hardly as it
+    is meant.
     """
 
     spec: EnvSpec
@@ -190,6 +225,7 @@ class Probe:
     max_episode_steps: int | None = None
     bounds: Mapping[str, Bounds] = field(default_factory=dict[str, Bounds])
     bots: tuple[str, ...] | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def native(self) -> bool:
@@ -229,6 +265,7 @@ def _choose(single: Probe, vector: Probe) -> Probe:
     return replace(
         vector, spec=replace(vector.spec, vector_only=False),
         reward_threshold=single.reward_threshold, max_episode_steps=single.max_episode_steps,
+        warnings=tuple(dict.fromkeys((*single.warnings, *vector.warnings))),
     )  # fmt: skip
 
 
@@ -249,14 +286,22 @@ def _probe_single(spec: EnvSpec) -> Probe | None:
         spaces = _spaces(spec, made, "observation_space", "action_space", max(own, spec.stack))
         known = getattr(made, "spec", None)
         bots = getattr(getattr(made, "unwrapped", made), "bots", None)
+        kept, doubts = _statistics(made), tuple(_doubts(spec, made))
     finally:
         _close(spec, AsFunctions(made) if coroutines else made)
     return Probe(
         replace(spec, native=False, coroutines=coroutines), spaces, bounds=bounds_of(made.observation_space, spaces),
+        why_single="one is taken if env_kwargs has vector = true" if _may_be_vector(spec) else "",
+        warnings=doubts, why_inexact=f"the statistics of {' and '.join(kept)} last over episodes" if kept else "",
         bots=tuple(map(str, cast("Mapping[Any, Any]", bots))) if isinstance(bots, Mapping) else None,
         reward_threshold=getattr(known, "reward_threshold", None),
         max_episode_steps=getattr(known, "max_episode_steps", None),
     )  # fmt: skip
+
+
+def _may_be_vector(spec: EnvSpec) -> bool:
+    """Whether the maker of a family makes vectors, too."""
+    return spec.registration is not None and isinstance(spec.target, str) and "num_envs" in _parameters(_named(spec.target))
 
 
 def _needs_num_envs(spec: EnvSpec) -> bool:
@@ -269,7 +314,7 @@ def _probe_vector(spec: EnvSpec, n: int) -> Probe:
     made = make_vector(spec, n)
     try:
         spaces = _spaces(spec, made, "single_observation_space", "single_action_space", spec.stack)
-        mode = autoreset_mode(made)
+        mode, doubts = autoreset_mode(made), tuple(_doubts(spec, made))
         known = made.spec
     finally:
         _close(spec, made)
@@ -277,7 +322,7 @@ def _probe_vector(spec: EnvSpec, n: int) -> Probe:
     return Probe(
         replace(spec, native=True, vector_only=True), spaces, autoreset_mode=mode, why_inexact=why_inexact,
         state_bytes=0 if why_inexact else _state_bytes(spec, n),
-        bounds=bounds_of(made.single_observation_space, spaces),
+        bounds=bounds_of(made.single_observation_space, spaces), warnings=doubts,
         reward_threshold=getattr(known, "reward_threshold", None),
         max_episode_steps=getattr(known, "max_episode_steps", None),
     )  # fmt: skip

@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -126,8 +127,8 @@ def _from_id(env: str, kwargs: dict[str, Any], in_process: bool, native: bool) -
     if family is not None:
         _register(env, prefix, family)
     registration = gymnasium.registry.get(name)
-    if registration is None:
-        raise ConfigError(_unknown_id(env, list(gymnasium.registry)))
+    if registration is None or (name == env and _superseded(registration)):
+        raise ConfigError(_unknown_id(env))
     _check_packages(env, registration)
     entry, vector_entry = registration.entry_point, registration.vector_entry_point
     known = {"max_episode_steps", "render_mode"}
@@ -143,9 +144,11 @@ def _from_id(env: str, kwargs: dict[str, Any], in_process: bool, native: bool) -
     for target in (entry, vector_entry):
         if callable(target) and not in_process:
             _check_importable(target, f"{env}, registered as ")
+    limit = kwargs.get("max_episode_steps", 1)
+    counts = isinstance(limit, int) and limit > 0  # -1 means no limit to gymnasium.make, and to a vector -1 steps
     return EnvSpec(
         env, kwargs, registration=registration,
-        native=vector_entry is not None and (native or entry is None), vector_only=entry is None,
+        native=vector_entry is not None and (entry is None or (native and counts)), vector_only=entry is None,
     )  # fmt: skip
 
 
@@ -164,17 +167,40 @@ def _register(env: str, prefix: str, family: _Family) -> None:
 
 
 def installed() -> Mapping[str, Any]:
-    """gymnasium's registry with the families whose packages are there."""
-    import gymnasium
-
+    """gymnasium's registry with the families whose packages are there, without the older ids of Atari games."""
     for prefix, family in _FAMILIES.items():
         with contextlib.suppress(ConfigError):
             _register(prefix, prefix, family)
-    return gymnasium.registry
+    return _registered()
 
 
-def _unknown_id(env: str, registry: list[str]) -> str:
+def _registered() -> Mapping[str, Any]:
+    import gymnasium
+
+    return {name: found for name, found in list(gymnasium.registry.items()) if not _superseded(found)}
+
+
+def _superseded(registration: Any) -> bool:
+    """An id of gym's time, such as "Pong-v4" or "PongNoFrameskip-v4", by which ale_py makes the raw game."""
+    return str(registration.entry_point).startswith("ale_py") and bool(_atari_id(registration.id))
+
+
+def _atari_id(name: str) -> str:
+    """Today's id of the Atari game that gym had as `name`; "" if it had none, or ale_py is not installed."""
+    import gymnasium
+
+    old = re.fullmatch(r"(\w+?)(-ram)?(Deterministic|NoFrameskip)?(-v[045])?", name)
+    if old is None:
+        return ""
+    with contextlib.suppress(ConfigError):
+        _register(name, "ALE/", _FAMILIES["ALE/"])
+    today = f"ALE/{old[1]}-v5"
+    return today if today in gymnasium.registry else ""
+
+
+def _unknown_id(env: str) -> str:
     """Why an id is not there, and which one may have been meant."""
+    registry = list(_registered())
     base, _, version = env.rpartition("-v")
     family = base if version.isdigit() else env
     versions = [i for i in registry if i.rpartition("-v")[0] == family]
@@ -182,7 +208,8 @@ def _unknown_id(env: str, registry: list[str]) -> str:
         newest = max(versions, key=lambda i: int(i.rpartition("-v")[2]))
         seen = f"{env} has no version" if family == env else f"there is no version {version} of {family}"
         return f"{seen} — did you mean {newest}?\n  installed: {', '.join(versions)}"
-    same = [i for i in registry if i.lower() == env.lower()]
+    today = _atari_id(env)
+    same = [today] if today else [i for i in registry if i.lower() == env.lower()]
     near = same or difflib.get_close_matches(env, [*_OWN, *registry], 1, 0.6)
     near = near or [i for i in registry if i.lower().startswith(env.lower())][-1:]
     hint = f" — did you mean {near[0]}?" if near else ""

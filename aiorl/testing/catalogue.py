@@ -85,6 +85,7 @@ FOUND_AS = {
     "no-change": ("R3", "9.1"), "not-finite": ("7.1", "9.1"), "q-explodes": ("7.1", "9.1", "9.4"),
     "never-updated": ("5.1",), "late-start": ("5.1", "12.1"), "staleness": ("3.1", "#4"), "dropped": ("5.2",),
     "ledger": ("R4", "2.1"), "epsilon": ("3.2",), "still-exploring": ("9.3",), "no-episodes": ("10.2",),
+    "stopped-exploring": ("9.3",),
     "one-step-episodes": ("10.1", "10.2"), "episodes": ("10.1", "10.2"), "no-reward": ("7.2",), "clipped": ("7.1", "9.1"),
     "target-stands": ("9.4",), "progress": ("11.1", "11.2"), "damaged": ("12.3", "2.3"), "priorities": ("5.3",),
     "loss-only": ("11.1",), "learning-rate": ("4.4",), "batch": ("9.2",),

@@ -110,6 +110,8 @@ class Look:
             yield info("vector-unused", f"its own vector implementation is not used: {found.why_single}")
         if found.why_inexact:
             yield warning("inexact", f"open episodes cannot be brought back exactly: {found.why_inexact}")
+        for told in found.warnings:
+            yield warning("doubtful", told)
 
     # -- as aiorl uses it ------------------------------------------------------------------------------------------
 

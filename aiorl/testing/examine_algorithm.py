@@ -49,9 +49,9 @@ CHECKS: tuple[Callable[[Bench], Iterator[Finding]], ...] = (
 def check_algorithm(algorithm: Algorithm | type[Algorithm], *, learning: bool = True) -> list[Finding]:
     """Look for everything that would make a training with `algorithm` inexact, fail when resumed, or come out wrong.
 
-    `algorithm` is a configuration, or its class if the defaults will do. With `learning` it is also trained on a problem
-    of a few states, which takes seconds, to see that truncation bootstraps and termination does not. Runs in this
-    process.
+    `algorithm` is a configuration, or its class if the defaults will do. With `learning` it is also trained on problems
+    of a few states, to see what values it comes to, and that truncation bootstraps and termination does not: with that it
+    takes some 15 seconds. Runs in this process.
     """
     if inspect.isclass(algorithm):
         algorithm = cast("type[Any]", algorithm)()

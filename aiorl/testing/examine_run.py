@@ -30,6 +30,7 @@ STILL = 10  # updates in a row that change nothing
 LATE = 0.5  # share of a run after which the first gradient step is late
 MOSTLY = 0.5  # share of episodes
 SMALL_BATCH, LONG_GRADIENT, ONE_SIDED, FAR, EXPLORING = 8, 10.0, 0.2, 1.0, 0.5
+HARDLY, ENOUGH = 1e-4, 100  # share of the parameters' length; gradient steps that move them further at any usual rate
 
 
 @dataclass
@@ -243,6 +244,12 @@ def movement(story: Story) -> Iterator[Finding]:
     if longest >= STILL or (still and all(still)):
         yield error("no-change", f"{longest} updates in a row left the weights as they were",
                     "does the optimizer hold these very parameters? Is the learning rate 0?")  # fmt: skip
+    steps, norms = sum(u["gradient_steps"] for u in counted), story.metric("parameter_norm")
+    if norms and steps >= ENOUGH and not story.before:
+        moved = max((max(norms) - min(norms)) / max(*norms, 1e-12), *story.metric("target_drift"), 0.0)
+        if moved < HARDLY:
+            yield warning("no-change", f"in {steps:,} gradient steps the parameters hardly moved: "
+                          f"by {moved:.1g} of their length", "raise learning_rate")  # fmt: skip
 
 
 # -- what is in force --------------------------------------------------------------------------------------------------
@@ -283,6 +290,17 @@ def schedules(story: Story) -> Iterator[Finding]:
     if falls and len(rates) > STILL and min(rates) == max(rates):
         yield error("learning-rate", f"anneal is set, and the learning rate stays {rates[0]:g}",
                     "it must fall with the rollout's index")  # fmt: skip
+
+
+def exploration(story: Story) -> Iterator[Finding]:
+    """Epsilon is not down already when there is something to learn from."""
+    began = next((u for u in story.updates if u["gradient_steps"]), None)
+    if began is None or story.before or not all(name in story.settings for name in ("epsilon_start", "epsilon_end")):
+        return
+    epsilon, end = began["metrics"].get("epsilon"), story.settings["epsilon_end"]
+    if epsilon is not None and epsilon <= end + 1e-6 and end < story.settings["epsilon_start"]:
+        yield warning("stopped-exploring", f"epsilon was down at {end:g} before the first gradient step",
+                      "what acted until then had learned nothing: raise epsilon_fraction, or lower warmup")  # fmt: skip
 
 
 def sizes(story: Story) -> Iterator[Finding]:
@@ -344,6 +362,10 @@ def values(story: Story) -> Iterator[Finding]:
             yield error("q-explodes", f"values reach {highest:.4g} in update {update['version']}, rewards allow {limit:.4g}",
                         "lower learning_rate or reward_scale, or update the target more slowly")  # fmt: skip
             break
+    every, done = story.settings.get("target_every", 0), sum(u["gradient_steps"] for u in learned)
+    if 0 < done < every and not story.before and story.summary.get("status") == "completed":
+        yield warning("target-stands", f"the target was never updated: it is due every {every:,} gradient steps, "
+                      f"the run did {done:,}", "lower target_every, or train for longer")  # fmt: skip
     drift = story.metric("target_drift")[len(story.updates) // 2 :]
     if drift and float(np.median(drift)) > FAR:
         yield warning("target-stands", f"the target is {np.median(drift):.3g} times the parameters' length away from them",
@@ -376,7 +398,7 @@ def progress(story: Story) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Callable[[Story], Iterator[Finding]], ...] = (
-    ended, alarms, updates, movement, staleness, schedules, sizes, episodes, values, progress,
+    ended, alarms, updates, movement, staleness, schedules, exploration, sizes, episodes, values, progress,
 )  # fmt: skip
 
 

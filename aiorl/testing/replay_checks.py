@@ -1,7 +1,8 @@
 """What a learner does that learns from a replay buffer: how often, from what, after which target, and what it comes to.
 
-It is known by its settings: `update_ratio` and `warmup`, as those of `aiorl.DQN`. Where there are `target_every` and
-`target_tau`, or `tau` and perhaps `policy_delay`, and its state has `target` beside `parameters`, the target is measured.
+It is known by its settings: `update_ratio` and `warmup`, as those of `aiorl.DQN`. Where there is `target_every`, perhaps
+with `target_tau`, or `tau`, perhaps with `policy_delay`, and its state has `target` beside `parameters`, the target is
+measured.
 """
 
 from __future__ import annotations
@@ -66,22 +67,24 @@ def update_ratio(bench: Bench) -> Iterator[Finding]:
 
 def target(bench: Bench) -> Iterator[Finding]:
     """One gradient step for each rollout, and after each a look at how far the target has moved towards what it follows."""
-    if not learns_from_replay(bench.algorithm) or not (share := _shares(bench.algorithm)):
+    if not learns_from_replay(bench.algorithm):
         return
-    often = bool(share.get("target_every"))
-    ratio = 1 / (ENVS * STEPS)
-    algorithm = changed(bench.algorithm, update_ratio=ratio, learning_rate=1e-2, **share)
-    every = EVERY if often else max(1, int(getattr(algorithm, "policy_delay", 1)))
+    if (schedule := _schedule(bench.algorithm)) is None:
+        yield _unmeasured("there is no setting `target_every` or `tau`")
+        return
+    settings, share, every = schedule
+    algorithm = changed(bench.algorithm, update_ratio=1 / (ENVS * STEPS), learning_rate=1e-2, **settings)
     learner = algorithm.learner(bench.spaces, replace(bench.context, warmup=0))
     before = _pairs(learner.state_dict())
     if not before:
+        yield _unmeasured("its state has no `target` beside `parameters`")
         return
     for step, recorded in enumerate(bench.tape, start=1):
         learner.update(recorded.rollout())
         now = _pairs(learner.state_dict())
         for name, (_, online) in now.items():
             moved = _share_moved(before[name][0], now[name][0], online)
-            expected = SHARE if step % every == 0 else 0.0
+            expected = share if step % every == 0 else 0.0
             if moved is None or abs(moved - expected) <= NEAR:
                 continue
             told = f"in gradient step {step} {name} took over {moved:.2g} of the way to the parameters, expected"
@@ -94,10 +97,19 @@ def target(bench: Bench) -> Iterator[Finding]:
         before = now
 
 
-def _shares(algorithm: Any) -> dict[str, Any]:
-    if hasattr(algorithm, "target_every") and hasattr(algorithm, "target_tau"):
-        return {"target_every": EVERY, "target_tau": SHARE}
-    return {"tau": SHARE} if hasattr(algorithm, "tau") else {}
+def _schedule(algorithm: Any) -> tuple[dict[str, Any], float, int] | None:
+    """Settings to measure the target with, the share that it takes over then, and every how many gradient steps."""
+    if hasattr(algorithm, "target_every"):
+        share = SHARE if hasattr(algorithm, "target_tau") else 1.0  # or else it is a copy
+        return {"target_every": EVERY, "target_tau": share}, share, EVERY
+    if hasattr(algorithm, "tau"):
+        return {"tau": SHARE}, SHARE, max(1, int(getattr(algorithm, "policy_delay", 1)))
+    return None
+
+
+def _unmeasured(why: str) -> Finding:
+    return warning("not-checked", f"how its target moves was not looked at: {why}",
+                   "name them so, or test it yourself; right if it has no target")  # fmt: skip
 
 
 def _twice(moved: float) -> str:
@@ -161,7 +173,8 @@ def value(bench: Bench) -> Iterator[Finding]:
     if not _settled(means) and not _leaves(means):
         steps = int(VALUE_RATIO * VALUE_ROLLOUTS * VALUE_STEPS * ENVS)
         yield warning("not-settled", f"{told}, and they still move: shortly before they were {before:.3g}",
-                      f"to have them judged, give it a learning_rate for which {steps:,} gradient steps do")  # fmt: skip
+                      f"to have them judged, give it a learning_rate for which {steps:,} gradient steps do: "
+                      f"--{given.name}.learning-rate, or check_algorithm of an instance")  # fmt: skip
     elif not _near(mean):
         n = N_STEP if hasattr(given, "n_step") else 1
         yield error("value", f"{told} (gamma {GAMMA:g}, {n} steps{_guess(mean)})",
