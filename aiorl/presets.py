@@ -102,8 +102,9 @@ _ATARI_LEARNER: dict[str, Any] = {
     "network": "nature",
 }
 
-# What one core learns in an hour: two convolutions, more gradient steps on fewer frames, and of Hessel et al. 2018 (arXiv
-# 1710.02298) dueling heads, three-step returns and priorities. Without double Q-learning, whose second look costs a fifth.
+# What one core learns in less than two hours: two convolutions, more gradient steps on fewer frames, and of Hessel et al.
+# 2018 (arXiv 1710.02298) dueling heads, three-step returns and priorities. Double Q-learning is left out, which looks at
+# each batch once more.
 _PONG: dict[str, Any] = {**_ATARI, "total_steps": 450_000, "segment_length": 8, "eval_every": 25_000, "eval_episodes": 5}
 _PONG_LEARNER: dict[str, Any] = {
     **_ATARI_LEARNER,
