@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 from aiorl.testing.plugin import aiorl_no_leaks
 
 # One compute thread: quicker for small networks, and tests do not take the cores from the worker processes.
@@ -14,3 +16,9 @@ os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 
 
 no_leaks = aiorl_no_leaks  # the public fixture, under a shorter name
+
+
+@pytest.fixture
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are started again without waiting for seconds before that, where the wait is not what is tested."""
+    monkeypatch.setattr("aiorl.workers.supervision.BACK_OFF_S", (0.0, 0.02, 0.05))

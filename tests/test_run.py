@@ -231,6 +231,7 @@ async def test_two_runs_side_by_side_do_not_touch_each_other(config: Make) -> No
 # -- failure -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("short_waits")
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -260,6 +261,7 @@ async def test_a_broken_worker_ends_the_run_with_one_clear_error(
     assert message in (run.directory / "summary.json").read_text()
 
 
+@pytest.mark.usefixtures("short_waits")
 async def test_a_hung_worker_is_noticed_at_its_deadline(config: Make, no_leaks: None) -> None:
     changed = config(env="run_envs:Faulty", env_kwargs={"fault": "hang"}, step_timeout_s=0.4, eval_every=0)
     async with aiorl.Run(changed) as run:

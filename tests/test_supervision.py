@@ -176,6 +176,7 @@ def test_the_budget() -> None:
     assert len(BACK_OFF_S) == RESTARTS_MAX
 
 
+@pytest.mark.usefixtures("short_waits")
 async def test_after_the_last_restart_the_run_fails_with_the_last_error(config: Make, no_leaks: None) -> None:
     deaths = [("kill", 12), ("exit", 12), ("kill", 0), ("raise", 12)]
     async with asyncio.timeout(60), aiorl.Run(config(deaths, workers=1)) as run:
@@ -283,6 +284,7 @@ def _descriptors() -> int:
 # -- fewer workers -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("short_waits")
 @pytest.mark.parametrize("degree", [0, 2])
 @pytest.mark.parametrize("stepping", ["serial", "threads"])
 async def test_a_worker_that_keeps_dying_is_given_up(config: Make, no_leaks: None, degree: int, stepping: str) -> None:
@@ -318,6 +320,7 @@ async def _kill_again_and_again(keeper: Any) -> None:
         await asyncio.sleep(0.01)
 
 
+@pytest.mark.usefixtures("short_waits")
 async def test_an_heir_may_be_given_up_too(config: Make, no_leaks: None) -> None:
     """All it had, also what it had taken over, goes to the next one; one more is too many."""
     changes: dict[str, Any] = {"env": "run_envs:Jittery", "total_steps": 10**7}
@@ -340,6 +343,7 @@ async def test_an_heir_may_be_given_up_too(config: Make, no_leaks: None) -> None
     assert result.ledger["produced"] == result.ledger["stored"] + result.ledger["dropped"]
 
 
+@pytest.mark.usefixtures("short_waits")
 async def test_the_evaluation_worker_is_never_given_up(config: Make, no_leaks: None) -> None:
     async with asyncio.timeout(60), aiorl.Run(config(total_steps=10**7, min_workers=1)) as run:
         killing = asyncio.ensure_future(until(lambda: _kill_if_there(workers_of(run)._keepers[-1])))

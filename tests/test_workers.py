@@ -122,6 +122,7 @@ async def test_evaluation_is_a_function_of_weights_and_seed(build: Build, proces
     assert first.lengths.tolist() == [7] * 5
 
 
+@pytest.mark.usefixtures("short_waits")
 async def test_a_killed_worker_is_noticed_at_once_and_its_steps_are_known(build: Build, no_leaks: None) -> None:
     workers = build(2)
     assert isinstance(workers, ProcessWorkers)
