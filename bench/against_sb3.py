@@ -39,7 +39,7 @@ from aiorl.filelock import FileLock, Held
 from bench.common import machine, print_machine
 from bench.learning_runs import load_rows, write_rows
 from bench.peers import lineup, setup
-from bench.peers.learning import DQN, TASKS, Task
+from bench.peers.learning import DQN, TASKS, Task, chosen
 from bench.peers.works import RESULT
 from bench.sb3_report import NAMES, Row, plot, report, write
 
@@ -65,7 +65,7 @@ class Job(NamedTuple):
         python = peers.absolute() / lineup.VENVS["sb3"] / "bin" / "python" if sb3 else Path(sys.executable)
         module = f"bench.peers.learning_{'sb3' if sb3 else 'ours'}"
         line = [str(python), "-m", module, self.task.env, self.who, str(self.seed), str(self.task.steps)]
-        return line + ["--small"] * small
+        return [*line, "--episodes", str(self.task.episodes), *["--small"] * small]
 
 
 def jobs(tasks: Sequence[Task], participants: Sequence[str], seeds: int) -> list[Job]:
@@ -193,6 +193,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ours", nargs="+", choices=[name for name in NAMES if name != "sb3"], default=["async"])
     parser.add_argument("--without-sb3", action="store_true", help="only aiorl's ways")
     parser.add_argument("--steps", type=int, help="env steps of each run (default: the environment's)")
+    parser.add_argument("--episodes", type=int, help="of each evaluation (default: the environment's)")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
     parser.add_argument("--threads", type=int, default=0, help="torch threads of each learner; 0: as each does by itself")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on a core of its own with one torch thread")
@@ -224,8 +225,7 @@ def main() -> None:
         setup.set_up(options.peers_dir, ["common"])
         return
     print_machine()
-    chosen = [TASKS[env] for env in options.envs]
-    tasks = [task.small() if options.quick else task.of(options.steps or task.steps) for task in chosen]
+    tasks = [chosen(env, options.steps, options.episodes, options.quick) for env in options.envs]
     participants = [*options.ours, *([] if options.without_sb3 else ["sb3"])]
     try:
         rows = asyncio.run(until_told(jobs(tasks, participants, options.seeds), options))

@@ -193,9 +193,7 @@ def plot(rows: Sequence[Row], directory: Path) -> list[Path]:
 def report(rows: Sequence[Row]) -> str:
     """Markdown: table, verdicts, and what was held equal in each environment."""
     lines = [table(rows), "", *(f"    {line}" for line in verdicts(rows)), ""]
-    for env, text in sorted({(row["env"], row["settings"]) for row in rows}):
-        task = TASKS[env]
-        lines.append(f"* {env}: {text}; {task.episodes} episodes every {task.eval_every:,} env steps.")
+    lines += [f"* {env}: {text}." for env, text in sorted({(row["env"], row["settings"]) for row in rows})]
     return "\n".join(lines)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
 import os
 import re
 import signal
@@ -27,7 +26,7 @@ CHEETAH = TASKS["HalfCheetah-v5"]
 def row(who: str, seed: int, returns: list[float], train_s: float) -> dict[str, Any]:
     evaluations = [[1000.0 * (i + 1), 10.0 * i, mean, 1.0] for i, mean in enumerate(returns)]
     base = {"env": "HalfCheetah-v5", "steps": 2000, "who": who, "seed": seed, "env_steps": 2000}
-    base |= {"settings": "sac with its settings; 2 environments"}
+    base |= {"settings": "sac with its settings; 2 environments; 10 episodes every 10,000 env steps"}
     return {**base, "train_s": train_s, "wall_s": train_s + 5.0, "evaluations": evaluations}
 
 
@@ -193,8 +192,8 @@ async def test_a_finished_run_is_not_made_again_and_a_failed_one_is(tmp_path: Pa
     assert asked == [("sb3", 1), ("async", 1)]
     longer = against.jobs([CHEETAH.of(3000)], ["async"], 1)
     assert len(await against.run_missing(longer, file)) == 1  # another length is another run
-    changed = dataclasses.replace(CHEETAH.of(2000), envs=4)
-    with pytest.raises(SystemExit, match=r"4 environments\nname another file"):
+    changed = learning.chosen(CHEETAH.env, 2000, 50, small=False)
+    with pytest.raises(SystemExit, match=r"; 50 episodes every 10,000 env steps\nname another file"):
         await against.run_missing(against.jobs([changed], ["async"], 1), file)
 
 
@@ -294,7 +293,8 @@ def test_runs_beside_others_have_one_thread_each(monkeypatch: pytest.MonkeyPatch
 
 def test_each_side_runs_in_its_own_environment(tmp_path: Path):
     ours, theirs = (against.Job(CHEETAH, who, 3).command(tmp_path, small=True) for who in ("twin", "sb3"))
-    assert ours[1:] == ["-m", "bench.peers.learning_ours", "HalfCheetah-v5", "twin", "3", "100000", "--small"]
+    run = ["HalfCheetah-v5", "twin", "3", "100000", "--episodes", "10", "--small"]
+    assert ours[1:] == ["-m", "bench.peers.learning_ours", *run]
     assert theirs[0] == str(tmp_path / "common" / "bin" / "python")
     assert theirs[2] == "bench.peers.learning_sb3"
 
@@ -343,8 +343,16 @@ async def test_aiorl_trains_as_the_task_says(env: str, way: str, gradient_steps:
     assert len(found["evaluations"]) == 2
 
 
+def test_evaluations_of_more_episodes_are_another_measurement():
+    more = learning.chosen("HalfCheetah-v5", None, 200, small=False)
+    assert (more.steps, more.episodes) == (CHEETAH.steps, 200)
+    assert more.text == CHEETAH.of(CHEETAH.steps).text.replace("10 episodes", "200 episodes")
+    assert learning.chosen("HalfCheetah-v5", None, None, small=False) == CHEETAH.of(CHEETAH.steps)
+
+
 def test_a_small_task_still_learns():
     small = CHEETAH.small()
+    assert learning.chosen(CHEETAH.env, None, 200, small=True) == small
     assert 0 < small.learner.warmup < small.steps
     assert small.steps == 2 * small.eval_every == small.learner.capacity
     assert learning.TASKS["HalfCheetah-v5"] == CHEETAH

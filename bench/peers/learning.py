@@ -97,7 +97,8 @@ class Task:
         parts = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(self.learner).items())
         pace = "" if self.learner.ratio == 1 else f"; a gradient step every {1 / self.learner.ratio:g} env steps"
         stack = f" of {self.frame_stack} frames seen at once" if self.frame_stack > 1 else ""
-        return f"{self.algo} with {parts}{pace}; {self.envs} environments{stack}"
+        often = f"{self.episodes} episodes every {self.eval_every:,} env steps"
+        return f"{self.algo} with {parts}{pace}; {self.envs} environments{stack}; {often}"
 
 
 TASKS = {
@@ -111,6 +112,14 @@ TASKS = {
         Task("ALE/Pong-v5", PONG, 30_000, 8, 10_000, random=-20.7, good=18, episodes=2, frame_stack=4),
     )
 }
+
+
+def chosen(env: str, steps: int | None, episodes: int | None, small: bool) -> Task:
+    """The training of that name: so long, with evaluations of so many episodes (None: as it is there), or very small."""
+    task = TASKS[env]
+    if small:
+        return task.small()
+    return dataclasses.replace(task.of(steps or task.steps), episodes=episodes or task.episodes)
 
 
 def told(name: str, seed: int, env_steps: float, seconds: float, mean: float) -> None:
@@ -132,10 +141,10 @@ def carry_out(train: Callable[[Task, int, str], dict[str, Any]], *packages: str)
     parser.add_argument("way")
     parser.add_argument("seed", type=int)
     parser.add_argument("steps", type=int)
+    parser.add_argument("--episodes", type=int)
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
-    task = TASKS[options.env]
-    task = task.small() if options.small else task.of(options.steps)
+    task = chosen(options.env, options.steps, options.episodes, options.small)
     found = train(task, options.seed, options.way)
     installed = works.versions("torch", "gymnasium", "numpy", "mujoco", "minatar", *packages)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
