@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -42,20 +42,20 @@ LEARNER_GRACE_S = 0.5
 FILES_GRACE_S = 1.0  # a thread that is still busy after its grace ends by itself
 
 
-def _launcher(import_main: bool) -> Launcher:
-    return Launcher(import_main=import_main)
+def _launcher(import_main: bool, modules: Sequence[str]) -> Launcher:
+    return Launcher(import_main=import_main, modules=modules)
 
 
 @dataclass(frozen=True)
 class Backends:
     """What a run blocks on and starts its workers with. `aiorl.testing` puts simulated ones in their place.
 
-    `thread` gets a name, `launcher` whether workers import the host's `__main__`. `watch_loop`: a thread watches the event
-    loop in real time.
+    `thread` gets a name, `launcher` whether workers import the host's `__main__`, and modules that all of them need.
+    `watch_loop`: a thread watches the event loop in real time.
     """
 
     thread: Callable[[str], OffloadThread] = OffloadThread
-    launcher: Callable[[bool], Launcher] = _launcher
+    launcher: Callable[[bool, Sequence[str]], Launcher] = _launcher
     watch_loop: bool = True
 
 
@@ -143,7 +143,8 @@ async def assemble(
         checked = await files_thread.run(preflight.check, config, resume)
         lock = await files_thread.run(hold, checked.directory)
         if checked.config.workers:
-            launcher = backends.launcher(checked.needs_main)  # it loads its modules while this process imports torch
+            # It loads its modules while this process imports torch.
+            launcher = backends.launcher(checked.needs_main, checked.modules)
             await files_thread.run(launcher.warm_up)
         trainer = await learner_thread.run(_make_trainer, checked, record, learner_thread.brake)
         if checked.saved is not None:

@@ -89,8 +89,16 @@ class Preflight:
     @property
     def needs_main(self) -> bool:
         """Whether workers must import the program that is running: its environment or algorithm is defined there."""
-        envs = [self.env, *(suite.env for suite in self.suites)]
-        return any(e.name.startswith("__main__:") for e in envs) or type(self.algorithm).__module__ == "__main__"
+        return any(e.name.startswith("__main__:") for e in self._envs) or type(self.algorithm).__module__ == "__main__"
+
+    @property
+    def modules(self) -> list[str]:
+        """What workers import to make their environments and can share, see `EnvSpec.modules`."""
+        return sorted({module for env in self._envs for module in env.modules})
+
+    @property
+    def _envs(self) -> list[EnvSpec]:
+        return [self.env, *(suite.env for suite in self.suites)]
 
 
 def check(config: Config, resume: str | Path | None = None, *, write: bool = True) -> Preflight:

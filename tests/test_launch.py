@@ -106,6 +106,19 @@ def test_many_workers_from_one_fork_server_end_with_it() -> None:
     launcher.close()
 
 
+def test_workers_find_modules_of_the_fork_server_in_memory() -> None:
+    """One that is not there is left to whoever makes the environment, who can say what is missing."""
+    launcher, block = Launcher(modules=["there_is_no_such_module", "colorsys"]), SharedBlock(16)
+    assert wait(start(launcher, see_modules, block)) == 0
+    assert bytes(block.buffer[:2]) == bytes([True, False])
+    launcher.close()
+    block.close()
+
+
+async def see_modules(block: SharedBlock) -> None:
+    block.buffer[:2] = bytes(["colorsys" in sys.modules, "chunk" in sys.modules])
+
+
 PROGRAM = """
 from pathlib import Path
 from multiprocessing import util

@@ -362,3 +362,46 @@ def test_resolving_makes_nothing():
 def test_a_spec_is_plain():
     assert EnvSpec("a") == EnvSpec("a")
     assert np.isscalar(EnvSpec("a").name)
+
+
+# -- what a fork server may import -------------------------------------------------------------------------------------
+
+LOADED = """
+import importlib, os, sys
+import aiorl.workers.preload
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+print(len(os.listdir("/proc/self/task")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+@pytest.mark.parametrize(
+    ("env", "needs", "module"),
+    [
+        ("CartPole-v1", "numpy", "gymnasium.envs.classic_control.cartpole"),
+        ("LunarLander-v3", "Box2D", "gymnasium.envs.box2d.lunar_lander"),
+        ("HalfCheetah-v5", "mujoco", "gymnasium.envs.mujoco.half_cheetah_v5"),
+        ("ALE/Pong-v5", "ale_py", "cv2"),
+        ("MinAtar/Breakout-v1", "minatar", "minatar.gym"),
+        ("MiniGrid-Empty-8x8-v0", "minigrid", "minigrid.envs"),
+        ("hockey", "Box2D", "aiorl.envs.hockey.env"),
+    ],
+)
+def test_what_workers_share_starts_no_thread_and_prints_nothing(env: str, needs: str, module: str):
+    """A thread would not be there after the fork, and what it had locked would stay locked."""
+    pytest.importorskip(needs)
+    modules = resolve_env(env, in_process=False).modules
+    assert module in modules
+    done = subprocess.run([sys.executable, "-c", LOADED, *modules], capture_output=True, text=True, timeout=60, check=True)
+    assert (done.stdout, done.stderr) == ("1\n", "")
+
+
+def test_an_environment_of_the_users_own_is_imported_by_each_worker():
+    assert resolve_env("tests.envs_for_tests:Walk", in_process=False).modules == ()
+    assert resolve_env(Walk, in_process=False).modules == ()
+    gymnasium.register("tests/Shared-v0", entry_point="tests.envs_for_tests:Walk")
+    try:
+        assert resolve_env("tests/Shared-v0", in_process=False).modules == ()
+    finally:
+        del gymnasium.registry["tests/Shared-v0"]

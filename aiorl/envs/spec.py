@@ -70,6 +70,19 @@ class EnvSpec:
     coroutines: bool = False
     stack: int = 1
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """What making it imports of gymnasium, aiorl and the extras, for a process to import before it forks.
+
+        None of a user's own: what starts threads or opens devices when it is imported would not survive a fork.
+        """
+        entry = getattr(self.registration, "entry_point", None)
+        if not isinstance(entry, str) or entry.partition(".")[0] not in {"gymnasium", "aiorl", *_EXTRAS}:
+            return ()
+        family = next((family for prefix, family in _FAMILIES.items() if self.registration.id.startswith(prefix)), None)
+        own = () if family is None else (*family.needs, family.maker)
+        return tuple(dict.fromkeys(name.partition(":")[0] for name in (*own, entry) if name))
+
     def with_kwargs(self, **kwargs: Any) -> EnvSpec:
         """The same environment with other keyword arguments on top, e.g. `render_mode="rgb_array"`."""
         return replace(self, kwargs={**self.kwargs, **kwargs})

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import pickle
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -117,8 +118,14 @@ async def step_for_ever(fd: int, output: str, spec: EnvSpec) -> None:
         if result[2] or result[3]:
             env.reset(seed=0)
         if not told:
-            tell(fd, started=sorted(children() - before))
+            tell(fd, started=sorted(children() - before), ends_at_once=_sigterm_ends())
             told = True
+
+
+def _sigterm_ends() -> bool:
+    """Whether the system ends this process at SIGTERM: nobody handles, ignores or blocks it."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    return signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and signal.SIGTERM not in blocked
 
 
 # -- seen from here ----------------------------------------------------------------------------------------------------
@@ -159,13 +166,15 @@ def _ending(launcher: Launcher, spec: EnvSpec, directory: Path, patience_s: floa
     """SIGTERM in the middle of a step, and what that leaves."""
     with Child(launcher, step_for_ever, directory, spec) as worker:
         try:
-            started = next((m["started"] for m in worker.messages(patience_s) if "started" in m), None)
+            told = next((m for m in worker.messages(patience_s) if "started" in m), None)
         except TimeoutError:
-            started = None
-        if started is None or worker.ends_within(0):
+            told = None
+        if told is None or worker.ends_within(0):
             return  # it has ended by itself: a vector environment, which the groups have tried already
+        started: list[str] = told["started"]
         worker.terminate()
-        ended = worker.ends_within(END_GRACE_S)
+        # How long takes the system is no fault of the environment's: the machine may be busy.
+        ended = worker.ends_within(patience_s if told["ends_at_once"] else END_GRACE_S)
     if ended:
         yield info("sigterm", "a worker that is told to end while stepping does so at once")
     else:

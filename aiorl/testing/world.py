@@ -74,7 +74,7 @@ class World(Doer):
 
     @property
     def backends(self) -> Backends:
-        return Backends(thread=lambda name: SimThread(self, name), launcher=lambda _: SimLauncher(self), watch_loop=False)
+        return Backends(thread=lambda name: SimThread(self, name), launcher=lambda *_: SimLauncher(self), watch_loop=False)
 
     def draw_s(self, mean_s: float) -> float:
         return float(self._rng.exponential(mean_s))

@@ -46,10 +46,13 @@ _numbers = itertools.count()
 class Launcher:
     """Starts processes; owns the fork server they come from. Its methods block: call them off the event loop."""
 
-    def __init__(self, *, import_main: bool = False, method: str = "forkserver") -> None:
-        """`import_main`: workers import the host's `__main__` (needed only for environments defined there)."""
+    def __init__(
+        self, *, import_main: bool = False, method: str = "forkserver", modules: Sequence[str] = ()
+    ) -> None:
+        """`import_main`: workers import the host's `__main__` (needed only for environments defined there). `modules` are
+        imported by the fork server, so that workers have them at once and share their memory; none may start a thread."""
         self._server = forkserver.ForkServer()
-        self._server.set_forkserver_preload(["aiorl.workers.preload"])
+        self._server.set_forkserver_preload(["aiorl.workers.preload", *modules])
         self._import_main = import_main
         self._method = method
         self._mark: FileLock | None = None
