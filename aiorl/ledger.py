@@ -191,8 +191,9 @@ def check_state(state: dict[str, Any], groups: int, layout: SegmentLayout) -> No
                 "done": np.zeros(n, np.bool_),
                 "obs": {name: np.zeros((n, *leaf.shape), leaf.dtype) for name, leaf in layout.obs.items()},
                 "env_state": _as_long_as(cursor.get("env_state"), np.zeros(0, np.uint8)),
+                "policy_state": {k: np.zeros((n, *c.shape), c.dtype) for k, c in layout.policy_state.items()},
             }
-            check_tree(cursor, like_cursor, f"{where}.cursor")
+            check_tree({"policy_state": {}, **cursor}, like_cursor, f"{where}.cursor")  # older ones have none
 
 
 def _as_long_as(value: Any, like: Array) -> Array:
@@ -210,6 +211,7 @@ def _cursor_tree(cursor: GroupCursor | None) -> dict[str, Any]:
         "done": cursor.done.copy(),
         "obs": dict(cursor.obs),
         "env_state": np.frombuffer(cursor.env_state, np.uint8).copy(),
+        "policy_state": dict(cursor.policy_state),
     }
 
 
@@ -222,6 +224,7 @@ def _cursor_from(tree: dict[str, Any]) -> GroupCursor | None:
         done=tree["done"],
         obs=tree["obs"],
         env_state=tree["env_state"].tobytes(),
+        policy_state=tree.get("policy_state", {}),
     )
 
 

@@ -11,7 +11,18 @@ from typing import Any, NamedTuple, cast
 
 import msgspec
 
-from aiorl.algos.base import Algorithm, CentralAlgorithm, Filing, Forward, Ranked, Remembering, SplitPolicy, Wrapping
+from aiorl.algos.base import (
+    Algorithm,
+    CentralAlgorithm,
+    Filing,
+    Forward,
+    Ranked,
+    Recurrent,
+    RecurrentPolicy,
+    Remembering,
+    SplitPolicy,
+    Wrapping,
+)
 from aiorl.buffers.storage import free_bytes
 from aiorl.config import Config, env_name
 from aiorl.envs.make import Probe, probe
@@ -69,6 +80,10 @@ class Preflight:
             )
         if self.probe.why_inexact:
             found.append(f"a resumed run may not be exact: {self.probe.why_inexact}")
+        within = _learning(self.algorithm, self.spaces).algorithm
+        if isinstance(within, Recurrent) and not isinstance(self.algorithm, Recurrent):
+            lost = f"{self.algorithm.name} does not keep what policies of {within.name} remember"
+            found.append(f"a resumed run may not be exact: {lost}")
         found += self.probe.warnings
         found += _idle_settings(self.config, _learning(self.algorithm, self.spaces))
         if self.idle_workers:
@@ -308,7 +323,21 @@ def segment_layout(config: Config, algorithm: Algorithm, found: Probe) -> Segmen
         columns={**columns, **own},
         state_bytes=found.state_bytes,
         guarded=config.debug,
+        policy_state=_policy_state(algorithm, spaces),
     )
+
+
+def _policy_state(algorithm: Algorithm, spaces: Spaces) -> dict[str, Column]:
+    """What recurrent policies remember. Raises ConfigError if the policy cannot say it."""
+    if not isinstance(algorithm, Recurrent):
+        return {}
+    policy = algorithm.policy(spaces)
+    if not isinstance(policy, RecurrentPolicy):
+        raise ConfigError(
+            f"{algorithm.name} declares a policy_state, and {type(policy).__name__} lacks state() or restore()\n"
+            "  give it both, see RecurrentPolicy in aiorl.algos.base"
+        )
+    return algorithm.policy_state(spaces)
 
 
 def _check_memory(config: Config, algorithm: Algorithm, spaces: Spaces, segment: SegmentLayout) -> None:

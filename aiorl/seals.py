@@ -60,6 +60,8 @@ def _blocks(segment: Segment) -> Iterator[tuple[str, Array]]:
     for name, leaf in segment.final_obs.items():
         yield f"final_{name}", leaf[:finals]
     yield "state", np.frombuffer(segment.env_state, np.uint8)
+    for name, leaf in segment.policy_state.items():
+        yield f"policy_state.{name}", leaf
 
 
 def _crc(block: Array) -> int:

@@ -12,6 +12,8 @@ memory. Its columns, each a NumPy view:
                                     on its reset, or what the step returned was not finite
     …                [T, n, …]      the policy's own columns, e.g. `log_prob`
 
+    policy_state     [n, …]         what a recurrent policy remembers after row T - 1, by name
+
 Where an environment resets within the step that ended its episode, `obs[t + 1]` already belongs to the next episode.
 The true last observation is then kept aside in `final_obs`, and `final_at` says which rows have one. So for every valid
 row the next observation is `final_obs` where there is one and `obs[t + 1]` otherwise: `Rollout.next_obs` does just that.
@@ -26,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -69,7 +71,8 @@ class Segment:
     """
 
     __slots__ = (
-        "aborted", "columns", "envs", "final_at", "final_obs", "guards", "header", "obs", "seal", "state", "steps",
+        "aborted", "columns", "envs", "final_at", "final_obs", "guards", "header", "obs", "policy_state", "seal", "state",
+        "steps",
     )  # fmt: skip
 
     def __init__(
@@ -85,11 +88,12 @@ class Segment:
         aborted: Array,
         seal: Array,
         guards: dict[str, Array],
+        policy_state: dict[str, Array],
     ) -> None:
         self.steps, self.envs = steps, envs
         self.header, self.obs, self.columns = header, obs, columns
         self.final_at, self.final_obs, self.state, self.aborted = final_at, final_obs, state, aborted
-        self.seal, self.guards = seal, guards
+        self.seal, self.guards, self.policy_state = seal, guards, policy_state
 
     @property
     def finals(self) -> int:
@@ -141,6 +145,7 @@ class SegmentLayout:
     columns: Mapping[str, Column]
     state_bytes: int = 0
     guarded: bool = False
+    policy_state: Mapping[str, Column] = field(default_factory=dict[str, Column])
 
     def _blocks(self) -> list[tuple[str, str, tuple[int, ...], str]]:
         rows = self.steps * self.envs
@@ -151,6 +156,7 @@ class SegmentLayout:
         # Room for the worst case, one final observation a row: pages never written cost no memory.
         blocks += [("final_obs", k, (rows, *c.shape), c.dtype) for k, c in self.obs.items()]
         blocks += [("state", "", (self.state_bytes,), "uint8"), ("aborted", "", (self.envs,), "bool")]
+        blocks += [("policy_state", k, (self.envs, *c.shape), c.dtype) for k, c in self.policy_state.items()]
         if not self.guarded:
             return [*blocks, ("seal", "", (0,), "int64")]
         blocks += [("seal", "", (SEAL_PLACE + len(blocks),), "int64")]
@@ -169,7 +175,8 @@ class SegmentLayout:
     def view(self, buffer: memoryview, offset: int = 0) -> Segment:
         """The segment that lies at `offset` of `buffer`."""
         plain: dict[str, Array] = {}
-        named: dict[str, dict[str, Array]] = {"obs": {}, "columns": {}, "final_obs": {}, "guards": {}}
+        kinds = ("obs", "columns", "final_obs", "guards", "policy_state")
+        named: dict[str, dict[str, Array]] = {kind: {} for kind in kinds}
         for kind, name, shape, dtype in self._blocks():
             array = np.frombuffer(buffer, dtype, math.prod(shape), offset).reshape(shape)
             if kind in named:
@@ -180,7 +187,7 @@ class SegmentLayout:
         return Segment(
             self.steps, self.envs, plain["header"], named["obs"], named["columns"],
             plain["final_at"], named["final_obs"], plain["state"], plain["aborted"],
-            plain["seal"], named["guards"],
+            plain["seal"], named["guards"], named["policy_state"],
         )  # fmt: skip
 
     def allocate(self) -> Segment:

@@ -54,7 +54,7 @@ class RecurrentQ(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """The configuration."""
 
     name: ClassVar[str] = "recurrent_q"
-    default_segment_length: ClassVar[int] = 32  # memory begins anew with each segment: few episodes should be cut
+    default_segment_length: ClassVar[int] = 32
 
     learning_rate: float = 3e-3
     memory: int = 16
@@ -81,6 +81,9 @@ class RecurrentQ(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     def columns(self, spaces: Spaces) -> dict[str, Column]:
         return {"memory": Column((self.memory,))}  # as it was before the step
+
+    def policy_state(self, spaces: Spaces) -> dict[str, Column]:
+        return {"memory": Column((self.memory,))}  # as it is after the last step of a segment
 
     def policy(self, spaces: Spaces) -> Remembering:
         return Remembering(self, spaces)
@@ -138,17 +141,22 @@ def gradient(
 class Remembering:
     """The acting half: runs in the workers, one for each group of environments.
 
-    What it remembers begins anew with each episode, and with each segment: a worker that is replaced, or a run that is
-    resumed, has no other memory to go on from than the one that `begin` gives, so everything stays exact. An evaluation
-    begins once, and remembers whole episodes.
+    What it remembers begins anew with each episode and lasts over segments: `policy_state` declares it, so that a worker
+    that is replaced, or a run that is resumed, goes on from the same memory and everything stays exact.
     """
 
     def __init__(self, config: RecurrentQ, spaces: Spaces) -> None:
         self._config, self._spaces = config, spaces
+        self._memory = np.zeros((1, config.memory), np.float32)
 
     def begin(self, weights: Mapping[str, Array], rollout: int, rng: np.random.Generator | None, steps: int) -> None:
         self._weights, self._rng = weights, rng
-        self._memory = np.zeros((1, self._config.memory), np.float32)
+
+    def state(self) -> dict[str, Array]:
+        return {"memory": self._memory}
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        self._memory = state["memory"]
 
     def act(self, obs: Mapping[str, Array], first: Array) -> tuple[Array, dict[str, Array]]:
         x = self._spaces.encode(obs)

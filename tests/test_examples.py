@@ -207,7 +207,7 @@ async def test_custom_sequences_learns_what_needs_memory():
 
 
 async def test_custom_sequences_resumes_as_if_it_had_not_stopped():
-    """Segments begin in the middle of episodes, with a memory that no checkpoint holds."""
+    """Segments begin in the middle of episodes, with the memory that the last one ended with."""
     config = aiorl.Config(
         env="examples.custom_sequences:TMaze", algo=custom_sequences.RecurrentQ(warmup=200), total_steps=1_600, seed=0,
         envs=8, workers=0, off_policy_degree=0, segment_length=20, eval_every=0, eval_episodes=1,

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ACT", "ENV", "EVAL_ACT", "EVAL_ENV", "LEARNER", "Algorithm", "CentralAlgorithm", "Closing", "Filing",
-    "Forward", "Learner", "LearnerContext", "Policy", "Remembering", "SplitPolicy", "StateTree", "Weights",
+    "Forward", "Learner", "LearnerContext", "Policy", "Recurrent", "RecurrentPolicy", "Remembering", "SplitPolicy",
+    "StateTree", "Weights",
 ]  # fmt: skip
 
 Weights = Mapping[str, Array]
@@ -89,7 +90,8 @@ class LearnerContext:
 class Policy(Protocol):
     """The acting half. One instance serves one group, so it may keep state from step to step (recurrence, search).
 
-    What it keeps beyond `begin` is in no checkpoint: a run that is resumed, or loses a worker, is then not exact.
+    What it is to remember from one segment to the next has to be declared, see `Recurrent`: else it is lost with a worker
+    or at a resume, and the run is not exact.
     """
 
     def begin(self, weights: Weights, rollout: int, rng: np.random.Generator | None, steps: int) -> None:
@@ -107,6 +109,19 @@ class Policy(Protocol):
         Returns actions as laid out by `Spaces.action` and the extra columns declared by `Algorithm.columns`, each [N, …]
         (they may be left out when `rng` was None).
         """
+        ...
+
+
+@runtime_checkable
+class RecurrentPolicy(Policy, Protocol):
+    """The policy of a `Recurrent` algorithm: one that remembers beyond `begin`."""
+
+    def state(self) -> Mapping[str, Array]:
+        """All that it remembers, each [N, …], at the end of a segment; copied by the caller."""
+        ...
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Go on from there: called before `begin`, with arrays of its own."""
         ...
 
 
@@ -183,6 +198,18 @@ class Algorithm(Protocol):
 
     def learner(self, spaces: Spaces, context: LearnerContext) -> Learner:
         """A new learning half (called on the learner thread)."""
+        ...
+
+
+@runtime_checkable
+class Recurrent(Protocol):
+    """What an `Algorithm` has besides if its policies, `RecurrentPolicy` all, remember from one segment to the next.
+
+    Their state travels with each segment, so that a worker that is replaced, and a run that is resumed, go on from it.
+    """
+
+    def policy_state(self, spaces: Spaces) -> dict[str, Column]:
+        """What they remember for each environment, under the names that `RecurrentPolicy.state` uses."""
         ...
 
 

@@ -304,6 +304,7 @@ def _own_segment(segment: Segment) -> Segment:
     return Segment(
         segment.steps, segment.envs, segment.header, own(segment.obs), {**segment.columns, "action": action},
         segment.final_at, own(segment.final_obs), segment.state, segment.aborted, segment.seal, segment.guards,
+        segment.policy_state,
     )  # fmt: skip
 
 

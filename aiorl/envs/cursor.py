@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,7 +17,7 @@ class GroupCursor:
     taken in it so far, one array [t, …] for each environment. `done` [n] bool: the last row ended an episode and the
     reset is still to come, in a row of its own (NEXT_STEP vector environments). `obs`, leaves [n, …], is what the
     environments showed last; it is compared after restoring, unless it is empty. `env_state` is a native vector
-    environment's state, b"" otherwise.
+    environment's state, b"" otherwise. `policy_state`, [n, …] each, is what a recurrent policy remembers, by name.
     """
 
     episodes: Array
@@ -25,6 +25,7 @@ class GroupCursor:
     done: Array
     obs: dict[str, Array]
     env_state: bytes
+    policy_state: dict[str, Array] = field(default_factory=dict[str, Array])
 
     @property
     def first(self) -> Array:
@@ -59,4 +60,5 @@ def advance(cursor: GroupCursor | None, segment: Segment, steps: int | None = No
         done=done,
         obs={name: leaf[steps].copy() for name, leaf in segment.obs.items()},
         env_state=segment.env_state,
+        policy_state={name: leaf.copy() for name, leaf in segment.policy_state.items()},
     )

@@ -19,7 +19,7 @@ from typing import Any, cast
 import numpy as np
 
 from aiorl import preflight
-from aiorl.algos.base import Algorithm, Learner, LearnerContext, Policy
+from aiorl.algos.base import Algorithm, Learner, LearnerContext, Policy, Recurrent, RecurrentPolicy
 from aiorl.config import Config
 from aiorl.envs.make import probe
 from aiorl.envs.spaces import Spaces
@@ -127,7 +127,10 @@ def _protocol(thing: Any, protocol: Any) -> Iterator[Finding]:
 
 
 def _halves(algorithm: Algorithm, spaces: Spaces, given: LearnerContext) -> Iterator[Finding]:
-    yield from _protocol(algorithm.policy(spaces), Policy)
+    policy = algorithm.policy(spaces)
+    yield from _protocol(policy, Policy)
+    if isinstance(algorithm, Recurrent):
+        yield from _protocol(policy, RecurrentPolicy)
     yield from _protocol(algorithm.learner(spaces, given), Learner)
 
 

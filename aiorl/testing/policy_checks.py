@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import cast
 
 import numpy as np
 
-from aiorl.algos.base import Algorithm, LearnerContext, Policy, Weights
+from aiorl.algos.base import Algorithm, LearnerContext, Policy, Recurrent, RecurrentPolicy, Weights
 from aiorl.envs.spaces import Spaces
-from aiorl.segments import Array
-from aiorl.testing.bench import ENVS, HALF, SEED, STEPS, Bench, copied, same
+from aiorl.segments import Array, Rollout
+from aiorl.testing.bench import ENVS, HALF, SEED, STEPS, Bench, copied, difference, layout_of, same
 from aiorl.testing.chance import watched
 from aiorl.testing.findings import Finding, error, warning
 
@@ -77,6 +78,51 @@ def policy(bench: Bench) -> Iterator[Finding]:
             "take the most likely action",
         )
     yield from _dtypes(bench, drawn, extras)
+    yield from _memory(bench, fixed)
+
+
+def _memory(bench: Bench, weights: Weights) -> Iterator[Finding]:
+    """A worker that is replaced, and a run that is resumed, have a new policy for the next segment."""
+    algorithm, rollout = bench.algorithm, bench.tape[0].rollout()
+    over = rollout.column("terminated") | rollout.column("truncated")
+    cut = 1 + int(over[:-1].sum(axis=1).argmin())  # where most episodes go on
+    old, new = (algorithm.policy(bench.spaces) for _ in range(2))
+    _play(old, weights, rollout, range(cut))
+    if isinstance(algorithm, Recurrent):
+        state = copied(cast(RecurrentPolicy, old).state())
+        declared = {k: f"{np.dtype(c.dtype)}{[ENVS, *c.shape]}" for k, c in algorithm.policy_state(bench.spaces).items()}
+        if (found := layout_of(state)) != declared:
+            other = difference(found, declared)
+            yield error("policy-state", f"state() and policy_state() differ: {other} is in one of them only")
+            return
+        cast(RecurrentPolicy, new).restore(state)
+    if same(*(_play(policy, weights, rollout, range(cut, STEPS)) for policy in (old, new))):
+        return
+    if isinstance(algorithm, Recurrent):
+        yield error(
+            "policy-state",
+            "a policy that was restored acts differently from the one whose state it got",
+            "let state() return all that it remembers, and restore() take it over",
+        )
+    else:
+        yield error(
+            "forgets",
+            "the policy remembers something beyond begin(): after a restart of its worker, or a resume, it acts differently",
+            "declare it by policy_state(), with state() and restore() of the policy, or forget it in begin()",
+        )
+
+
+def _play(policy: Policy, weights: Weights, rollout: Rollout, rows: range) -> dict[str, Array]:
+    """What it does and returns at each of some recorded observations, as a segment of its own."""
+    policy.begin(weights, rollout.index, np.random.default_rng(SEED + rows.start), len(rows))
+    over = rollout.column("terminated") | rollout.column("truncated")
+    found: dict[str, list[Array]] = {}
+    for t in rows:
+        obs = {name: leaf[t].copy() for name, leaf in rollout.obs.items()}
+        actions, extras = policy.act(obs, over[t - 1] if t else np.ones(ENVS, bool))
+        for name, value in {"action": actions, **extras}.items():
+            found.setdefault(name, []).append(np.array(value))
+    return {name: np.stack(values) for name, values in found.items()}
 
 
 def _act(

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
-from aiorl.algos.base import Algorithm, Policy, SplitPolicy
+from aiorl.algos.base import Algorithm, Policy, RecurrentPolicy, SplitPolicy
 from aiorl.envs.aborts import Aborts, untold
 from aiorl.envs.checked import at_once
 from aiorl.envs.cursor import GroupCursor
@@ -24,6 +24,7 @@ from aiorl.envs.group import make_group
 from aiorl.envs.single import OnStep
 from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import EnvSpec
+from aiorl.errors import TrainingError
 from aiorl.seals import seal
 from aiorl.seeding import ACT
 from aiorl.segments import ALIGN, Array, Segment, SegmentHeader, SegmentLayout
@@ -238,6 +239,9 @@ class Station:
         opened = group.open(setup.cursors.get(index), strict=False)
         for difference in await opened if self.waits else opened:
             self._tell(f"open episode aborted: {difference}")
+        cursor = setup.cursors.get(index)
+        if cursor is not None and cursor.policy_state:
+            cast(RecurrentPolicy, self._policies[index]).restore(cursor.policy_state)
 
     def ready(self) -> None:
         """All groups are open."""
@@ -279,6 +283,8 @@ class Station:
         rollout = credit.value if setup.eager else credit.ordinal  # the first that this version's segments may be part of
         policy.begin(self._view(credit.buffer), rollout, np.random.default_rng(key), segment.steps)
         yield self._asking(policy, credit), segment, functools.partial(self._stepped, credit.group)
+        if segment.policy_state:
+            _keep_state(cast(RecurrentPolicy, policy), segment)
         segment.header[SegmentHeader.STARTED_S] = started_s + self._stood_s[credit.group]
         segment.header[SegmentHeader.ENDED_S] = time.monotonic()
         seal(segment, setup.index, credit.group, credit.ordinal)
@@ -345,3 +351,13 @@ class Station:
             closed = group.close()
             if self.waits:
                 await closed
+
+
+def _keep_state(policy: RecurrentPolicy, segment: Segment) -> None:
+    """Let what the policy remembers travel with the segment."""
+    state = policy.state()
+    for name, place in segment.policy_state.items():
+        if name not in state or state[name].shape != place.shape:
+            found = f"{state[name].shape}" if name in state else "nothing"
+            raise TrainingError(f"{type(policy).__name__}.state() has {found} as {name!r}, declared {place.shape}")
+        place[...] = state[name]
