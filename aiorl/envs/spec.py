@@ -48,6 +48,11 @@ _FAMILIES = {  # by how the ids begin
     "BabyAI-": _Family("minigrid", ("minigrid",), maker="aiorl.envs.families:minigrid"),
     "aiorl/": _Family("hockey", ("aiorl.envs.hockey",)),
 }
+# How entry points begin whose modules may be imported before a fork. Not MuJoCo's: with MUJOCO_GL=egl it starts a thread.
+_FORKABLE = (
+    "gymnasium.envs.classic_control", "gymnasium.envs.toy_text", "gymnasium.envs.box2d", "ale_py", "minatar", "minigrid",
+    "aiorl.envs",
+)  # fmt: skip
 _OWN = {"hockey": "aiorl/Hockey-v0"}  # short names of aiorl's own environments
 
 
@@ -72,12 +77,12 @@ class EnvSpec:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """What making it imports of gymnasium, aiorl and the extras, for a process to import before it forks.
+        """What making it imports and a process can import before it forks: of aiorl and packages that it knows.
 
         None of a user's own: what starts threads or opens devices when it is imported would not survive a fork.
         """
         entry = getattr(self.registration, "entry_point", None)
-        if not isinstance(entry, str) or entry.partition(".")[0] not in {"gymnasium", "aiorl", *_EXTRAS}:
+        if not isinstance(entry, str) or not entry.startswith(_FORKABLE):
             return ()
         family = next((family for prefix, family in _FAMILIES.items() if self.registration.id.startswith(prefix)), None)
         own = () if family is None else (*family.needs, family.maker)
