@@ -211,7 +211,7 @@ def _cursor_tree(cursor: GroupCursor | None) -> dict[str, Any]:
         "done": cursor.done.copy(),
         "obs": dict(cursor.obs),
         "env_state": np.frombuffer(cursor.env_state, np.uint8).copy(),
-        "policy_state": dict(cursor.policy_state),
+        "policy_state": {name: leaf.copy() for name, leaf in cursor.policy_state.items()},
     }
 
 

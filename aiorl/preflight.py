@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import msgspec
+import numpy as np
 
 from aiorl.algos.base import (
     Algorithm,
@@ -80,10 +81,6 @@ class Preflight:
             )
         if self.probe.why_inexact:
             found.append(f"a resumed run may not be exact: {self.probe.why_inexact}")
-        within = _learning(self.algorithm, self.spaces).algorithm
-        if isinstance(within, Recurrent) and not isinstance(self.algorithm, Recurrent):
-            lost = f"{self.algorithm.name} does not keep what policies of {within.name} remember"
-            found.append(f"a resumed run may not be exact: {lost}")
         found += self.probe.warnings
         found += _idle_settings(self.config, _learning(self.algorithm, self.spaces))
         if self.idle_workers:
@@ -328,7 +325,7 @@ def segment_layout(config: Config, algorithm: Algorithm, found: Probe) -> Segmen
 
 
 def _policy_state(algorithm: Algorithm, spaces: Spaces) -> dict[str, Column]:
-    """What recurrent policies remember. Raises ConfigError if the policy cannot say it."""
+    """What recurrent policies remember. Raises ConfigError if the policy cannot say it, or checkpoints cannot keep it."""
     if not isinstance(algorithm, Recurrent):
         return {}
     policy = algorithm.policy(spaces)
@@ -337,7 +334,14 @@ def _policy_state(algorithm: Algorithm, spaces: Spaces) -> dict[str, Column]:
             f"{algorithm.name} declares a policy_state, and {type(policy).__name__} lacks state() or restore()\n"
             "  give it both, see RecurrentPolicy in aiorl.algos.base"
         )
-    return algorithm.policy_state(spaces)
+    state = algorithm.policy_state(spaces)
+    for name, column in state.items():
+        if np.dtype(column.dtype).kind not in "biuf":
+            raise ConfigError(
+                f"{algorithm.name}: policy_state {name!r} is {column.dtype}, which a checkpoint cannot hold\n"
+                "  declare numbers that are real (a complex one as two of them)"
+            )
+    return state
 
 
 def _check_memory(config: Config, algorithm: Algorithm, spaces: Spaces, segment: SegmentLayout) -> None:

@@ -208,6 +208,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     others = [env for env in options.envs if not isinstance(TASKS[env].learner, DQN)]
     if "qrdqn" in options.ours and others:
         parser.error(f"--ours qrdqn takes part where DQN does, and not in {', '.join(others)}")
+    if options.episodes is not None and options.episodes < 1:
+        parser.error(f"--episodes {options.episodes}: expected at least one")
     try:
         lanes(options.jobs)
     except ValueError as error:

@@ -261,6 +261,26 @@ def test_a_busy_machine_is_not_the_environments_fault(monkeypatch: pytest.Monkey
     assert codes(check_env("CartPole-v1")) == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the disposition of a signal is read in /proc")
+@pytest.mark.parametrize(
+    ("taken", "ends"),
+    [
+        ("", True),
+        ("signal.signal(signal.SIGTERM, lambda *_: None)", False),
+        ("signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])", False),
+        ("ctypes.CDLL(None).signal(15, handler)", False),  # as native code does: Python is not told
+    ],
+    ids=["nobody", "python", "blocked", "native"],
+)
+def test_who_has_taken_over_sigterm(taken: str, ends: bool):
+    program = (
+        "import ctypes, signal\nfrom aiorl.testing.examine_env import _sigterm_ends\n"
+        f"handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: None)\n{taken}\nprint(_sigterm_ends())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == f"{ends}\n"
+
+
 def test_what_it_leaves_running_is_found_and_ended():
     found = {f.code: f.message for f in check_env(Faulty, at="make", fault="process")}
     assert "outlive a worker" in found["orphans"]

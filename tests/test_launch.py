@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from multiprocessing import connection
 from pathlib import Path
@@ -112,6 +114,43 @@ def test_workers_find_modules_of_the_fork_server_in_memory() -> None:
     assert wait(start(launcher, see_modules, block)) == 0
     assert bytes(block.buffer[:2]) == bytes([True, False])
     launcher.close()
+    block.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="modules are shared on Linux only")
+@pytest.mark.parametrize("way", ["launching", "not yet"])
+def test_a_fork_server_that_still_loads_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    (tmp_path / "slow_module.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    launcher, block = Launcher(modules=["slow_module"]), SharedBlock(16)
+    launcher.warm_up()
+    failures: list[BaseException] = []
+
+    def launch() -> None:
+        try:
+            start(launcher, see_modules, block)
+        except (OSError, EOFError) as error:
+            failures.append(error)
+
+    launching = threading.Thread(target=launch)
+    if way == "launching":
+        launching.start()
+        launching.join(0.2)
+        launcher.give_up()
+        launching.join(20)
+        assert not launching.is_alive()
+        assert len(failures) == 1
+    begun = time.monotonic()
+    launcher.close()
+    assert time.monotonic() - begun < 20
+    block.close()
+
+
+def test_a_fork_server_that_serves_is_not_given_up(launcher: Launcher) -> None:
+    block = SharedBlock(16)
+    assert wait(start(launcher, see_modules, block)) == 0
+    launcher.give_up()
+    assert wait(start(launcher, see_modules, block)) == 0
     block.close()
 
 

@@ -14,6 +14,7 @@ from kills import mortal_runs
 from toys import Toy, ToyPolicy
 
 import aiorl
+from aiorl import checkpoint
 from aiorl.algos.base import Recurrent
 from aiorl.algos.selfplay import SelfPlay
 from aiorl.envs.cursor import advance
@@ -26,6 +27,7 @@ from aiorl.preflight import check
 from aiorl.seals import check_seal, lay_guards, seal
 from aiorl.segments import Array, Column, SegmentLayout
 from aiorl.testing import check_algorithm
+from aiorl.testing.recording import Recording
 from examples.custom_sequences import RecurrentQ
 
 needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="workers need POSIX")
@@ -66,6 +68,22 @@ class Mindful(ToyPolicy):
 
     def restore(self, state: Mapping[str, Array]) -> None:
         self._seen, self._steps = state["seen"], state["steps"]
+
+
+class Late(Undeclared, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Its policy's memory shows two steps later."""
+
+    name: ClassVar[str] = "late"
+
+    def policy(self, spaces: Spaces) -> Mindful:
+        return Slow(spaces)
+
+
+class Slow(Mindful):
+    def act(self, obs: Mapping[str, Array], first: Array) -> tuple[Array, dict[str, Array]]:
+        self._steps = np.where(first, 0, self._steps) + 1
+        scores = self._spaces.encode(obs) @ self._w
+        return scores.argmax(-1), {"score": (self._steps > 3).astype(np.float32)}
 
 
 class Half(Declared, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -120,6 +138,41 @@ def test_who_declares_a_state_is_recurrent():
     assert isinstance(RecurrentQ(), Recurrent)
     for algorithm in (Undeclared(), aiorl.PPO(), aiorl.SAC(), SelfPlay()):
         assert not isinstance(algorithm, Recurrent)
+
+
+async def test_what_a_policy_does_with_its_memory_stays_with_it(config: Make, monkeypatch: pytest.MonkeyPatch):
+    """A run that is resumed and stopped before it has learned anything leaves the checkpoint that it began with."""
+
+    def spoil(self: Mindful, state: Mapping[str, Array]) -> None:
+        for leaf in state.values():
+            leaf[...] = 77
+
+    def remembered() -> list[Any]:
+        _, parts = checkpoint.load(checkpoint.find(run.directory, "latest"), ("run",))
+        return [g["cursor"]["policy_state"]["steps"].tolist() for g in parts["run"]["ledger"]["groups"].values()]
+
+    async with aiorl.Run(config()) as run:
+        async for event in run:
+            if event.version >= 5:
+                run.stop(final_evaluation=False)
+    before, env_steps = remembered(), run.result.env_steps
+    assert 77 not in before[0]
+    monkeypatch.setattr(Mindful, "restore", spoil)
+    async with aiorl.Run(config(out=None), resume=run.directory) as again:
+        again.stop(final_evaluation=False)
+    assert again.result.env_steps == env_steps
+    assert remembered() == before
+
+
+async def test_a_recorded_one_is_as_exact(config: Make):
+    algo = Recording.of(Declared())
+    whole = await aiorl.train(config(algo=algo))
+    assert whole.params_sha256 != (await aiorl.train(config(algo=Recording.of(Toy())))).params_sha256
+    async with aiorl.Run(config(algo=algo)) as run:
+        async for event in run:
+            if event.version >= 5:
+                run.stop(final_evaluation=False)
+    assert (await aiorl.train(config(algo=algo, out=None), resume=run.directory)).params_sha256 == whole.params_sha256
 
 
 @needs_posix
@@ -187,9 +240,33 @@ def test_a_policy_that_cannot_say_it_is_refused(config: Make):
         check(config(algo=Mute()), write=False)
 
 
-async def test_a_state_of_another_shape_ends_the_run_by_name(config: Make):
-    with pytest.raises(aiorl.AiorlError, match=r"Mindful\.state\(\) has \(2,\) as 'steps', declared \(2, 2\)"):
-        await aiorl.train(config(algo=Vague()))
+SEEN = np.zeros((2, 2), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("state", "match"),
+    [
+        ({"seen": SEEN, "steps": np.zeros((2, 2), int)}, r"has int64\[2, 2\] 'steps', .* declares int64\[2\]"),
+        ({"seen": SEEN.astype(float), "steps": [1, 2]}, r"has float64\[2, 2\] 'seen', .* declares float32\[2, 2\]"),
+        ({"seen": SEEN}, r"has no 'steps', policy_state\(\) declares int64\[2\]"),
+        ({"seen": SEEN, "steps": [1, 2], "more": [0]}, r"has int64\[1\] 'more', .* declares no"),
+    ],
+    ids=["shape", "dtype", "less", "more"],
+)
+async def test_a_state_that_is_not_the_declared_one_ends_the_run_by_name(
+    config: Make, monkeypatch: pytest.MonkeyPatch, state: dict[str, Any], match: str
+):
+    """Stored as declared it would be rounded or lost, and a new worker would go on from something else."""
+    monkeypatch.setattr(Mindful, "state", lambda self: state)
+    with pytest.raises(aiorl.AiorlError, match=match) as caught:
+        await aiorl.train(config())
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_a_state_that_no_checkpoint_holds_is_refused(config: Make, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Declared, "policy_state", lambda self, spaces: {"waves": Column((2,), "complex64")})
+    with pytest.raises(ConfigError, match="policy_state 'waves' is complex64, which a checkpoint cannot hold"):
+        check(config(), write=False)
 
 
 async def test_a_checkpoint_from_before_it_was_declared_is_refused(config: Make, monkeypatch: pytest.MonkeyPatch):
@@ -219,6 +296,7 @@ async def test_a_checkpoint_from_before_there_was_such_a_thing_is_resumed(config
     ("algorithm", "code", "words"),
     [
         (Undeclared(), "forgets", "remembers something beyond begin"),
+        (Late(), "forgets", "remembers something beyond begin"),
         (Half(), "policy-state", "acts differently from the one whose state it got"),
         (Vague(), "policy-state", "steps int64"),
         (Mute(), "protocol", "restore, state"),
@@ -233,7 +311,8 @@ def test_the_doctor_says_what_is_wrong(algorithm: Toy, code: str, words: str):
     assert not code or words in found[0].message
 
 
-def test_self_play_says_that_it_does_not_keep_it(monkeypatch: pytest.MonkeyPatch):
+def test_self_play_refuses_it(monkeypatch: pytest.MonkeyPatch):
+    """Opponents come and go: whose memory would it be?"""
     monkeypatch.setattr("aiorl.algos.sac.SAC.policy_state", lambda self, spaces: {}, raising=False)
-    checked = check(aiorl.Config(env="games:race", algo=SelfPlay(algo="sac"), workers=0), write=False)
-    assert "a resumed run may not be exact: selfplay does not keep what policies of sac remember" in checked.warnings
+    with pytest.raises(ConfigError, match=r"selfplay\.algo = 'sac' has a policy_state, which opponents cannot have"):
+        check(aiorl.Config(env="games:race", algo=SelfPlay(algo="sac"), workers=0), write=False)

@@ -405,8 +405,6 @@ def test_mujoco_is_imported_by_each_worker():
 def test_an_environment_of_the_users_own_is_imported_by_each_worker():
     assert resolve_env("tests.envs_for_tests:Walk", in_process=False).modules == ()
     assert resolve_env(Walk, in_process=False).modules == ()
-    gymnasium.register("tests/Shared-v0", entry_point="tests.envs_for_tests:Walk")
-    try:
-        assert resolve_env("tests/Shared-v0", in_process=False).modules == ()
-    finally:
-        del gymnasium.registry["tests/Shared-v0"]
+    for entry in ("tests.envs_for_tests:Walk", "minigrid_of_mine:Walk"):
+        registered = EnvSpec("tests/Shared-v0", registration=gymnasium.envs.registration.EnvSpec("Shared-v0", entry))
+        assert registered.modules == ()

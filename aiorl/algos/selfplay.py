@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from aiorl import checkpoint
 from aiorl.algos import algorithm_class, algorithm_name
-from aiorl.algos.base import Algorithm, Closing, Learner, LearnerContext, Policy, StateTree, Weights
+from aiorl.algos.base import Algorithm, Closing, Learner, LearnerContext, Policy, Recurrent, StateTree, Weights
 from aiorl.envs.spaces import Leaf, Spaces
 from aiorl.errors import CheckpointError, ConfigError, InvariantError
 from aiorl.league import BOTS, SELF, UNKNOWN, Game, League, standings
@@ -99,7 +99,11 @@ class SelfPlay(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return self.algorithm.corrects_staleness
 
     def check(self, spaces: Spaces) -> None:
-        """Raise ConfigError unless these are the spaces of a `SelfPlayEnv` in which the inner algorithm can act."""
+        """Raise ConfigError unless these are the spaces of a `SelfPlayEnv` in which the inner algorithm can act, and it
+        remembers nothing from step to step: opponents come and go in the middle of a game's segment."""
+        if isinstance(self.algorithm, Recurrent):
+            what = f"selfplay.algo = {self.algo!r} has a policy_state, which opponents cannot have"
+            raise ConfigError(f"{what}\n  use an algorithm without one")
         self.algorithm.check(inner_spaces(spaces))
 
     def within(self, spaces: Spaces) -> tuple[Algorithm, Spaces, str]:

@@ -82,7 +82,7 @@ class EnvSpec:
         None of a user's own: what starts threads or opens devices when it is imported would not survive a fork.
         """
         entry = getattr(self.registration, "entry_point", None)
-        if not isinstance(entry, str) or not entry.startswith(_FORKABLE):
+        if not isinstance(entry, str) or not entry.replace(":", ".").startswith(tuple(f"{name}." for name in _FORKABLE)):
             return ()
         family = next((family for prefix, family in _FAMILIES.items() if self.registration.id.startswith(prefix)), None)
         own = () if family is None else (*family.needs, family.maker)

@@ -15,7 +15,16 @@ import msgspec
 import numpy as np
 
 from aiorl.algos import algorithm_class, algorithm_name
-from aiorl.algos.base import CentralAlgorithm, Closing, Forward, LearnerContext, StateTree, Weights
+from aiorl.algos.base import (
+    CentralAlgorithm,
+    Closing,
+    Forward,
+    LearnerContext,
+    Recurrent,
+    RecurrentPolicy,
+    StateTree,
+    Weights,
+)
 from aiorl.envs.spaces import Spaces
 from aiorl.errors import ConfigError
 from aiorl.segments import Array, Column, Rollout, SegmentHeader
@@ -118,6 +127,10 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def columns(self, spaces: Spaces) -> dict[str, Column]:
         return {**self.algorithm.columns(spaces), ACTED_WITH: Column((), "int64"), ACTED_IN: Column((), "int64")}
 
+    def policy_state(self, spaces: Spaces) -> dict[str, Column]:
+        algorithm = self.algorithm
+        return algorithm.policy_state(spaces) if isinstance(algorithm, Recurrent) else {}
+
     def policy(self, spaces: Spaces) -> RecordedPolicy:
         return RecordedPolicy(self.algorithm.policy(spaces))
 
@@ -151,6 +164,12 @@ class RecordedPolicy:
 
     def choose(self, outputs: Array) -> tuple[Array, Mapping[str, Array]]:
         return self._marked(self._policy.choose(outputs))
+
+    def state(self) -> Mapping[str, Array]:
+        return self._policy.state() if isinstance(self._policy, RecurrentPolicy) else {}
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        self._policy.restore(state)
 
     def _marked(self, chosen: tuple[Array, Mapping[str, Array]]) -> tuple[Array, Mapping[str, Array]]:
         actions, extras = chosen

@@ -145,6 +145,9 @@ class SimLauncher(Launcher):
     def warm_up(self) -> None:
         pass
 
+    def give_up(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

@@ -52,10 +52,13 @@ class Launcher:
         """`import_main`: workers import the host's `__main__` (needed only for environments defined there). `modules` are
         imported by the fork server, so that workers have them at once and share their memory; none may start a thread."""
         self._server = forkserver.ForkServer()
-        self._server.set_forkserver_preload(["aiorl.workers.preload", *modules])
+        # Elsewhere a system's own libraries may not live through a fork: macOS ends such a process.
+        shared = modules if sys.platform == "linux" else ()
+        self._server.set_forkserver_preload(["aiorl.workers.preload", *shared])
         self._import_main = import_main
         self._method = method
         self._mark: FileLock | None = None
+        self._serves = False  # it has made a process
 
     def process(
         self,
@@ -71,7 +74,9 @@ class Launcher:
         """The multiprocessing side of a started process."""
         popen = _SpawnPopen if self._method == "spawn" else _ForkServerPopen
         with _deaf_to_ctrl_c():
-            return popen(process, self._server, self._import_main)
+            made = popen(process, self._server, self._import_main)
+        self._serves = True
+        return made
 
     def warm_up(self) -> None:
         """Start the fork server, so that it loads its modules while other things are being prepared."""
@@ -83,8 +88,16 @@ class Launcher:
             with contextlib.suppress(OSError, Held):
                 self._mark = FileLock(Path(util.get_temp_dir()) / MARK.format(f"{os.getpid()}-{next(_numbers)}"))
 
+    def give_up(self) -> None:
+        """End a fork server that still loads its modules, and with it a `launch` that waits for that. For any thread."""
+        pid: int | None = self._server._forkserver_pid  # type: ignore[attr-defined]
+        if pid is not None and not self._serves:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def close(self) -> None:
         """End the fork server. Call it when all its processes have ended, else this waits for them."""
+        self.give_up()
         self._server._stop()  # type: ignore[attr-defined]
         if self._mark is not None:
             self._mark.release()

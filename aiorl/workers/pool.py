@@ -269,6 +269,7 @@ class ProcessWorkers:
         for task in self._watching:
             task.cancel()
         await asyncio.gather(*self._watching, return_exceptions=True)
+        self._launcher.give_up()
         await thread.run(_nothing)  # behind a launch that is under way
         self._hold.turn(False)  # each finds out that it is dismissed
         await asyncio.gather(*(keeper.stop() for keeper in self._keepers))

@@ -241,7 +241,8 @@ class Station:
             self._tell(f"open episode aborted: {difference}")
         cursor = setup.cursors.get(index)
         if cursor is not None and cursor.policy_state:
-            cast(RecurrentPolicy, self._policies[index]).restore(cursor.policy_state)
+            own = {name: leaf.copy() for name, leaf in cursor.policy_state.items()}
+            cast(RecurrentPolicy, self._policies[index]).restore(own)
 
     def ready(self) -> None:
         """All groups are open."""
@@ -354,10 +355,17 @@ class Station:
 
 
 def _keep_state(policy: RecurrentPolicy, segment: Segment) -> None:
-    """Let what the policy remembers travel with the segment."""
-    state = policy.state()
-    for name, place in segment.policy_state.items():
-        if name not in state or state[name].shape != place.shape:
-            found = f"{state[name].shape}" if name in state else "nothing"
-            raise TrainingError(f"{type(policy).__name__}.state() has {found} as {name!r}, declared {place.shape}")
-        place[...] = state[name]
+    """Let what the policy remembers travel with the segment. Raises TrainingError if it is not what was declared."""
+    state = {name: np.asarray(leaf) for name, leaf in policy.state().items()}
+    for name in {**segment.policy_state, **state}:
+        seen, declared = (_layout(arrays.get(name)) for arrays in (state, segment.policy_state))
+        if seen != declared:
+            raise TrainingError(
+                f"{type(policy).__name__}.state() has {seen} {name!r}, policy_state() declares {declared}\n"
+                "  let both name the same arrays, [N, …] each, of the same dtypes"
+            )
+        segment.policy_state[name][...] = state[name]
+
+
+def _layout(array: Array | None) -> str:
+    return "no" if array is None else f"{array.dtype}{list(array.shape)}"
