@@ -108,6 +108,7 @@ def test_many_workers_from_one_fork_server_end_with_it() -> None:
     launcher.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="modules are shared on Linux only")
 def test_workers_find_modules_of_the_fork_server_in_memory() -> None:
     """One that is not there is left to whoever makes the environment, who can say what is missing."""
     launcher, block = Launcher(modules=["there_is_no_such_module", "colorsys"]), SharedBlock(16)
