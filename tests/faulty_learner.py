@@ -71,13 +71,26 @@ class SmallPolicy:
         self._w, self._rng = weights["w"], rng
 
     def act(self, obs: Mapping[str, Array], first: Array) -> tuple[Array, dict[str, Array]]:
-        q = features(self._spaces, obs) @ np.asarray(self._w)
+        q = self._seen(obs) @ np.asarray(self._w)
         best = q.argmax(1)
         if self._rng is None:
             return best, {}
         explore = self._rng.random(len(best)) < self._config.epsilon
         actions = self._rng.integers(self._spaces.action.nvec[0] + (self._config.flaw == "one action more"), size=len(best))
         return np.where(explore, actions, best), {}
+
+    def _seen(self, obs: Mapping[str, Array]) -> Array:
+        seen = features(self._spaces, obs)
+        x, flaw = seen[:, :-1], self._config.flaw
+        if flaw == "acts on numbers as they are":
+            x[...] = next(iter(obs.values()))
+        if flaw == "acts on bytes":
+            x *= 255
+        if flaw == "acts in reverse order":
+            x[...] = x[:, ::-1].copy()
+        if flaw == "acts blindly":
+            x[...] = 0
+        return seen
 
 
 class SmallLearner:

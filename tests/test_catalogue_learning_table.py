@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-from aiorl.testing import examine_algorithm, examine_run, learner_checks, policy_checks, replay_checks
+from aiorl.testing import examine_algorithm, examine_run, learner_checks, policy_checks, replay_checks, task_checks
 from aiorl.testing.catalogue import FAULTS, FOUND_AS
 from aiorl.testing.laws import __doc__ as laws
 
@@ -65,7 +65,7 @@ def given_by(module: ModuleType) -> set[str]:
     return {c.args[0].value for c in made if isinstance(c.args[0], ast.Constant)}
 
 
-ALGORITHM = (examine_algorithm, learner_checks, policy_checks, replay_checks)
+ALGORITHM = (examine_algorithm, learner_checks, policy_checks, replay_checks, task_checks)
 MORE = {"ignores-rewards", "ignores-observations", *(c.__name__.replace("_", "-") for c in examine_algorithm.CHECKS)}
 
 

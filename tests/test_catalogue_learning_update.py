@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,12 @@ from faulty_learner import Small
 from aiorl.algos.base import LearnerContext
 from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import EnvSpec
-from aiorl.segments import Rollout
-from aiorl.testing import check_algorithm, replay_checks
+from aiorl.segments import Array, Rollout
+from aiorl.testing import check_algorithm, replay_checks, task_checks
 from aiorl.testing.bench import record
 from aiorl.testing.examine_algorithm import CHAIN
 from aiorl.testing.findings import Finding
-from examples.custom_replay import TinyDQN, TinyDQNLearner
+from examples.custom_replay import EpsilonGreedy, TinyDQN, TinyDQNLearner
 
 pytestmark = [
     pytest.mark.usefixtures("no_leaks"),
@@ -109,13 +110,40 @@ def test_no_course_of_values_is_judged_too_soon(limit: float, slow_share: float)
         assert right or wrong or pace < 0.2
 
 
+OTHERWISE = {
+    "acts on numbers as they are": ("error", "acts-otherwise", "(uint8)", "in all when they are divided by 255 before"),
+    "acts on bytes": ("error", "acts-otherwise", "(float32)", "in all when they are divided by 255 before"),
+    "acts in reverse order": ("error", "acts-otherwise", "(float32)", "in all when they are in reverse order before"),
+    "acts blindly": ("warning", "not-learned", "(float32)", "in 3 of them after 8,192 env steps"),
+}
+
+
+@pytest.mark.parametrize("flaw", OTHERWISE)
+def test_who_acts_on_something_else_than_it_learned_from_is_found(flaw: str) -> None:
+    severity, code, *words = OTHERWISE[flaw]
+    findings = found(flaw, learning=True)
+    assert code in findings, findings
+    assert findings[code].severity == severity
+    assert all(word in findings[code].message for word in words), findings[code]
+    assert len(findings[code].message.splitlines()) <= 3
+    assert not {"ends", "bootstraps-termination", "cuts-truncation"} & set(findings), "not what is wrong"
+
+
 class Tiny(TinyDQN, frozen=True):
     """The example, whose target is a copy every `target_every` gradient steps, but for its `flaw`."""
 
     flaw: str = ""
 
+    def policy(self, spaces: Spaces) -> EpsilonGreedy:
+        return Scaled(self, spaces) if self.flaw == "acts on bytes divided twice" else EpsilonGreedy(self, spaces)
+
     def learner(self, spaces: Spaces, context: LearnerContext) -> TinyLearner:
         return TinyLearner(self, spaces, context)
+
+
+class Scaled(EpsilonGreedy):
+    def act(self, obs: Mapping[str, Array], first: Array) -> tuple[Array, dict[str, Array]]:
+        return super().act({name: leaf / np.float32(255) for name, leaf in obs.items()}, first)
 
 
 class TinyLearner(TinyDQNLearner):
@@ -179,11 +207,18 @@ def test_a_target_whose_settings_nobody_knows_is_not_passed_over() -> None:
     assert (finding.code, "no setting `target_every` or `tau`" in finding.message) == ("not-checked", True)
 
 
+def test_a_network_that_acts_on_other_numbers_than_it_learned_from_is_found() -> None:
+    bench = record(Tiny(flaw="acts on bytes divided twice"), EnvSpec(CHAIN, {"action": "discrete"}, CHAIN))
+    (finding,) = task_checks.acting(bench)
+    assert (finding.code, "in all when they are multiplied by 255 before" in finding.message) == ("acts-otherwise", True)
+
+
 def target_of(algorithm: Any) -> list[Finding]:
     return list(replay_checks.target(record(algorithm, EnvSpec(CHAIN, {"action": "discrete"}, CHAIN))))
 
 
 def test_what_is_not_looked_at_is_said() -> None:
-    for learning, words in ((True, "whole runs, the values that it learns, ends of episodes"), (False, "whole runs")):
+    whole = "whole runs, the values that it learns, acting on what it learned, ends of episodes"
+    for learning, words in ((True, whole), (False, "whole runs")):
         told = found("one action more", learning=learning)["not-checked"].message.splitlines()[0]
         assert told == f"not looked at, because of these errors: its policy and its learner, {words}"

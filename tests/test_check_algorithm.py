@@ -21,11 +21,12 @@ from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import EnvSpec
 from aiorl.errors import ConfigError
 from aiorl.segments import Array, Column, Rollout
-from aiorl.testing import Finding, check_algorithm, errors, learner_checks
+from aiorl.testing import Finding, check_algorithm, errors, learner_checks, task_checks
 from aiorl.testing.bench import record
-from aiorl.testing.chain import Chain, Place, is_high
+from aiorl.testing.chain import Chain, Place, Signs, is_high
 from aiorl.testing.examine_algorithm import CHAIN, ends_of_episodes
 from examples.custom_algorithm import Reinforce
+from examples.custom_replay import TinyDQN
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -90,6 +91,20 @@ def test_ends_are_judged_rightly_whatever_the_seed(action: str, seed: int, monke
     if action == "discrete":
         for flaw, code in (("termination", "bootstraps-termination"), ("truncation", "cuts-truncation")):
             assert [f.code for f in ends_of_episodes(Q(flaw=flaw), env)] == [code]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("action", ["discrete", "box", "multi_discrete", "multi_binary"])
+@pytest.mark.parametrize("seed", range(3))
+def test_acting_is_judged_rightly_whatever_the_seed(action: str, seed: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(task_checks, "SEED", seed)
+    algorithms: list[Any] = [aiorl.PPO(), aiorl.PPO(correction="vtrace", normalise_rewards=True)]
+    if action == "discrete":
+        algorithms += [aiorl.DQN(), aiorl.DQN(n_step=3, dueling=True), aiorl.QRDQN(), Reinforce(), TinyDQN(), Q()]
+    if action == "box":
+        algorithms += [aiorl.SAC(), aiorl.TD3()]
+    for algorithm in algorithms:
+        assert [*task_checks.acting(record(algorithm, EnvSpec(CHAIN, {"action": action}, CHAIN)))] == []
 
 
 # -- each mistake ------------------------------------------------------------------------------------------------------
@@ -347,3 +362,21 @@ def test_the_chain(action: str, place: Place, high: bool, then: Place, reward: f
     obs, *rest, _ = env.step(taken)
     assert is_high(taken, discrete=action == "discrete") == high
     assert (Place(int(obs.argmax())), *rest) == (then, reward, terminated, truncated)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+@pytest.mark.parametrize("action", ["discrete", "box"])
+def test_the_signs(action: str, dtype: str):
+    env = Signs(action, dtype)
+    shown = {tuple(env.reset(seed=seed)[0].tolist()) for seed in range(40)}
+    assert len(shown) == len(Signs.HIGH)
+    assert env.observation_space.contains(env.reset(seed=0)[0])
+    assert {x for sign in shown for x in sign} == ({0, 102, 255} if dtype == "uint8" else {0, np.float32(0.4), 1})
+    for sign, high in enumerate(Signs.HIGH.tolist()):
+        worth: list[float] = []
+        for value in (0, 1) if action == "discrete" else (np.array([-1], np.float32), np.array([1], np.float32)):
+            env.sign = sign
+            _, reward, terminated, truncated, _ = env.step(value)
+            assert (terminated, truncated) == (True, False)
+            worth.append(reward)
+        assert worth == [not high, high]

@@ -1,4 +1,4 @@
-"""The smallest environment that tells whether a learner reads the ends of episodes rightly.
+"""The smallest environments that tell what a learner makes of them; first, whether it reads the ends of episodes rightly.
 
 Five states, shown one-hot. Episodes begin in one of the three states of `Place`, or in GOAL:
 
@@ -85,3 +85,33 @@ class Steady(Chain):
     def step(self, action: Any) -> tuple[Obs, float, bool, bool, dict[str, Any]]:
         self.time += 1
         return shown(Place(int(self.np_random.integers(len(Place))))), 1.0, False, self.time >= self.LENGTH, {}
+
+
+class Signs(Chain):
+    """Episodes of one step: each of six observations tells which action is right. `dtype`: float32, or uint8 up to 255.
+
+    The first two differ by their brightness alone: who scales them otherwise than they were learned from is wrong in one.
+    A box is worth the more, the further it is on the right side.
+    """
+
+    SHOWN = np.array(
+        [[0.4, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1]], np.float32
+    )
+    HIGH = np.array([False, True, False, True, True, False])
+
+    def __init__(self, action: str = "discrete", dtype: str = "float32") -> None:
+        super().__init__(action)
+        top = 255 if dtype == "uint8" else 1
+        self.observation_space = gymnasium.spaces.Box(0, top, self.SHOWN.shape[1:], np.dtype(dtype).type)
+        self.signs = (self.SHOWN * top).round(1).astype(dtype)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        gymnasium.Env.reset(self, seed=seed)
+        self.sign = int(self.np_random.integers(len(self.signs)))
+        return self.signs[self.sign].copy(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        value = float(np.asarray(action).reshape(-1)[0])
+        high = value if self.discrete else (value + 1) / 2
+        reward = high if self.HIGH[self.sign] else 1 - high
+        return self.signs[self.sign].copy(), reward, True, False, {}

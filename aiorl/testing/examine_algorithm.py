@@ -27,7 +27,7 @@ from aiorl.envs.spec import EnvSpec
 from aiorl.errors import ConfigError
 from aiorl.learning import params_sha256
 from aiorl.run import Run, train
-from aiorl.testing import learner_checks, policy_checks, replay_checks
+from aiorl.testing import learner_checks, policy_checks, replay_checks, task_checks
 from aiorl.testing.bench import Bench, context, copied, record
 from aiorl.testing.chain import Place, is_high, shown
 from aiorl.testing.findings import Finding, error, errors, info, left_out, sort, warning
@@ -50,8 +50,8 @@ def check_algorithm(algorithm: Algorithm | type[Algorithm], *, learning: bool = 
     """Look for everything that would make a training with `algorithm` inexact, fail when resumed, or come out wrong.
 
     `algorithm` is a configuration, or its class if the defaults will do. With `learning` it is also trained on problems
-    of a few states, to see what values it comes to, and that truncation bootstraps and termination does not: with that it
-    takes some 15 seconds. Runs in this process.
+    of a few states, to see what values it comes to, that it acts on what it learned, and that truncation bootstraps and
+    termination does not: with that it takes some 15 seconds. Runs in this process.
     """
     if inspect.isclass(algorithm):
         algorithm = cast("type[Any]", algorithm)()
@@ -94,11 +94,16 @@ def _stages(
     yield "its actions", lambda: _guarded("weights", lambda: policy_checks.actions(algorithm, spaces, given))
     yield "its policy and its learner", lambda: _guarded("runs", lambda: _examine(bench()))
     values = ", the values that it learns" * replay_checks.learns_from_replay(algorithm)
-    yield f"whole runs{f'{values}, ends of episodes' * learning}", lambda: [
+    yield f"whole runs{f'{values}, acting on what it learned, ends of episodes' * learning}", lambda: [
         *_in_a_thread(lambda: asyncio.run(_runs(bench(), directory))),
         *(_guarded("value", lambda: replay_checks.value(bench())) if learning else ()),
-        *(_guarded("ends", lambda: ends_of_episodes(algorithm, env, directory)) if learning else ()),
+        *((_acting(bench()) or _guarded("ends", lambda: ends_of_episodes(algorithm, env, directory))) if learning else ()),
     ]
+
+
+def _acting(bench: Bench) -> list[Finding]:
+    """What it does tells nothing of what it learned of the ends of episodes, where it does not act on what it learned."""
+    return _guarded("acting", lambda: task_checks.acting(bench))
 
 
 def _examine(bench: Bench) -> Iterator[Finding]:
