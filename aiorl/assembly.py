@@ -24,7 +24,7 @@ from aiorl.inference import Inference, Network
 from aiorl.learning import Trainer
 from aiorl.ledger import Ledger
 from aiorl.metrics.curve import write_curve
-from aiorl.metrics.directory import RunFiles, hold, write_atomically
+from aiorl.metrics.directory import RunFiles, discard_empty, hold, write_atomically
 from aiorl.offload import Brake, OffloadThread
 from aiorl.pacing import Pacer
 from aiorl.preflight import EVAL_WIDTH, Preflight
@@ -160,6 +160,8 @@ async def assemble(
     except BaseException:
         if lock is not None:
             await files_thread.run(lock.release)
+            if config.out is None:  # chosen here, so nobody else's
+                await files_thread.run(discard_empty, lock.path.parent)
         if parts is not None:
             await _close(parts)
         else:

@@ -479,6 +479,38 @@ async def test_a_start_that_fails_late_leaves_nothing(
             await aiorl.train(config(**changes))
 
 
+class Unmade(Toy, frozen=True):
+    """Its learner cannot be made, and may have written something by then."""
+
+    writes: str = ""
+
+    def learner(self, spaces: Spaces, context: LearnerContext) -> ToyLearner:
+        if self.writes:
+            assert context.directory is not None
+            (context.directory / self.writes).write_text("something")
+        raise aiorl.ConfigError("no room")
+
+
+@pytest.mark.parametrize(
+    ("out", "writes", "left"),
+    [
+        (None, "", set[str]()),
+        (None, "rows", {"runs/run_envs.Counting-toy-0", "runs/run_envs.Counting-toy-0/rows"}),
+        ("given", "", set[str]()),
+    ],
+)
+async def test_a_start_that_fails_leaves_no_directory_that_it_chose(
+    config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, out: str | None, writes: str, left: set[str]
+) -> None:
+    """Unless there is something in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "given").mkdir()
+    with pytest.raises(aiorl.ConfigError, match="no room"):
+        await aiorl.train(config(out=out, algo=Unmade(writes=writes), workers=0))
+    there = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert there - {"runs"} == left | {"given"}
+
+
 async def test_the_host_is_left_as_it_was(config: Make) -> None:
     import random
 

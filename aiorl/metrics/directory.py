@@ -66,6 +66,12 @@ def make_writable(path: Path) -> None:
         raise _not_writable(path, error) from None
 
 
+def discard_empty(path: Path) -> None:
+    """Take a directory away that a run was to have, unless there is something in it."""
+    with contextlib.suppress(OSError):
+        path.rmdir()
+
+
 LOCK = "run.lock"
 
 
