@@ -296,6 +296,18 @@ def test_ends_of_episodes_read_wrongly(flaw: str, code: str):
     assert [f.code for f in errors(check_algorithm(Q(flaw=flaw)))] == [code]
 
 
+class Derived(Q, frozen=True):
+    """Its learning rate follows from something else."""
+
+    @property
+    def learning_rate(self) -> float:
+        return 0.1
+
+
+def test_a_setting_that_is_derived_is_left_as_it_is():
+    assert codes([*task_checks.acting(record(Derived(), EnvSpec(CHAIN, {"action": "discrete"}, CHAIN)))]) == []
+
+
 def test_a_column_that_is_declared_but_not_given_ends_at_once():
     (found,) = errors(check_algorithm(Q(flaw="no column")))
     assert "column 'best'" in found.message

@@ -37,7 +37,8 @@ def learns_from_replay(algorithm: Algorithm) -> bool:
 
 def changed(algorithm: Any, **settings: Any) -> Any:
     """With those settings that it has; others are left out."""
-    return msgspec.structs.replace(algorithm, **{k: v for k, v in settings.items() if hasattr(algorithm, k)})
+    fields = type(algorithm).__struct_fields__  # a property of that name cannot be set
+    return msgspec.structs.replace(algorithm, **{k: v for k, v in settings.items() if k in fields})
 
 
 # -- how often ---------------------------------------------------------------------------------------------------------
