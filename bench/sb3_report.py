@@ -99,16 +99,44 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     of the interquartile means of the final scores lies within `MARGIN`. Sooner: judged by runs that were made alone.
     """
     groups, lines = grouped(rows), list[str]()
-    for (env, steps, who), group in groups.items():
+    for env, steps, who in groups:
         for other in AGAINST.get(who, ()):
-            theirs = {row["seed"]: row for row in groups.get((env, steps, other), [])}
-            pairs = [(row, theirs[row["seed"]]) for row in group if row["seed"] in theirs]
-            if pairs:
+            if pairs := _pairs(groups, env, steps, who, other):
                 judge = _at_least if other == "sb3" else _alike
                 about = f"{env}, {NAMES[who]} against {NAMES[other]}, {plural(len(pairs), 'seed')}"
                 found = [judge(TASKS[env], pairs), *_sooner(pairs), *_memory(pairs)]
                 lines += [f"{mark}  {about}: {text}" for mark, text in found]
     return lines
+
+
+def together(rows: Sequence[Row]) -> list[str]:
+    """All environments with three seeds or more at once, where each alone has too few to tell (Agarwal et al. 2021)."""
+    groups, lines = grouped(rows), list[str]()
+    for who in (who for who, others in AGAINST.items() if "sb3" in others):
+        pairs = {TASKS[env]: _pairs(groups, env, steps, who, "sb3") for env, steps, one in groups if one == who}
+        tasks = [(task, those) for task, those in pairs.items() if len(those) > 2]
+        if len(tasks) > 1:
+            where = ", ".join(f"{task.env} ({len(those)})" for task, those in tasks)
+            about = f"{NAMES[who]} against {NAMES['sb3']}, all that have three seeds or more together: {where}"
+            lines.append(f"{about}: {_told(_difference(tasks, final), _difference(tasks, mean_height))}")
+    return lines
+
+
+def _difference(tasks: Sequence[tuple[Task, Pairs]], measure: Callable[[Row], float]) -> Estimate:
+    """Of the interquartile means of the scores."""
+    ours, theirs = ([[task.score(measure(pair[side])) for pair in pairs] for task, pairs in tasks] for side in (0, 1))
+    return iqm_difference(ours, theirs)
+
+
+def _told(found: Estimate, on_the_way: Estimate) -> str:
+    text = f"IQM of the scores differs by {found.text()}, margin {MARGIN}: {verdict(found, MARGIN)}"
+    return f"{text}; of all evaluations' means by {on_the_way.text()}"
+
+
+def _pairs(groups: Groups, env: str, steps: int, who: str, other: str) -> Pairs:
+    """Rows of the seeds that both have."""
+    theirs = {row["seed"]: row for row in groups.get((env, steps, other), [])}
+    return [(row, theirs[row["seed"]]) for row in groups[env, steps, who] if row["seed"] in theirs]
 
 
 def _at_least(task: Task, pairs: Pairs) -> tuple[str, str]:
@@ -122,14 +150,8 @@ def _alike(task: Task, pairs: Pairs) -> tuple[str, str]:
     if len(pairs) < 2:
         return _mark(False), "one seed does not tell whether they learn alike"
 
-    def difference(measure: Callable[[Row], float]) -> Estimate:
-        ours, theirs = ([task.score(measure(pair[side])) for pair in pairs] for side in (0, 1))
-        return iqm_difference([ours], [theirs])
-
-    found, on_the_way = difference(final), difference(mean_height)
-    judged = verdict(found, MARGIN)
-    text = f"IQM of the scores differs by {found.text()}, margin {MARGIN}: {judged}"
-    return _mark(judged == "equivalent"), f"{text}; of all evaluations' means by {on_the_way.text()}"
+    found, on_the_way = (_difference([(task, pairs)], measure) for measure in (final, mean_height))
+    return _mark(verdict(found, MARGIN) == "equivalent"), _told(found, on_the_way)
 
 
 def _sooner(pairs: Pairs) -> list[tuple[str, str]]:
@@ -192,7 +214,7 @@ def plot(rows: Sequence[Row], directory: Path) -> list[Path]:
 
 def report(rows: Sequence[Row]) -> str:
     """Markdown: table, verdicts, and what was held equal in each environment."""
-    lines = [table(rows), "", *(f"    {line}" for line in verdicts(rows)), ""]
+    lines = [table(rows), "", *(f"    {line}" for line in [*verdicts(rows), *together(rows)]), ""]
     lines += [f"* {env}: {text}." for env, text in sorted({(row["env"], row["settings"]) for row in rows})]
     return "\n".join(lines)
 
