@@ -76,7 +76,8 @@ def test_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert main(command) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["env"]["native"] is True
-    assert found["parts"]["collect_us"] > found["env"]["step_us"] > 0
+    assert found["parts"]["collect_us"] > 0
+    assert found["env"]["step_us"] > 0
     assert found["run"]["env_steps_per_second"] > 0
     assert found["run"]["workers"] == 1
     assert found["advice"]
