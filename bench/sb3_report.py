@@ -110,13 +110,14 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
 
 
 def together(rows: Sequence[Row]) -> list[str]:
-    """All environments with three seeds or more at once, where each alone has too few to tell (Agarwal et al. 2021)."""
+    """All comparisons of three seeds or more at once, where each alone has too few to tell (Agarwal et al. 2021)."""
     groups, lines = grouped(rows), list[str]()
     for who in (who for who, others in AGAINST.items() if "sb3" in others):
-        pairs = {TASKS[env]: _pairs(groups, env, steps, who, "sb3") for env, steps, one in groups if one == who}
-        tasks = [(task, those) for task, those in pairs.items() if len(those) > 2]
+        compared = [(env, steps, _pairs(groups, env, steps, who, "sb3")) for env, steps, one in groups if one == who]
+        enough = [each for each in compared if len(each[2]) > 2]
+        tasks = [(TASKS[env], pairs) for env, _, pairs in enough]
         if len(tasks) > 1:
-            where = ", ".join(f"{task.env} ({len(those)})" for task, those in tasks)
+            where = ", ".join(f"{env}, {steps:,} ({len(pairs)})" for env, steps, pairs in enough)
             about = f"{NAMES[who]} against {NAMES['sb3']}, all that have three seeds or more together: {where}"
             lines.append(f"{about}: {_told(_difference(tasks, final), _difference(tasks, mean_height))}")
     return lines

@@ -74,19 +74,25 @@ def test_ways_learn_alike_if_the_interval_of_the_difference_lies_within_the_marg
 
 
 def test_few_seeds_in_each_of_several_environments_are_judged_together_too():
-    def runs(env: str, ours: float, seeds: int) -> list[dict[str, Any]]:
+    def runs(env: str, ours: float, seeds: int, steps: int = 2_000) -> list[dict[str, Any]]:
         task, scores = TASKS[env], {"async": ours, "sb3": 0.5}
         at = {who: task.random + (task.good - task.random) * score for who, score in scores.items()}
-        return [{**row(who, seed, [at[who]], 9.0), "env": env} for seed in range(seeds) for who in scores]
+        runs = [row(who, seed, [at[who]], 9.0) for seed in range(seeds) for who in scores]
+        return [{**run, "env": env, "steps": steps} for run in runs]
 
     rows = [*runs("HalfCheetah-v5", 0.6, 3), *runs("Hopper-v5", 0.8, 3), *runs("Pendulum-v1", 9.0, 2)]
     (told,) = sb3_report.together(rows)
     about, judged = told.split(": ", 1)
     assert about == "aiorl, 2 workers against Stable-Baselines3, all that have three seeds or more together"
-    assert judged.startswith("HalfCheetah-v5 (3), Hopper-v5 (3): IQM of the scores differs by +0.200 [+0.200, +0.200]")
+    assert judged.startswith("HalfCheetah-v5, 2,000 (3), Hopper-v5, 2,000 (3): IQM of the scores differs by +0.200 [+0.200,")
     assert "margin 0.05: not worse; of all evaluations' means by +0.200" in judged
     assert f"\n    {told}\n" in sb3_report.report(rows)
-    assert sb3_report.together(rows[:6]) == [], "one environment is judged by itself"
+    assert sb3_report.together(rows[:6]) == [], "one comparison is judged by itself"
+    (both,) = sb3_report.together([*runs("Hopper-v5", 0.6, 4), *runs("Hopper-v5", 0.6, 3, steps=9_000)])
+    assert "together: Hopper-v5, 2,000 (4), Hopper-v5, 9,000 (3): " in both
+    alone = [run for run in runs("Hopper-v5", 9.0, 3, steps=9_000) if run["who"] == "async"]
+    (longer,) = sb3_report.together([*rows, *alone])
+    assert longer == told, "what has no counterpart hides nothing"
 
 
 def beside(row: dict[str, Any], others: int) -> dict[str, Any]:
