@@ -81,7 +81,7 @@ def test_a_flaw_of_a_learner_is_found(flaw: str) -> None:
 @pytest.mark.parametrize("flaw", WORTH)
 def test_values_that_come_out_wrong_are_found(flaw: str, monkeypatch: pytest.MonkeyPatch) -> None:
     code, words, guess = WORTH[flaw]
-    monkeypatch.setattr("aiorl.testing.examine_algorithm.ends_of_episodes", lambda *_: iter(()))  # takes long
+    monkeypatch.setattr(task_checks, "ends_of_episodes", lambda *_: iter(()))  # takes long
     findings = found(flaw, learning=True)
     assert code in findings, findings
     assert words in findings[code].message

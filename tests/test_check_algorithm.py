@@ -24,7 +24,7 @@ from aiorl.segments import Array, Column, Rollout
 from aiorl.testing import Finding, check_algorithm, errors, learner_checks, task_checks
 from aiorl.testing.bench import record
 from aiorl.testing.chain import Chain, Place, Signs, is_high
-from aiorl.testing.examine_algorithm import CHAIN, ends_of_episodes
+from aiorl.testing.examine_algorithm import CHAIN
 from examples.custom_algorithm import Reinforce
 from examples.custom_replay import TinyDQN
 
@@ -66,7 +66,7 @@ def test_sound_algorithms_pass(name: str):
 def test_experience_may_lie_anywhere(storage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr("aiorl.testing.examine_algorithm.LEARN_ENV_STEPS", 2_048)
+    monkeypatch.setattr(task_checks, "ENDS_ENV_STEPS", 2_048)
     algorithm = aiorl.DQN(hidden=(16,), batch_size=16, capacity=2_000, storage=storage)
     assert codes(check_algorithm(algorithm)) == ["no-foresight"], "so little was learned"
     assert [*(tmp_path / "temporary").iterdir()] == []
@@ -74,23 +74,23 @@ def test_experience_may_lie_anywhere(storage: Any, tmp_path: Path, monkeypatch: 
 
 def test_a_clip_that_makes_all_rewards_the_same_does_not_hide_the_ends():
     env = EnvSpec(CHAIN, {"action": "discrete"}, CHAIN)
-    assert [f.code for f in ends_of_episodes(aiorl.DQN(hidden=(32,), reward_clip=0.3), env)] == ["ends"]
+    assert [f.code for f in task_checks.ends_of_episodes(record(aiorl.DQN(hidden=(32,), reward_clip=0.3), env))] == ["ends"]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("action", ["discrete", "box", "multi_discrete", "multi_binary"])
 @pytest.mark.parametrize("seed", range(3))
 def test_ends_are_judged_rightly_whatever_the_seed(action: str, seed: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("aiorl.testing.examine_algorithm.LEARN_SEED", seed)
+    monkeypatch.setattr(task_checks, "SEED", seed)
     env = EnvSpec(CHAIN, {"action": action}, CHAIN)
     algorithms = [aiorl.PPO(), aiorl.PPO(correction="vtrace", normalise_rewards=True)]
     if action == "discrete":
         algorithms += [aiorl.DQN(n_step=3, dueling=True), Q()]
     for algorithm in algorithms:
-        assert [f.code for f in ends_of_episodes(algorithm, env)] == ["ends"]
+        assert [f.code for f in task_checks.ends_of_episodes(record(algorithm, env))] == ["ends"]
     if action == "discrete":
         for flaw, code in (("termination", "bootstraps-termination"), ("truncation", "cuts-truncation")):
-            assert [f.code for f in ends_of_episodes(Q(flaw=flaw), env)] == [code]
+            assert [f.code for f in task_checks.ends_of_episodes(record(Q(flaw=flaw), env))] == [code]
 
 
 @pytest.mark.long

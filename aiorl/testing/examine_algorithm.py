@@ -16,8 +16,6 @@ from multiprocessing import reduction
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from aiorl import preflight
 from aiorl.algos.base import Algorithm, Learner, LearnerContext, Policy, Recurrent, RecurrentPolicy
 from aiorl.config import Config
@@ -28,16 +26,14 @@ from aiorl.errors import ConfigError
 from aiorl.learning import params_sha256
 from aiorl.run import Run, train
 from aiorl.testing import learner_checks, policy_checks, replay_checks, task_checks
-from aiorl.testing.bench import Bench, context, copied, record
-from aiorl.testing.chain import Place, is_high, shown
-from aiorl.testing.findings import Finding, error, errors, info, left_out, sort, warning
+from aiorl.testing.bench import Bench, context, record
+from aiorl.testing.findings import Finding, error, errors, left_out, sort
 from aiorl.testing.plain_loop import plain_loop
 
 CHAIN = "aiorl.testing.chain:Chain"
 ACTIONS = ("discrete", "box", "multi_discrete", "multi_binary")
 
 RUN_ENVS, RUN_STEPS, RUN_ROLLOUTS, RUN_SEED = 4, 16, 6, 5
-LEARN_ENVS, LEARN_ENV_STEPS, LEARN_SEED = 8, 16_384, 2
 
 CHECKS: tuple[Callable[[Bench], Iterator[Finding]], ...] = (
     learner_checks.metrics, learner_checks.weights, learner_checks.moves, learner_checks.experience,
@@ -97,13 +93,8 @@ def _stages(
     yield f"whole runs{f'{values}, acting on what it learned, ends of episodes' * learning}", lambda: [
         *_in_a_thread(lambda: asyncio.run(_runs(bench(), directory))),
         *(_guarded("value", lambda: replay_checks.value(bench())) if learning else ()),
-        *((_acting(bench()) or _guarded("ends", lambda: ends_of_episodes(algorithm, env, directory))) if learning else ()),
+        *(_guarded("tasks", lambda: task_checks.tasks(bench())) if learning else ()),
     ]
-
-
-def _acting(bench: Bench) -> list[Finding]:
-    """What it does tells nothing of what it learned of the ends of episodes, where it does not act on what it learned."""
-    return _guarded("acting", lambda: task_checks.acting(bench))
 
 
 def _examine(bench: Bench) -> Iterator[Finding]:
@@ -220,51 +211,3 @@ def _in_a_thread(work: Callable[[], list[Finding]]) -> list[Finding]:
     thread.start()
     thread.join()
     return results[0]
-
-
-# -- learning ----------------------------------------------------------------------------------------------------------
-
-
-def ends_of_episodes(algorithm: Algorithm, env: EnvSpec, directory: Path | None = None) -> Iterator[Finding]:
-    """Train on the chain and look at what it then does in the three places that tell."""
-    high = _learned(algorithm, env, directory)
-    if not high[Place.GOES_ON]:
-        yield warning(
-            "no-foresight",
-            f"in {LEARN_ENV_STEPS:,} steps it did not learn to wait one step for a larger reward",
-            "right if it only looks at the next reward (then nothing can be said about ends of episodes)",
-        )
-        return
-    if high[Place.TERMINATED]:
-        yield error(
-            "bootstraps-termination",
-            "it expects reward after a termination",
-            "the value of what follows is 0 where `terminated` is True",
-        )
-    if not high[Place.TRUNCATED]:
-        yield error(
-            "cuts-truncation",
-            "it takes a truncation for the end of everything",
-            "where `truncated` is True, add the discounted value of rollout.next_obs(), the true last observation",
-        )
-    if high[Place.TRUNCATED] and not high[Place.TERMINATED]:
-        yield info("ends", "truncation bootstraps, termination does not")
-
-
-def _learned(algorithm: Algorithm, env: EnvSpec, directory: Path | None) -> dict[Place, bool]:
-    """Where the deterministic policy chooses "high" after a short training."""
-    if hasattr(algorithm, "reward_clip"):  # both rewards may come to the same
-        algorithm = replay_checks.changed(algorithm, reward_clip=None)
-    steps = min(64, algorithm.default_segment_length)
-    learner = plain_loop(
-        algorithm, env, envs=LEARN_ENVS, group_size=LEARN_ENVS, steps=steps, seed=LEARN_SEED,
-        rollouts=LEARN_ENV_STEPS // (LEARN_ENVS * steps), degree=0, directory=directory,
-    )  # fmt: skip
-    spaces = probe(env).spaces
-    policy = algorithm.policy(spaces)
-    places = [Place.TERMINATED, Place.TRUNCATED, Place.GOES_ON]
-    policy.begin(copied(learner.weights()), 0, None, 1)
-    obs = {spaces.observation[0].name: np.stack([shown(place) for place in places])}
-    actions, _ = policy.act(obs, np.ones(len(places), bool))
-    discrete = spaces.action.kind != "box"
-    return {place: is_high(action, discrete=discrete) for place, action in zip(places, actions, strict=True)}
