@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +57,35 @@ class LoadedPolicy:
         leaves = self.spaces.single.flatten_obs(obs)
         if any(leaves[leaf.name].shape == leaf.shape for leaf in self.spaces.observation):
             return self.spaces.flatten_obs(obs)
+        _check_shapes(leaves, {leaf.name: leaf.shape for leaf in self.spaces.single.observation}, BATCH)
         put = Stack.begin if self._first[0] else Stack.push
         return {name: put(stack, leaves[name]) for name, stack in self._stacks.items()}
 
     def __call__(self, obs: Any) -> Any:
-        """The action for one observation, in the form `env.step` takes."""
-        leaves = {name: np.asarray(leaf)[None] for name, leaf in self._leaves(obs).items()}
+        """The action for one observation, in the form `env.step` takes. Raises ValueError for any other shape."""
+        leaves = self._leaves(obs)
+        _check_shapes(leaves, {leaf.name: leaf.shape for leaf in self.spaces.observation}, BATCH)
+        leaves = {name: leaf[None] for name, leaf in leaves.items()}
         action, _ = self._policy.act(leaves, self._first)
         self._first[:] = False
         return self.spaces.env_action(action[0])
 
     def act(self, obs: dict[str, Array]) -> Array:
-        """Actions [N, …], as stored, for a batch of observation leaves [N, …]."""
-        return self._policy.act(obs, np.zeros(len(next(iter(obs.values()))), np.bool_))[0]
+        """Actions [N, …], as stored, for a batch of observation leaves [N, …]. Raises ValueError for any other shape."""
+        n = len(next(iter(obs.values())))
+        shapes = {leaf.name: (n, *leaf.shape) for leaf in self.spaces.observation}
+        _check_shapes({name: np.asarray(obs[name]) for name in shapes}, shapes, "")
+        return self._policy.act(obs, np.zeros(n, np.bool_))[0]
+
+
+BATCH = "\n  policy(obs) takes one observation, policy.act({name: [N, …]}) a batch"
+
+
+def _check_shapes(leaves: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]], hint: str) -> None:
+    """More axes than expected would go through a network all the same, and come out as something else."""
+    for name, leaf in leaves.items():
+        if leaf.shape != shapes[name]:
+            raise ValueError(f"{name} has shape {leaf.shape}, expected {shapes[name]}{hint}")
 
 
 def load(path: str | Path, *, which: Which | None = None, algo: type[Any] | None = None) -> LoadedPolicy:

@@ -63,6 +63,27 @@ def test_a_loaded_policy_acts_as_the_learner_would(tmp_path: Path, algo: Any) ->
     assert [policy(one.tolist()) for one in obs] == expected, "any form that the environment may give"
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (1, 3), (2, 5, 3), (3, 3)])
+def test_a_batch_is_not_taken_for_one_observation(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    save(tmp_path / "best", aiorl.DQN(hidden=(8,)))
+    policy = load(tmp_path)
+    with pytest.raises(ValueError, match=r"obs has shape \(.*, 3\), expected \(3,\)\n  .*policy\.act"):
+        policy(np.ones(shape, np.float32))
+    assert policy.act({"obs": np.ones((5, 3), np.float32)}).shape == (5,)
+    with pytest.raises(ValueError, match=r"obs has shape \(5, 1, 3\), expected \(5, 3\)"):
+        policy.act({"obs": np.ones((5, 1, 3), np.float32)})
+
+
+def test_a_batch_is_not_taken_for_one_frame(tmp_path: Path) -> None:
+    stacked = spaces(observation=gymnasium.spaces.Box(0, 255, (4, 6, 6), np.uint8)).with_stack(4)
+    save(tmp_path / "best", aiorl.DQN(hidden=(8,)), space=stacked)
+    policy = load(tmp_path)
+    assert policy(np.ones((6, 6), np.uint8)) == policy(np.ones((4, 6, 6), np.uint8)), "a frame, or all four"
+    for shape in ((3, 6, 6), (5, 4, 6, 6)):
+        with pytest.raises(ValueError, match=r"expected \(6, 6\)\n  .*policy\.act"):
+            policy(np.ones(shape, np.uint8))
+
+
 @pytest.mark.parametrize(
     ("action", "expected"),
     [
