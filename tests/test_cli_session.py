@@ -15,7 +15,7 @@ import pytest
 
 from aiorl.cli import INTERRUPTED, TERMINATED, main, session
 from aiorl.errors import ConfigError, WorkerError
-from aiorl.events import AnyEvent
+from aiorl.events import AnyEvent, Checkpointed, CheckpointFailed
 from tests.cli_events import run_events
 from tests.test_progress import summary
 
@@ -158,6 +158,7 @@ def test_first_signal_stops_in_good_order(fake: type[FakeRun], number: int, code
 def test_second_signal_ends_at_once(fake: type[FakeRun], monkeypatch: pytest.MonkeyPatch):
     ended: list[int] = []
     monkeypatch.setattr(session, "GRACE_S", 0.0)
+    monkeypatch.setattr(session, "SAME_REQUEST_S", 0.0)
     monkeypatch.setattr(session, "Signals", lambda say: REAL_SIGNALS(say, ended.append))
     fake.stop = lambda self, *, final_evaluation: None  # type: ignore[method-assign]  # one that takes its time
     fake.script = lambda run, index: os.kill(os.getpid(), signal.SIGINT) if index in (3, 5) else None
@@ -167,6 +168,56 @@ def test_second_signal_ends_at_once(fake: type[FakeRun], monkeypatch: pytest.Mon
 
 
 REAL_SIGNALS = session.Signals
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_signals_that_come_together_are_one_request(fake: type[FakeRun], second: int, capsys: pytest.CaptureFixture[str]):
+    """As `timeout` sends them: to the program, then to its group."""
+    asked: list[bool] = []
+
+    def script(run: FakeRun, index: int) -> None:
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif index == 4:
+            os.kill(os.getpid(), second)
+        elif index == 6:
+            assert asked == [False]
+            run.stopped = asked
+
+    fake.stop = lambda self, *, final_evaluation: asked.append(final_evaluation)  # type: ignore[method-assign]
+    fake.script = script
+    assert train() == TERMINATED
+    assert "at once:" not in capsys.readouterr().err
+    assert fake.last.stopped == [False]
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        (["checkpoints/00000009", "final"], "everything is saved; the evaluation under way was cut off"),
+        (["checkpoints/00000009"], "ended at once: what was not saved is lost"),
+        (["", "final"], "ended at once: what was not saved is lost"),  # the state could not be written
+        (["", "checkpoints/00000009", "final"], "everything is saved; the evaluation under way was cut off"),
+    ],
+)
+def test_what_an_end_at_once_loses_is_said(
+    fake: type[FakeRun], end: list[str], said: str, capsys: pytest.CaptureFixture[str]
+):
+    """The deadline of good order comes when all but an evaluation may be over."""
+    place = {"seconds": 1.0, "version": 9, "env_steps": 9}
+
+    async def events(self: FakeRun, keep: int) -> AsyncIterator[AnyEvent]:
+        (self.home / "events.jsonl").touch()
+        os.kill(os.getpid(), signal.SIGINT)
+        for path in end:
+            yield Checkpointed(**place, path=path, kind="final") if path else CheckpointFailed(**place, reason="full")
+        await asyncio.Event().wait()
+
+    fake.events = events  # type: ignore[method-assign]
+    assert train("--shutdown-timeout", "0.2") == INTERRUPTED
+    seen = capsys.readouterr()
+    assert said in seen.err
+    assert seen.out.startswith("completed") == said.startswith("everything"), "the summary of what was saved"
 
 
 def test_sigusr1_saves_and_goes_on(fake: type[FakeRun]):

@@ -6,6 +6,7 @@ The library sets no signal handler and chooses no event loop; this file does bot
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import sys
@@ -23,11 +24,15 @@ from aiorl.cli.progress import Display, Mode, Notes, make_display
 from aiorl.cli.summary import summary_lines
 from aiorl.config import Config
 from aiorl.errors import AiorlError, ConfigError
+from aiorl.events import AnyEvent, Checkpointed, CheckpointFailed
 from aiorl.metrics.curve import read_curve, write_curve, write_rates, write_wins
 from aiorl.metrics.matrix import write_standings
 from aiorl.run import Run
 
 T = TypeVar("T")
+
+SAME_REQUEST_S = 0.3
+"""Signals that come so close after each other are one request: `timeout`, say, signals a program and then its group."""
 
 GRACE_S = 5.0
 """How long leaving may take after a second Ctrl-C before the process simply ends (its workers notice that)."""
@@ -62,12 +67,14 @@ async def _carry_out(config: Config, mode: Mode, preset: bool, resume: str | Pat
             async with run:
                 signals.run = run
                 run.when_stuck(lambda: os._exit(FAILED))  # the loop is blocked for good: nobody else can end this process
-                await _follow(run, display, mode)
+                await _follow(run, display, mode, signals)
     except asyncio.CancelledError:
         if signals.code is None:
             raise
-        display.say("ended at once: what was not saved is lost")
-        return signals.code
+        if not signals.saved:
+            display.say("ended at once: what was not saved is lost")
+            return signals.code
+        display.say("everything is saved; the evaluation under way was cut off")
     except Exception as error:
         if not isinstance(error, ConfigError):
             _keep_traceback(error, run)
@@ -80,9 +87,10 @@ async def _carry_out(config: Config, mode: Mode, preset: bool, resume: str | Pat
     return signals.code or 0
 
 
-async def _follow(run: Run, display: Display, mode: Mode) -> None:
+async def _follow(run: Run, display: Display, mode: Mode, signals: Signals) -> None:
     async for event in run.events(JSON_KEEP if mode == "json" else 256):
         display.show(event)
+        signals.note(event)
     await run.wait()
 
 
@@ -96,17 +104,20 @@ class Signals:
     """Ctrl-C and SIGTERM: the first stops the run in good order, the second ends it at once. SIGUSR1 saves.
 
     `code` is the exit code of the signal that came, or None. A signal before the workers are ready ends at once: there
-    is nothing to save yet. Good order must not take longer than `shutdown_timeout_s` either.
+    is nothing to save yet. Good order must not take longer than `shutdown_timeout_s` either. `saved` says whether there
+    is nothing to save any more.
     """
 
     def __init__(self, say: Callable[[str], None], end: Callable[[int], None] = os._exit) -> None:
         self.code: int | None = None
         self.run: Run | None = None
+        self.saved = self._failed = False
         self._say, self._end = say, end
         self._task: asyncio.Task[Any] | None = None
         self._checkpoints: set[asyncio.Task[Any]] = set()
         self._handled: list[signal.Signals] = []
         self._leaving = False
+        self._asked_s = -math.inf
         self._deadline: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Signals:
@@ -133,7 +144,19 @@ class Signals:
             "SIGUSR1": self._checkpoint,
         }
 
+    def note(self, event: AnyEvent) -> None:
+        """See from the events whether all is saved: `final/` is written last, after what a resumed run goes on from."""
+        if isinstance(event, CheckpointFailed):
+            self._failed = True
+        elif isinstance(event, Checkpointed):
+            self.saved = Path(event.path).name == "final" and not self._failed
+            self._failed = False
+
     def _stop(self, code: int) -> None:
+        now_s = asyncio.get_running_loop().time()
+        if now_s - self._asked_s < SAME_REQUEST_S:
+            return
+        self._asked_s = now_s
         if self._leaving:
             self._end(self.code or code)
         if self.code is None and self.run is not None:
