@@ -30,7 +30,7 @@ from aiorl.pacing import Pacer
 from aiorl.preflight import EVAL_WIDTH, Preflight
 from aiorl.record import Record
 from aiorl.report import Report, Result
-from aiorl.resuming import Saved
+from aiorl.resuming import Saved, read_late
 from aiorl.workers.inline import InlineWorkers
 from aiorl.workers.launch import Launcher
 from aiorl.workers.pool import ProcessWorkers, Workers, plan_stations
@@ -155,6 +155,8 @@ async def assemble(
         dial = Dial(checked.config, parts.pacer, lanes=checked.lanes) if record is None else None
         if checked.saved is not None:
             _restore_counters(checked, parts, report, dial)
+            suites = [suite.name for suite in checked.suites]
+            report.catch_up(*await files_thread.run(read_late, checked.directory, report.pending, suites))
         elif report.stop_return is None:
             report.stop_return = checked.probe.reward_threshold
     except BaseException:

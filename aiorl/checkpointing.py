@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +28,11 @@ class Snapshot(NamedTuple):
 class Checkpointer:
     """Captures a run between two updates and writes it on the files' thread, one checkpoint at a time."""
 
-    def __init__(self, made: Assembly, report: Report, emit: Callable[[AnyEvent], None]) -> None:
-        self._made, self._report, self._emit = made, report, emit
+    def __init__(
+        self, made: Assembly, report: Report, emit: Callable[[AnyEvent], None], flush: Callable[[], Awaitable[None]]
+    ) -> None:
+        """`flush()` writes what the run has told of itself so far."""
+        self._made, self._report, self._emit, self._flush = made, report, emit, flush
         self._config = made.checked.config.to_dict()
         self._libraries = library_versions()
         self._writing: asyncio.Task[Path] | None = None
@@ -110,6 +113,7 @@ class Checkpointer:
 
     async def _write(self, manifest: checkpoint.Manifest, trees: dict[str, Any]) -> Path:
         path = self._directory / f"{manifest.version:08d}"
+        await self._flush()  # first: a run resumed from it goes on with its events and its record where they must be whole
         await self._made.files_thread.run(checkpoint.save, path, manifest, trees)
         keep, newest = self._made.checked.config.keep, self._made.parts.pacer.commits
         await self._made.files_thread.run(checkpoint.prune, self._directory, keep, newest)

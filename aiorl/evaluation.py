@@ -72,6 +72,11 @@ class WaitingRoom:
         self._waiting.append(snapshot)
         return out
 
+    def lost(self) -> None:
+        """One that was due before a resume, and cannot be offered any more, is skipped."""
+        self.due += 1
+        self.skipped += 1
+
     def take(self) -> Snapshot | None:
         """The next one to evaluate, from now on under way; None if nobody waits."""
         if self.under_way is None and self._waiting:
@@ -124,11 +129,25 @@ class Evaluator:
 
     async def due(self, *, final: bool = False) -> None:
         """The newest version is due. With `eval_busy = "wait"` return when it has been evaluated."""
-        snapshot = self._newest(final)
-        self._skip(self._room.offer(snapshot))
-        self._parts.gate.wake()
+        self._offer(final)
         if self._config.eval_busy == "wait" and not final:
             await self._parts.gate.wait_for(lambda: self._room.idle)
+
+    def take_up(self) -> None:
+        """In a resumed run: what was due when its checkpoint was captured. Of an older version only the number is left."""
+        before, self._report.pending = self._report.pending, []
+        for version, env_steps in before:
+            if version == self._parts.pacer.commits:
+                self._offer(final=False)
+            else:
+                self._room.lost()
+                self._tell_skipped(version, env_steps, "the session ended before, and its checkpoint is of a newer version")
+
+    def _offer(self, final: bool) -> None:
+        snapshot = self._newest(final)
+        self._report.pending.append((snapshot.version, snapshot.env_steps))
+        self._skip(self._room.offer(snapshot))
+        self._parts.gate.wake()
 
     async def requested(self, episodes: int, suite: str | None) -> Evaluated:
         """Evaluate the newest version as soon as nothing else is under way. ConfigError for what cannot be."""
@@ -190,6 +209,7 @@ class Evaluator:
             if (snapshot := self._room.take()) is not None:
                 await self._evaluate(snapshot)
                 self._room.done()
+                self._report.pending.remove((snapshot.version, snapshot.env_steps))
             self._parts.gate.wake()
 
     async def _evaluate(self, snapshot: Snapshot) -> None:
@@ -264,8 +284,12 @@ class Evaluator:
         if skipped is not None:
             snapshot, reason = skipped
             self._parts.weights.release(snapshot.buffer)
-            place = {"seconds": self._report.seconds, "version": snapshot.version, "env_steps": snapshot.env_steps}
-            self._emit(EvaluationSkipped(**place, reason=reason))
+            self._report.pending.remove((snapshot.version, snapshot.env_steps))
+            self._tell_skipped(snapshot.version, snapshot.env_steps, reason)
+
+    def _tell_skipped(self, version: int, env_steps: int, reason: str) -> None:
+        seconds = self._report.seconds
+        self._emit(EvaluationSkipped(seconds=seconds, version=version, env_steps=env_steps, reason=reason))
 
     # -- the last word ---------------------------------------------------------------------------------------------
 

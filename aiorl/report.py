@@ -6,6 +6,7 @@ import functools
 import platform
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -55,6 +56,7 @@ class ReportState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     staleness: StalenessBooks
     evaluations: list[EvaluationRecord]
     skipped_updates: dict[str, int]
+    pending: list[tuple[int, int]] = []
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,6 +134,8 @@ class Report:
         self.episodes = 0
         self.staleness = StalenessBooks.empty()
         self.evaluations: list[EvaluationRecord] = []
+        self.pending: list[tuple[int, int]] = []  # (version, env steps) of evaluations that are due and not done
+        self.best_of_before: EvaluationRecord | None = None  # in a resumed run: that of `best/`
         self.reevaluations: list[EvaluationRecord] = []
         self.evaluation_points = {"due": 0, "evaluated": 0, "skipped": 0}
         self.stop_overshoot: dict[str, int] | None = None
@@ -195,7 +199,8 @@ class Report:
         """The evaluation with the highest mean; of equals the earlier version. Of those at the end if there are any."""
         if self.reevaluations:
             return max(self.reevaluations, key=lambda e: e.mean_return)
-        return max(self.primary_evaluations, key=lambda e: (e.mean_return, -e.version), default=None)
+        before = [self.best_of_before] if self.best_of_before is not None else []
+        return max(self.primary_evaluations + before, key=lambda e: (e.mean_return, -e.version), default=None)
 
     def drop(self, reason: str, env_steps: int) -> None:
         if env_steps:
@@ -304,6 +309,7 @@ class Report:
             staleness=self.staleness,
             evaluations=self.evaluations,
             skipped_updates=self.skipped_updates,
+            pending=self.pending,
         )
         return msgspec.to_builtins(state, str_keys=True)
 
@@ -312,8 +318,18 @@ class Report:
         saved = msgspec.convert(state, ReportState, str_keys=True)
         self._earlier_s, self.gradient_steps, self.episodes = saved.seconds, saved.gradient_steps, saved.episodes
         self.staleness, self.evaluations = saved.staleness, list(saved.evaluations)
-        self.skipped_updates = dict(saved.skipped_updates)
+        self.skipped_updates, self.pending = dict(saved.skipped_updates), list(saved.pending)
         self.stored = stored
+
+    def catch_up(self, results: Mapping[int, Sequence[Evaluated]], best: Evaluated | None) -> None:
+        """Take in what became known only after the checkpoint was captured: results of pending evaluations, by version
+        (empty: it is known that there will be none), and what `best/` holds."""
+        for version, events in results.items():
+            self.pending = [entry for entry in self.pending if entry[0] != version]
+            self.evaluations += [EvaluationRecord.of(event, event.suite) for event in events]
+        self.evaluations.sort(key=lambda record: record.version)
+        if best is not None:
+            self.best_of_before = EvaluationRecord.of(best, self._primary_suite)
 
 
 def library_versions() -> dict[str, str]:

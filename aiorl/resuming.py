@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +14,7 @@ from aiorl.config import Config
 from aiorl.degree import check_degree
 from aiorl.envs.spaces import Spaces
 from aiorl.errors import CheckpointError
+from aiorl.events import Evaluated, EvaluationSkipped
 from aiorl.ledger import check_state as check_ledger
 from aiorl.report import Report
 from aiorl.segments import SegmentLayout
@@ -115,3 +116,42 @@ def check_state(saved: Saved, config: Config, segment: SegmentLayout) -> None:
             raise ValueError(f"{segments} segments with {ledger['stored']} env steps are not {manifest.version} updates")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{saved.path} is damaged or of another make: {error}") from None
+
+
+def read_late(
+    directory: Path, pending: Sequence[tuple[int, int]], suites: Sequence[str]
+) -> tuple[dict[int, list[Evaluated]], Evaluated | None]:
+    """What a run directory knows of evaluations that were due when its checkpoint was captured, by version, and of `best/`.
+
+    An evaluation may end after the checkpoint that was begun with it: its result is in the events alone. One of which
+    only some suites were played counts as not made. No list: it was skipped.
+    """
+    wanted = {version for version, _ in pending}
+    found: dict[int, dict[str, Evaluated] | None] = {}
+    for event in _evaluated(directory / "events.jsonl") if wanted else ():
+        if isinstance(event, EvaluationSkipped):
+            found[event.version] = None
+        else:
+            found[event.version] = (found.get(event.version) or {}) | {event.suite: event}
+    results = {v: list((events or {}).values()) for v, events in found.items() if v in wanted}
+    return {v: events for v, events in results.items() if not events or len(events) == len(suites)}, _best(directory)
+
+
+def _evaluated(path: Path) -> Iterator[Evaluated | EvaluationSkipped]:
+    """What came of evaluations, in the order of its writing."""
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                if b'"evaluat' in line[:40]:  # most lines are something else
+                    yield msgspec.json.decode(line, type=Evaluated | EvaluationSkipped)
+    except (OSError, msgspec.MsgspecError):
+        return
+
+
+def _best(directory: Path) -> Evaluated | None:
+    """The evaluation by which `best/` became the best; None if there is none that can be read."""
+    try:
+        notes = checkpoint.load_manifest(directory / "best").notes
+        return msgspec.convert(notes["evaluation"], Evaluated)
+    except (CheckpointError, KeyError, msgspec.ValidationError):
+        return None

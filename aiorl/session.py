@@ -89,7 +89,7 @@ class Session:
 
     def _begin(self, made: Assembly) -> None:
         self.report.ready()
-        self.checkpointer = Checkpointer(made, self.report, self.tell.emit)
+        self.checkpointer = Checkpointer(made, self.report, self.tell.emit, self._flush)
         self.evaluator = Evaluator(made, self.report, self.checkpointer, self.tell.emit)
         self.state = "training"
         self.tell.started()
@@ -97,6 +97,7 @@ class Session:
             self.tell.settings_changed(dict(made.parts.trainer.set_now))
         for message in (*made.checked.warnings, *_of_a_killed_session(made)):
             self.tell.warned(message)
+        self.evaluator.take_up()
 
     async def _work(self, group: asyncio.TaskGroup, made: Assembly) -> None:
         parts, evaluator = made.parts, self.evaluator
@@ -105,7 +106,7 @@ class Session:
             parts.workers.watch(self.tell.mended),
             loops.collect(parts),
             loops.drain(parts),
-            self._tick(made),
+            self._tick(),
             watch(self.view, self.config.stall_limit_s, self.tell.stalled),
         ]
         if parts.inference is not None:
@@ -206,14 +207,18 @@ class Session:
         if self.when_stuck is not None:
             self.when_stuck()
 
-    async def _tick(self, made: Assembly) -> None:
+    async def _tick(self) -> None:
         """Progress for displays and files, until cancelled."""
         while True:
             await asyncio.sleep(PROGRESS_INTERVAL_S)
             self.tell.emit(Progress(**self.tell.now(), status=self.status()))
-            problem = await made.flush_files()
-            if problem is not None:
-                self.tell.warned(f"the run directory cannot be written: {problem}")
+            await self._flush()
+
+    async def _flush(self) -> None:
+        assert self.made is not None
+        problem = await self.made.flush_files()
+        if problem is not None:
+            self.tell.warned(f"the run directory cannot be written: {problem}")
 
     # -- state -----------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,28 @@ async def test_periodic_ones_are_pruned_and_the_last_is_of_the_last_update(tmp_p
         if isinstance(event, Checkpointed):
             assert Path(event.path).parent in (tmp_path, tmp_path / "checkpoints")
             assert event.env_steps == 16 * event.version
+
+
+async def test_what_a_checkpoint_goes_on_from_is_told_before_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a kill at that moment leaves a run whose events and record have a gap for good."""
+    told: dict[int, tuple[list[int], list[int]]] = {}
+
+    def before(path: Path, manifest: Manifest) -> None:
+        if path.parent.name == "checkpoints":
+            events, schedule = (
+                [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+                for name in ("events", "schedule")
+            )
+            updates = [event["version"] for event in events if event["event"] == "updated"]
+            told[manifest.version] = updates[: manifest.version], [line["k"] for line in schedule][: manifest.version]
+
+    saves(monkeypatch, before)
+    await events_of(make(tmp_path))
+    for version, (updates, rollouts) in told.items():
+        assert (updates, rollouts) == ([*range(1, version + 1)], [*range(version)])
+    assert [*told] == [10, 20, 30, 40]
 
 
 async def test_none_but_the_last_without_periods(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import edit_manifest
 from hypothesis import given
 from hypothesis import strategies as st
 from toys import Toy
@@ -498,6 +499,63 @@ async def test_the_best_from_before_a_resume_plays_too(config: Make) -> None:
     assert len(again.reevaluations) == 2
     assert again.best is not None
     assert before.version == again.best.version
+
+
+# -- going on ----------------------------------------------------------------------------------------------------------
+
+
+def without(directory: Path, event: str) -> None:
+    """As if the process had been killed before this was written."""
+    path = directory / "events.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if json.loads(line)["event"] != event))
+
+
+async def test_a_result_that_came_after_its_checkpoint_is_not_lost(config: Make) -> None:
+    """Evaluations begin after update 12: those of versions 5 and 10 are due and not done when their checkpoints are made."""
+    run, _ = await carry_out(config(eval_busy="queue", checkpoint_every=5 * STEPS, keep=10), hold_until=12)
+    whole = [(e.version, e.mean_return) for e in run.result.evaluations]
+    assert [version for version, _ in whole] == [5, 10, 15, 20, 25, 30, 35, 40]
+    resumed = await aiorl.train(run.config, resume=run.directory / "checkpoints" / "00000010")
+    assert [(e.version, e.mean_return) for e in resumed.evaluations] == whole
+    assert resumed.evaluation_points == {"due": 6, "evaluated": 6, "skipped": 0}, "those of this session"
+
+
+async def test_what_was_due_when_a_run_was_killed_is_evaluated_or_reported(config: Make) -> None:
+    run, _ = await carry_out(config(eval_busy="queue", checkpoint_every=5 * STEPS, keep=10), hold_until=12)
+    whole = [(e.version, e.mean_return) for e in run.result.evaluations]
+    without(run.directory, "evaluated")
+    async with aiorl.Run(run.config, resume=run.directory / "checkpoints" / "00000010") as again:
+        events = [event async for event in again]
+    result = await again.wait()
+    assert [(e.version, e.mean_return) for e in result.evaluations] == whole[1:], "version 10 is there to be evaluated"
+    (skipped,) = (event for event in events if isinstance(event, aiorl.EvaluationSkipped))
+    assert (skipped.version, skipped.env_steps) == (5, 5 * STEPS)
+    assert "its checkpoint is of a newer version" in skipped.reason
+    assert result.evaluation_points == {"due": 8, "evaluated": 7, "skipped": 1}
+    without(run.directory, "evaluated")
+    once_more = await aiorl.train(run.config, resume=run.directory / "checkpoints" / "00000010")
+    assert once_more.evaluation_points == {"due": 7, "evaluated": 7, "skipped": 0}, "what was reported is not reported again"
+
+
+async def test_a_resumed_run_keeps_a_best_that_is_newer_than_its_checkpoint(config: Make) -> None:
+    run, _ = await carry_out(config(eval_busy="wait", checkpoint_every=5 * STEPS, keep=10))
+    best = run.directory / "best"
+
+    def better(manifest: dict[str, Any]) -> None:
+        manifest["notes"]["evaluation"] |= {"version": 39, "mean_return": 1e6}
+
+    edit_manifest(best, better)
+    before = (best / checkpoint.MANIFEST).read_bytes()
+    result = await aiorl.train(run.config, resume=run.directory / "checkpoints" / "00000010")
+    assert (best / checkpoint.MANIFEST).read_bytes() == before
+    assert result.best is not None
+    assert (result.best.version, result.best.mean_return) == (39, 1e6)
+    assert 39 not in [e.version for e in result.evaluations]
+    edit_manifest(best, lambda manifest: manifest["notes"].pop("evaluation"))
+    again = await aiorl.train(run.config, resume=run.directory / "checkpoints" / "00000010")
+    assert again.best is not None
+    assert again.best.mean_return < 1e6, "of one that says nothing nothing is known"
 
 
 # -- stopping early ----------------------------------------------------------------------------------------------------
