@@ -173,8 +173,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     on_nonfinite_env: Annotated[
         Literal["stop", "abort_episode"],
         Meta(
-            description="when an environment returns NaN or infinity in training: end the run, or abort its episode and go "
-            "on (an evaluation that meets it fails the run)"
+            description="when an environment returns NaN or infinity in training: bring it back, and end the run if it does "
+            "so again each time; or abort its episode and go on (an evaluation that meets it fails the run)"
         ),
     ] = "stop"
     nonfinite_env_max: Annotated[

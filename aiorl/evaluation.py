@@ -121,7 +121,7 @@ class Evaluator:
         self._config, self._suites, self._parts = made.checked.config, made.checked.suites, made.parts
         self._room = WaitingRoom(self._config.eval_busy, self._config.eval_places)
         self._requests: deque[_Request] = deque()
-        self._answering = self._closed = False
+        self._answering = self._closed = self._warned_of_length = False
         self._top: list[tuple[Evaluated, Snapshot]] = []  # the best so far, best first; their buffers are held
         self._reached: Snapshot | None = None
 
@@ -264,7 +264,11 @@ class Evaluator:
 
     async def _measure(self, snapshot: Snapshot, episodes: int, suite: int, *, fresh: bool = False) -> dict[str, Any]:
         begun_s = time.perf_counter()
-        played = await self._parts.workers.evaluate(snapshot.buffer, episodes, suite, fresh=fresh)
+        long = asyncio.get_running_loop().call_later(self._config.stall_limit_s, self._warn_of_length, snapshot.version)
+        try:
+            played = await self._parts.workers.evaluate(snapshot.buffer, episodes, suite, fresh=fresh)
+        finally:
+            long.cancel()
         return {
             "seconds": self._report.seconds,
             "episodes": len(played.returns),
@@ -274,6 +278,18 @@ class Evaluator:
             **shares(played.outcomes),
             "eval_seconds": time.perf_counter() - begun_s,
         }
+
+    def _warn_of_length(self, version: int) -> None:
+        """Once: an episode that never ends would be waited for without a word, as its steps are no standstill."""
+        if self._warned_of_length:
+            return
+        self._warned_of_length = True
+        message = (
+            f"the evaluation of version {version} has taken {self._config.stall_limit_s:g} s and goes on: "
+            "do its episodes end? env_kwargs max_episode_steps sets a limit"
+        )
+        place = {"version": self._parts.pacer.commits, "env_steps": self._report.stored}
+        self._emit(Warned(seconds=self._report.seconds, **place, message=message))
 
     def _newest(self, final: bool) -> Snapshot:
         """The newest version, held until its buffer is released."""

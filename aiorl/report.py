@@ -64,7 +64,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
     `wall_seconds` is all the time since the start, `start_seconds` what passed until the workers were ready, and
     `train_seconds` from then to the last update; the rates are over `train_seconds`. Counters of a resumed run go on from
-    its checkpoint; seconds, rates and restarts are of this session, except in `evaluations`.
+    its checkpoint; seconds, rates and restarts are of this session, except in `evaluations`. `session_env_steps` are those
+    of this session, `total_seconds` those of all.
 
     With several evaluation suites all figures but `evaluations` are of the primary one. `reevaluations` are those of the
     best at the end, with fresh episodes; where there are any, `best` is the best of them. `evaluation_points` says what
@@ -114,6 +115,9 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     workers_given_up: int = 0
     skipped_updates: dict[str, int] = {}
     inference: dict[str, float] = {}
+    session_env_steps: int | None = None
+    total_seconds: float | None = None
+    restart_reasons: dict[str, int] = {}
 
     def to_dict(self) -> dict[str, Any]:
         return msgspec.to_builtins(self)
@@ -145,6 +149,7 @@ class Report:
         self.metrics: dict[str, float] = {}
         self.dropped: dict[str, int] = {}
         self.restarts = 0  # workers that have come back
+        self.restart_reasons: dict[str, int] = {}  # the first line of each
         self.given_up = 0  # workers that have not
         self.aborted = 0  # episodes that were given up, also in earlier sessions
         self.skipped_updates: dict[str, int] = {}  # by reason
@@ -178,6 +183,12 @@ class Report:
             self.returns.append(sum(e.total for e in outcome.episodes) / len(outcome.episodes))
         if outcome.metrics:
             self.metrics = outcome.metrics
+
+    def restarted(self, reason: str) -> None:
+        """A worker has come back."""
+        self.restarts += 1
+        what = reason.splitlines()[0] if reason else "unknown"
+        self.restart_reasons[what] = self.restart_reasons.get(what, 0) + 1
 
     def evaluated(self, event: Evaluated) -> None:
         record = EvaluationRecord.of(event, event.suite)
@@ -289,6 +300,9 @@ class Report:
             workers_given_up=self.given_up,
             aborted=self.aborted,
             skipped_updates=self.skipped_updates,
+            session_env_steps=self.session_steps,
+            total_seconds=self._earlier_s + now - self.begun_s,
+            restart_reasons=self.restart_reasons,
             **given,
         )
 

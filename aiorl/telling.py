@@ -154,5 +154,5 @@ class Teller:
             self._report.given_up += 1
             self.emit(WorkerGivenUp(**self.now(), **done._asdict()))
         else:
-            self._report.restarts += 1
+            self._report.restarted(done.reason)
             self.emit(WorkerRestarted(**self.now(), **done._asdict()))

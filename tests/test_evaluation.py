@@ -501,6 +501,17 @@ async def test_the_best_from_before_a_resume_plays_too(config: Make) -> None:
     assert before.version == again.best.version
 
 
+async def test_an_evaluation_that_does_not_end_is_told_of_once(config: Make) -> None:
+    async with aiorl.Run(config(workers=0, eval_busy="wait", stall_timeout_s=121.0)) as run:
+        evaluator = run._session.evaluator
+        assert evaluator is not None
+        evaluator._warn_of_length(5)
+        evaluator._warn_of_length(10)
+        events = [event async for event in run]
+    (told,) = (event.message for event in events if isinstance(event, aiorl.Warned) and "goes on" in event.message)
+    assert "evaluation of version 5 has taken 121 s" in told
+
+
 # -- going on ----------------------------------------------------------------------------------------------------------
 
 

@@ -272,6 +272,21 @@ def summary() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def test_summary_tells_a_session_from_the_whole(tmp_path: Path):
+    resumed = {**summary(), "session_env_steps": 720}
+    assert "30,720 env steps, 720 of them in 12.3 s (" in summary_lines(resumed, tmp_path)[0]
+    whole = {**summary(), "session_env_steps": 30_720}
+    assert "30,720 env steps in 12.3 s (" in summary_lines(whole, tmp_path)[0]
+
+
+def test_summary_says_why_workers_were_restarted(tmp_path: Path):
+    reasons = {"died with exit code -9": 1, "raised in environment 3: reward is nan": 2}
+    lines = "\n".join(summary_lines({**summary(), "restarts": 3, "restart_reasons": reasons}, tmp_path))
+    assert "restarts    3: a worker raised in environment 3: reward is nan, and 1 other reason\n" in lines
+    assert "restarts    1\n" in "\n".join(summary_lines({**summary(), "restarts": 1}, tmp_path)), "of an older version"
+    assert "restarts" not in "\n".join(summary_lines({**summary(), "restarts": 0}, tmp_path))
+
+
 def test_summary_says_how_it_ended(tmp_path: Path):
     (tmp_path / "x" / "best").mkdir(parents=True)
     lines = summary_lines(summary(), tmp_path / "x")

@@ -69,6 +69,8 @@ def describe(path: Path) -> dict[str, Any]:
     if summary:
         facts.update({k: summary.get(k) for k in ("status", "env_steps", "train_return_mean_100", "wall_seconds")})
         facts["best_evaluation"] = (summary.get("best") or {}).get("mean_return")
+        if summary.get("total_seconds") is not None:  # a resumed run's are those of all its sessions, like its steps
+            facts["wall_seconds"] = summary["total_seconds"]
         return facts
     events = path / "events.jsonl"
     if events.is_file():

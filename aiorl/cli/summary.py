@@ -13,13 +13,15 @@ FILES = ("curve.svg", "wins.svg", "opponents.svg", "standings.svg", "standings.j
 
 
 def summary_lines(result: Mapping[str, Any], directory: Path) -> list[str]:
-    """Three to eight lines from the fields of summary.json (see Result)."""
+    """Three to nine lines from the fields of summary.json (see Result)."""
     seconds = result["wall_seconds"]
     took = f"{seconds:.1f} s" if seconds < 100 else duration(seconds)
+    session = result.get("session_env_steps")
+    resumed = f", {session:,} of them" if session not in (None, result["env_steps"]) else ""
     lines = [
         _line(
             result["status"],
-            f"{result['env_steps']:,} env steps in {took} ({rate(result['env_steps_per_second'])} steps/s), "
+            f"{result['env_steps']:,} env steps{resumed} in {took} ({rate(result['env_steps_per_second'])} steps/s), "
             f"{plural(result['updates'], 'update')}",
         )
     ]
@@ -36,6 +38,8 @@ def summary_lines(result: Mapping[str, Any], directory: Path) -> list[str]:
     lines.append(_line("staleness", _staleness(result)))
     if skipped := sum(result.get("skipped_updates", {}).values()):
         lines.append(_line("skipped", f"{plural(skipped, 'update')} that came to NaN or infinity"))
+    if restarts := result.get("restarts"):
+        lines.append(_line("restarts", f"{restarts}{_why_restarted(result)}"))
     if aborted := result.get("aborted"):
         lines.append(_line("aborted", f"{plural(aborted, 'episode')}{_why_aborted(result, aborted)}"))
     there = [name for name in FILES if (directory / name).exists()]
@@ -69,6 +73,15 @@ def _overshoot(result: Mapping[str, Any]) -> str:
     if beyond is None:
         return ""
     return f"; training stopped {plural(beyond['updates'], 'update')} ({count(beyond['env_steps'])} env steps) later"
+
+
+def _why_restarted(result: Mapping[str, Any]) -> str:
+    """What ended workers most often."""
+    reasons = result.get("restart_reasons")
+    if not reasons:
+        return ""
+    others = f", and {plural(len(reasons) - 1, 'other reason')}" if len(reasons) > 1 else ""
+    return f": a worker {max(reasons, key=reasons.__getitem__)}{others}"
 
 
 def _why_aborted(result: Mapping[str, Any], aborted: int) -> str:
