@@ -212,6 +212,30 @@ class Forgetful(Walk):
         return result
 
 
+class Carries(Walk):
+    """Its episodes go by how many there were before, and only `what` shows it."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(seeded=True)
+        self.what, self.before = what, -1
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        self.before += 1
+        return super().reset(seed=seed)
+
+    def step(self, action: Any) -> Any:
+        obs, reward, terminated, truncated, info = super().step(action)
+        if self.what == "reward":
+            reward *= 1 + self.before
+        elif self.what == "terminated":
+            terminated |= self.t == 2 and self.before > 0
+        elif self.what == "truncated":
+            truncated |= self.t == 2 and self.before > 0
+        elif self.what == "obs" and self.t == 1:  # not what a group that is brought back looks at
+            obs[1] += self.before
+        return obs, reward, terminated, truncated, info
+
+
 class Brief(Walk):
     """Rightly, episodes have one step: all, or all but those whose seed is a multiple of `longer`."""
 
@@ -244,6 +268,10 @@ MISTAKES = [
     (Narrow, {}, ["outside-space"], "true bounds"),
     (NarrowPart, {}, ["outside-space"], "obs.pos[1] is 3, expected -100 to 2"),
     (Forgetful, {}, ["one-step-episodes"], "where a new environment goes on"),
+    (Carries, {"what": "reward"}, ["carries-over"], "step 1 of an episode: reward is "),
+    (Carries, {"what": "terminated"}, ["carries-over"], "step 2 of an episode: terminated is True, expected False"),
+    (Carries, {"what": "truncated"}, ["carries-over"], "step 2 of an episode: truncated is True, expected False"),
+    (Carries, {"what": "obs"}, ["carries-over"], "step 1 of an episode: obs[1] is "),
 ]
 
 

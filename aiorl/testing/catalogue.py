@@ -63,8 +63,8 @@ FAULTS = {
 FOUND_AS = {
     # check_env
     "contract": ("0.4", "1.1", "10.2", "10.3"), "pickling": ("#2",), "not-reproducible": ("10.1",), "unseeded": ("10.1",),
-    "reuses-obs": ("2.3",), "limit-as-termination": ("10.2",), "endless": ("10.2",), "crashes": ("12.2",),
-    "hangs": ("12.2",),
+    "carries-over": ("10.1",), "reuses-obs": ("2.3",), "limit-as-termination": ("10.2",), "endless": ("10.2",),
+    "crashes": ("12.2",), "hangs": ("12.2",),
     # check_algorithm
     "importable": ("#1", "#2"), "weights": ("#2", "8.3"), "state-incomplete": ("3.3",), "state-weights": ("#4", "3.3"),
     "not-serial": ("#5", "#6"), "columns": ("10.3",), "dtype": ("10.3",), "bootstraps-termination": ("10.2",),

@@ -26,14 +26,13 @@ from aiorl.segments import CORE_COLUMNS, Array, Column, Segment, SegmentLayout
 from aiorl.testing.chance import watched
 from aiorl.testing.findings import Finding, error, info, warning
 from aiorl.testing.leaks import children, end
+from aiorl.testing.reset_checks import ALIKE, carried_over, one_step
 
 STEPS = 256
 ENVS = 2
 FIRST_SEED = 1000
 SLOW_STEP_S = 10.0
 SLOW_START_S = 2.0
-ALIKE = 4
-"""From so many episodes on that ended alike, a time limit is suspected, or a reset that forgets."""
 
 
 def stages(spec: EnvSpec) -> Iterator[tuple[str, Callable[[], Iterator[Finding]]]]:
@@ -44,6 +43,7 @@ def stages(spec: EnvSpec) -> Iterator[tuple[str, Callable[[], Iterator[Finding]]
         yield "a segment of random steps", look.segments
         if look.single:
             yield "random steps", look.walk
+            yield "an episode after others", look.episodes
             yield "a step after the end of an episode", look.step_after_done
         yield "being closed", look.close
 
@@ -73,6 +73,7 @@ class Look:
         self._spec = spec
         self.probe: Probe | None = None
         self._env: Any = None
+        self._explained = False  # it has been said why one seed and the same actions lead to different episodes
         self._threads, self._children = _threads(), children()
 
     @property
@@ -125,6 +126,7 @@ class Look:
             yield error("contract", str(failure))
             return
         if not _same(first, again):
+            self._explained = True
             yield error(
                 "unseeded",
                 "two environments reset with the same seeds and given the same actions went different ways",
@@ -142,6 +144,7 @@ class Look:
         try:
             group.open(advance(None, first))
         except ReproductionError as failure:
+            self._explained = True
             yield error("not-reproducible", str(failure))
         except EnvError as failure:
             yield error("contract", str(failure))
@@ -167,10 +170,12 @@ class Look:
     def walk(self) -> Iterator[Finding]:
         """Steps without the library in between, to see what it would hide."""
         assert self.probe is not None
-        self._env = make_env(self.probe.spec)
+        self._env = self._make_another()
         try:
             seen = walk(self._env, self._spaces, STEPS)
-            yield from self._single_steps(seen)
+            for finding in one_step(seen.ends, seen.single, self._make_another):
+                self._explained |= finding.severity == "error"
+                yield finding
         except (*CRASHES, BrokenContract) as failure:
             yield error("contract", f"{type(failure).__name__}: {failure}")
             return
@@ -178,25 +183,18 @@ class Look:
         yield from _about_ends(seen, self.probe.max_episode_steps)
         yield _step_times(seen)
 
-    def _single_steps(self, seen: Walk) -> Iterator[Finding]:
-        """What goes before an episode must not end it: the last one of one step, again in a new environment."""
-        first, *later = [length for *_, length in seen.ends] or [1]
-        if first == 1 or len(later) < ALIKE or 2 * later.count(1) <= len(later):
+    def episodes(self) -> Iterator[Finding]:
+        """An episode after others is what it would be in a new environment, also where no observation shows it."""
+        if self._explained or self.probe is None or not self.probe.exact:
             return
-        assert self.probe is not None
-        seed, action = seen.single
-        env = make_env(self.probe.spec)
         try:
-            env.reset(seed=seed)
-            result = env.step(action)
-        finally:
-            env.close()
-        told = f"the first episode had {first} steps, {later.count(1)} of {len(later)} after it had one"
-        todo = "reset in reset() all that ends an episode, such as a counter of steps"
-        if not (result[2] or result[3]):
-            yield error("one-step-episodes", f"{told}, where a new environment goes on", todo)
-        elif later.count(1) == len(later):
-            yield warning("one-step-episodes", told, f"right if most end so soon; if not: {todo}")
+            yield from carried_over(self._env, self._make_another, self._spaces, STEPS)
+        except (*CRASHES, BrokenContract) as failure:
+            yield error("contract", f"{type(failure).__name__}: {failure}")
+
+    def _make_another(self) -> Any:
+        assert self.probe is not None
+        return make_env(self.probe.spec)
 
     def step_after_done(self) -> Iterator[Finding]:
         """aiorl never does that. An environment that refuses helps those who do."""
