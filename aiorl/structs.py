@@ -15,7 +15,7 @@ import msgspec
 
 from aiorl.errors import ConfigError
 
-INT_MAX = 2**63 - 1  # of TOML
+INT_MIN, INT_MAX = -(2**63), 2**63 - 1  # of TOML
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -109,8 +109,9 @@ def check_plain(value: Any, name: str) -> None:
             check_plain(inner, f"{name}[{index}]")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name} = {value}: expected a finite number")
-    elif isinstance(value, int) and abs(value) > INT_MAX:
-        raise ConfigError(f"{name} = {value}: expected at most {INT_MAX}")
+    elif isinstance(value, int) and not INT_MIN <= value <= INT_MAX:
+        bound = f"at least {INT_MIN}" if value < 0 else f"at most {INT_MAX}"
+        raise ConfigError(f"{name} = {value}: expected {bound}")
     elif not (value is None or isinstance(value, str | int | float)):
         raise not_for_toml(name, value)
 

@@ -183,6 +183,12 @@ def test_every_whole_number_is_read_back(value: int):
         ('language="no"', ("language", "no")),
         ("size=1e3", ("size", 1000)),
         ("size=4.0", ("size", 4.0)),
+        ("high=1e18", ("high", 10**18)),
+        ("high=1e38", ("high", 1e38)),  # no integer of TOML
+        ("low=-1e30", ("low", -1e30)),
+        ("high=1e30k", ("high", 1e30 * 1000)),
+        ("high=1e400k", ("high", float("inf"))),  # to be refused as not finite
+        ("high=99999999999999999999", ("high", 99999999999999999999)),  # to be refused, not rounded
         ("name=easy", ("name", "easy")),
         ("name=", ("name", "")),
         ("seed=none", ("seed", None)),
@@ -192,7 +198,9 @@ def test_every_whole_number_is_read_back(value: int):
     ],
 )
 def test_environment_arguments_are_read_by_their_look(text: str, pair: tuple[str, Any]):
-    assert key_value("--env-kwargs", text) == pair
+    found = key_value("--env-kwargs", text)
+    assert found == pair
+    assert type(found[1]) is type(pair[1])
 
 
 @pytest.mark.parametrize("text", ["=3", "a-b=3", "x", "map=[1,"])

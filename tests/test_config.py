@@ -71,6 +71,7 @@ def test_what_is_not_set_in_a_table_within_a_table_is_left_out(tmp_path: Path) -
         ({"envs": 0}, "envs = 0: expected int >= 1"),
         ({"seed": -1}, "seed = -1: expected int >= 0"),
         ({"seed": 2**70}, "expected at most 9223372036854775807"),
+        ({"env_kwargs": {"low": -(2**63) - 1}}, "= -9223372036854775809: expected at least -9223372036854775808"),
         ({"seed": len}, "values of type builtin_function_or_method cannot be written to TOML"),
         ({"seed": np.int64(3)}, "values of type int64 cannot be written to TOML"),
         ({"total_steps": 0}, "total_steps = 0: expected int >= 1"),
@@ -127,6 +128,7 @@ def test_wrong_values_are_named_at_once(changes: dict[str, Any], message: str) -
     [
         {"step_timeout_s": 5}, {"stop_at": 475}, {"group_size": 16}, {"workers": 0}, {"eval_every": 0}, {"warmup": 0},
         {"env": dict}, {"env_kwargs": {"a": {"b": [1, 2.5, "c", True, (1, 2)]}}}, {"seed": 2**63 - 1},
+        {"env_kwargs": {"low": -(2**63), "high": 1e38}},
         {"off_policy_degree": 0}, {"algo": Toy()},
     ],
     ids=str,
@@ -226,6 +228,7 @@ def round_trip(config: Config, tmp_path: Path) -> Config:
         {"algo": aiorl.PPO(learning_rate=1e-5, target_kl=0.01, hidden=(32,))},
         {"algo": aiorl.PPO(value_clip=0.5), "stop_at": -1e300, "memory_gb": 1.5, "out": "some/where 'ü'\n\"q\""},
         {"env": "run_envs:Counting", "env_kwargs": {"length": 3, "deep": {"list": [1, [2.5, "x"]], "empty": {}}}},
+        {"env_kwargs": {"low": -(2**63), "high": 1e38}},
         {"env_kwargs": {"tuple": (1, (2, 3))}, "envs": 15, "workers": 0, "segment_length": 7, "seed": 2**63 - 1},
         {"algo": Toy(learning_rate=0.25)},
     ],

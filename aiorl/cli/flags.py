@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn, Union, cast, get_args, get
 import msgspec
 
 from aiorl.errors import ConfigError
+from aiorl.structs import INT_MAX
 
 NAMES = {
     "total_steps": "steps", "step_timeout_s": "step-timeout", "start_timeout_s": "start-timeout",
@@ -155,16 +156,20 @@ def number(text: str) -> int | float | str:
     if re.fullmatch(r"[+-]?\d+", digits):
         return int(digits) * _UNITS[unit]
     value = float(digits) * _UNITS[unit]
-    return round(value) if unit and abs(value - round(value)) < 1e-6 else value
+    return round(value) if unit and abs(value) <= INT_MAX and abs(value - round(value)) < 1e-6 else value
 
 
 def scalar(text: str) -> Any:
-    """A number, true, false, none, or the text itself: by its look, never by evaluating it. As in help, yes is true."""
+    """A number, true, false, none, or the text itself: by its look, never by evaluating it. As in help, yes is true.
+
+    `1e3` is a whole number, `1e38` too large for one.
+    """
     words: dict[str, Any] = {"true": True, "yes": True, "false": False, "no": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]
     value = number(text)
-    return int(value) if isinstance(value, float) and value.is_integer() and "." not in text else value
+    whole = isinstance(value, float) and value.is_integer() and "." not in text and abs(value) <= INT_MAX
+    return int(value) if whole else value
 
 
 def key_value(flag: str, text: str) -> tuple[str, Any]:
