@@ -270,6 +270,14 @@ def test_episodes_of_one_step_are_noticed(env: str, tmp_path: Path) -> None:
     assert (found.severity, words in found.message) == (severity, True), found
 
 
+def test_no_gradient_step_where_none_is_asked_for(run: Planted) -> None:
+    run.config("update_ratio", 0.0)
+    run.updates(lambda u: u.update(gradient_steps=0))
+    message = run.found["never-updated"].message
+    assert "env steps: update_ratio is 0\n" in message
+    assert "warm" not in message, "neither a shorter warm-up nor a longer run would help"
+
+
 def test_most_actions_are_random_in_the_end(run: Planted) -> None:
     run.config("epsilon_end", 0.9)
     run.config("epsilon_start", 0.9)

@@ -211,15 +211,17 @@ def updates(story: Story) -> Iterator[Finding]:
         return
     steps = np.cumsum([u["gradient_steps"] for u in story.updates])
     total, last = int(story.config.get("total_steps", 0)), story.updates[-1]["env_steps"]
+    ratio = story.settings.get("update_ratio")
     if not steps[-1]:
-        yield error("never-updated", f"no gradient step in {last:,} env steps (warm-up: {story.warmup:,})",
-                    "train for longer, or lower warmup")  # fmt: skip
+        why, todo = f" (warm-up: {story.warmup:,})", "train for longer, or lower warmup"
+        if ratio == 0:
+            why, todo = ": update_ratio is 0", "raise it: nothing is learned, however long the run"
+        yield error("never-updated", f"no gradient step in {last:,} env steps{why}", todo)
         return
     first = story.updates[int(np.argmax(steps > 0))]["env_steps"]
     if total and first > LATE * total and not story.before:
         yield warning("late-start", f"the first gradient step came after {first:,} of {total:,} env steps",
                       "lower warmup, or train for longer")  # fmt: skip
-    ratio = story.settings.get("update_ratio")
     if ratio is None or any(u.get("skipped") for u in story.updates):
         return
     done_before = gradient_steps_owed(story.stored_before, story.warmup, ratio)
