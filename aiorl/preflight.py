@@ -223,6 +223,8 @@ def _idle_settings(config: Config, learning: Learning) -> Iterator[str]:
     warmup = getattr(algorithm, "warmup", None) if config.warmup is None else config.warmup
     if config.warmup is not None and "warmup" not in usual:
         yield f"warmup = {config.warmup:,} does nothing: {algorithm.name} has no warm-up"
+    if getattr(algorithm, "update_ratio", None) == 0:
+        yield f"nothing will be learned: {settings}.update_ratio is 0"
     random_steps, steps = getattr(algorithm, "random_steps", None), config.total_steps
     if random_steps is not None and random_steps >= steps:
         yield f"every action will be random: random_steps is {random_steps:,}, the run has {steps:,} env steps"

@@ -203,6 +203,7 @@ IDLE: list[tuple[dict[str, Any], str]] = [
         "sac.target_entropy = -2.0 does nothing: tune_alpha is off",
     ),
     ({"algo": aiorl.TD3(priority_beta=0.5)}, "td3.priority_beta = 0.5 does nothing: priority_exponent is off"),
+    ({"algo": aiorl.TD3(update_ratio=0)}, "nothing will be learned: td3.update_ratio is 0"),
     ({"algo": aiorl.PPO(), "warmup": 500}, "warmup = 500 does nothing: ppo has no warm-up"),
     (
         {"warmup": 5_000},
