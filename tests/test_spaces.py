@@ -193,6 +193,15 @@ def test_flatten_obs_takes_batches_and_names_what_is_missing():
         spaces.flatten_obs({"a": np.zeros(4), "b": 0})
 
 
+@pytest.mark.parametrize("pixel", [0.5, 300, -1, np.nan, 1e30])
+def test_flatten_obs_refuses_numbers_that_would_become_others(pixel: float):
+    """A camera of bytes, shown as fractions, would be all zeros."""
+    spaces = of(gym.Box(0, 255, (2,), np.uint8), gym.Discrete(2))
+    assert spaces.flatten_obs([3.0, 255.0])["obs"].tolist() == [3, 255]
+    with pytest.raises(ValueError, match=r"obs expected uint8, got .* numbers uint8 does not have"):
+        spaces.flatten_obs([3, pixel])
+
+
 @pytest.mark.parametrize(
     ("observation", "action", "message"),
     [

@@ -206,7 +206,7 @@ class Spaces(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def flatten_obs(self, obs: Any) -> dict[str, Array]:
         """The leaves of an observation as an environment returns it, or of a batch of them, […, *shape].
 
-        Raises ValueError naming the leaf if a part is missing or has another shape.
+        Raises ValueError naming the leaf if a part is missing, has another shape, or numbers its dtype does not have.
         """
         leaves: dict[str, Array] = {}
         for leaf in self.observation:
@@ -216,13 +216,23 @@ class Spaces(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                     value = value[key]
             except (KeyError, IndexError, TypeError):
                 raise ValueError(f"{leaf.name} is missing from the observation (a {type(obs).__name__})") from None
-            array = np.asarray(value, leaf.dtype)
+            array = _as(leaf, value)
             if array.ndim < len(leaf.shape) or array.shape[array.ndim - len(leaf.shape) :] != leaf.shape:
                 raise ValueError(
-                    f"{leaf.name} expected (…, *{leaf.shape}) {leaf.dtype}, got {array.shape} {array.dtype}"
+                    f"{leaf.name} expected {leaf.shape} {leaf.dtype} or a batch of such, got {array.shape}"
                 )
             leaves[leaf.name] = array
         return leaves
+
+
+def _as(leaf: Leaf, value: Any) -> Array:
+    """In the dtype of the leaf. A camera of bytes that is shown as fractions would be all zeros."""
+    given = np.asarray(value)
+    with np.errstate(invalid="ignore"):
+        array = given.astype(leaf.dtype, copy=False)
+    if given.dtype.kind in "iuf" and array.dtype.kind in "iub" and not np.array_equal(given, array):
+        raise ValueError(f"{leaf.name} expected {leaf.dtype}, got {given.dtype} with numbers {leaf.dtype} does not have")
+    return array
 
 
 def spaces_of(observation_space: gymnasium.Space[Any], action_space: gymnasium.Space[Any]) -> Spaces:
