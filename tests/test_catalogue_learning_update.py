@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -161,6 +162,11 @@ class TinyLearner(TinyDQNLearner):
         return told
 
     def _gradient_step(self, rng: np.random.Generator) -> dict[str, float]:
+        if shuffle := SHUFFLES.get(self._flaw):
+            draw = self._replay.sample
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(self._replay, "sample", lambda *a, **kw: shuffle(draw(*a, **kw), rng))
+                return super()._gradient_step(rng)
         told = super()._gradient_step(rng)
         if share := {"softly at every step": 0.005, "whole at every step": 1.0}.get(self._flaw):
             self._target = {name: t + share * (self._parameters[name] - t) for name, t in self._target.items()}
@@ -171,6 +177,23 @@ class TinyLearner(TinyDQNLearner):
         if self._flaw == "under another name":
             state["slow"] = state.pop("target")
         return state
+
+
+SHUFFLES: dict[str, Callable[[Any, np.random.Generator], Any]] = {
+    "the next row's": lambda batch, rng: replace(batch, action=np.roll(batch.action, 1)),
+    "any row's": lambda batch, rng: replace(batch, action=rng.permutation(batch.action)),
+    "none of the rows'": lambda batch, rng: replace(batch, action=rng.integers(2, size=len(batch.action))),
+}
+"""Whose actions it learns from."""
+
+
+@pytest.mark.parametrize("seed", [task_checks.SEED, *(pytest.param(seed, marks=pytest.mark.long) for seed in (0, 4))])
+@pytest.mark.parametrize("flaw", SHUFFLES)
+def test_who_does_not_tell_actions_apart_is_not_blamed_for_ends(flaw: str, seed: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(task_checks, "SEED", seed)
+    bench = record(Tiny(flaw=flaw), EnvSpec(CHAIN, {"action": "discrete"}, CHAIN))
+    assert [f.code for f in task_checks.tasks(bench)] == ["not-learned"]
+    assert not {f.code for f in task_checks.ends_of_episodes(bench)} & {"bootstraps-termination", "cuts-truncation"}
 
 
 COPIED = {

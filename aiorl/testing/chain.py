@@ -1,16 +1,17 @@
 """The smallest environments that tell what a learner makes of them; first, whether it reads the ends of episodes rightly.
 
-Five states, shown one-hot. Episodes begin in one of the three states of `Place`, or in GOAL:
+Six states, shown one-hot. Episodes begin in any state but VOID, and in ENOUGH only where the chain is turned:
 
     state      low action                  high action
     TERMINATED +0.3, terminated at VOID    0, terminated at GOAL       nothing follows: low is better
     TRUNCATED  +0.3, terminated at VOID    0, truncated at GOAL        the value of GOAL follows: high is better
     GOES_ON    +0.3, terminated at VOID    0, on to GOAL               high is better
+    ENOUGH     +1.6, terminated at VOID    0, on to GOAL               low is better
     GOAL       +1, terminated at VOID      the same
 
 Every learner that looks beyond the next reward finds "high" in GOES_ON. If it then acts the same in TRUNCATED and
 differently in TERMINATED, it bootstraps where it must and only there (Pardo et al., "Time Limits in Reinforcement
-Learning", ICML 2018).
+Learning", ICML 2018). Whatever it makes of ends, it finds "low" in ENOUGH if it tells actions apart.
 """
 
 from __future__ import annotations
@@ -23,17 +24,20 @@ import numpy as np
 
 Obs = np.ndarray[Any, np.dtype[np.float32]]
 
-SURE = 0.3
+SURE, ENOUGH = 0.3, 1.6  # as far below what GOAL is worth as above
 
 
 class Place(IntEnum):
-    TERMINATED, TRUNCATED, GOES_ON, GOAL, VOID = range(5)
+    TERMINATED, TRUNCATED, GOES_ON, ENOUGH, GOAL, VOID = range(6)
 
 
 class Chain(gymnasium.Env[Any, Any]):
-    """`action` is the kind of its action space: discrete, multi_discrete, multi_binary or box (from 0 on it is high)."""
+    """`action` is the kind of its action space: discrete, multi_discrete, multi_binary or box (from 0 on it is high).
 
-    def __init__(self, action: str = "discrete") -> None:
+    `turned` takes low for high and high for low, and begins in ENOUGH, too: who does not tell actions apart shows there.
+    """
+
+    def __init__(self, action: str = "discrete", turned: bool = False) -> None:
         spaces = gymnasium.spaces
         self.observation_space = spaces.Box(0, 1, (len(Place),), np.float32)
         self.action_space = {
@@ -42,19 +46,21 @@ class Chain(gymnasium.Env[Any, Any]):
             "multi_binary": lambda: spaces.MultiBinary(1),
             "box": lambda: spaces.Box(-1, 1, (1,), np.float32),
         }[action]()
-        self.discrete = action != "box"
+        self.discrete, self.turned = action != "box", turned
         self.place = Place.GOAL
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Obs, dict[str, Any]]:
         super().reset(seed=seed)
-        self.place = Place(int(self.np_random.integers(Place.VOID)))
+        begins = [place for place in Place if place is not Place.VOID and (self.turned or place is not Place.ENOUGH)]
+        self.place = begins[int(self.np_random.integers(len(begins)))]
         return shown(self.place), {}
 
     def step(self, action: Any) -> tuple[Obs, float, bool, bool, dict[str, Any]]:
         place = self.place
-        high = is_high(action, discrete=self.discrete)
+        high = is_high(action, discrete=self.discrete) != self.turned
         self.place = Place.GOAL if high and place is not Place.GOAL else Place.VOID
-        reward = 1.0 if place is Place.GOAL else 0.0 if high else SURE
+        low = ENOUGH if place is Place.ENOUGH else SURE
+        reward = 1.0 if place is Place.GOAL else 0.0 if high else low
         truncated = high and place is Place.TRUNCATED
         ended = place is Place.GOAL or not high or place is Place.TERMINATED
         return shown(self.place), reward, ended and not truncated, truncated, {}
@@ -65,13 +71,13 @@ def shown(place: Place) -> Obs:
 
 
 def is_high(action: Any, *, discrete: bool) -> bool:
-    """What an action of any kind means in `Chain`."""
+    """What an action of any kind means in `Chain` that is not turned."""
     value = float(np.asarray(action).reshape(-1)[0])
     return value >= 1 if discrete else value >= 0
 
 
 class Steady(Chain):
-    """Every step is worth 1, whatever is done; every `LENGTH` steps an episode is truncated. Shows one of five states.
+    """Every step is worth 1, whatever is done; every `LENGTH` steps an episode is truncated. Shows one of six states.
 
     As nothing is ever over, everything is worth 1 / (1 - gamma), at once and with any number of steps.
     """

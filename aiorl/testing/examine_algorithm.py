@@ -1,6 +1,6 @@
 """Trying out an algorithm: does it keep its protocols, is it exact where that is promised, does it read ends rightly?
 
-Everything is asked from outside, so it holds for any algorithm: on `aiorl.testing.chain.Chain`, which has five states.
+Everything is asked from outside, so it holds for any algorithm: on `aiorl.testing.chain.Chain`, which has six states.
 """
 
 from __future__ import annotations
