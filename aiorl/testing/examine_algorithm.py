@@ -40,6 +40,11 @@ CHECKS: tuple[Callable[[Bench], Iterator[Finding]], ...] = (
     learner_checks.repeatable, learner_checks.state, learner_checks.settings, learner_checks.not_finite,
     policy_checks.policy, replay_checks.update_ratio, replay_checks.target,
 )  # fmt: skip
+COMPARES: dict[Callable[[Bench], Iterator[Finding]], str] = {
+    learner_checks.moves: "what its updates move", learner_checks.experience: "what it learns from",
+    learner_checks.repeatable: "whether it repeats itself", learner_checks.state: "its state",
+}  # fmt: skip
+"""Those that compare weights, and what each is about: where weights move as they are asked for, any two differ."""
 
 
 def check_algorithm(algorithm: Algorithm | type[Algorithm], *, learning: bool = True) -> list[Finding]:
@@ -61,7 +66,7 @@ def check_algorithm(algorithm: Algorithm | type[Algorithm], *, learning: bool = 
     findings: list[Finding] = []
     skipped: list[str] = []
     with tempfile.TemporaryDirectory(prefix="aiorl-check-") as directory:
-        for about, check in _stages(algorithm, env, spaces, learning, Path(directory)):
+        for about, check in _stages(algorithm, env, spaces, learning, Path(directory), skipped):
             if errors(findings):
                 skipped.append(about)
             else:
@@ -81,14 +86,17 @@ def check_fit(algorithm: Algorithm | type[Algorithm], env: str, kwargs: Mapping[
 
 
 def _stages(
-    algorithm: Algorithm, env: EnvSpec, spaces: Spaces, learning: bool, directory: Path
+    algorithm: Algorithm, env: EnvSpec, spaces: Spaces, learning: bool, directory: Path, skipped: list[str]
 ) -> Iterator[tuple[str, Callable[[], list[Finding]]]]:
-    """The checks in their order, each with what it is about; after an error those that follow make no sense."""
+    """The checks in their order, each with what it is about; after an error those that follow make no sense.
+
+    What is left out within one is added to `skipped`.
+    """
     given = context(directory=directory)
     bench = cache(lambda: record(algorithm, env, directory))
     yield "its form", lambda: [*_declared(algorithm), *_guarded("protocol", lambda: _halves(algorithm, spaces, given))]
     yield "its actions", lambda: _guarded("weights", lambda: policy_checks.actions(algorithm, spaces, given))
-    yield "its policy and its learner", lambda: _guarded("runs", lambda: _examine(bench()))
+    yield "its policy and its learner", lambda: _guarded("runs", lambda: _examine(bench(), skipped))
     values = ", the values that it learns" * replay_checks.learns_from_replay(algorithm)
     yield f"whole runs{f'{values}, acting on what it learned, ends of episodes' * learning}", lambda: [
         *_in_a_thread(lambda: asyncio.run(_runs(bench(), directory))),
@@ -97,9 +105,15 @@ def _stages(
     ]
 
 
-def _examine(bench: Bench) -> Iterator[Finding]:
+def _examine(bench: Bench, skipped: list[str]) -> Iterator[Finding]:
+    weights_move = False
     for check in CHECKS:
-        yield from _guarded(check.__name__, lambda check=check: check(bench))
+        if weights_move and check in COMPARES:
+            skipped.append(COMPARES[check])
+            continue
+        found = _guarded(check.__name__, lambda check=check: check(bench))
+        weights_move = weights_move or any(finding.code == "weights-move" for finding in found)
+        yield from found
 
 
 def _guarded(code: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
