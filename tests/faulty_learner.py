@@ -72,7 +72,7 @@ class SmallPolicy:
 
     def act(self, obs: Mapping[str, Array], first: Array) -> tuple[Array, dict[str, Array]]:
         q = self._seen(obs) @ np.asarray(self._w)
-        best = q.argmax(1)
+        best = q.argmin(1) if self._config.flaw == "takes the worst" else q.argmax(1)
         if self._rng is None:
             return best, {}
         explore = self._rng.random(len(best)) < self._config.epsilon

@@ -115,6 +115,7 @@ OTHERWISE = {
     "acts on numbers as they are": ("error", "acts-otherwise", "(uint8)", "in all when they are divided by 255 before"),
     "acts on bytes": ("error", "acts-otherwise", "(float32)", "in all when they are divided by 255 before"),
     "acts in reverse order": ("error", "acts-otherwise", "(float32)", "in all when they are in reverse order before"),
+    "takes the worst": ("error", "acts-otherwise", "takes the other one in all of them", "an argmin for an argmax"),
     "acts blindly": ("warning", "not-learned", "(float32)", "in 3 of them after 8,192 env steps"),
 }
 

@@ -89,15 +89,19 @@ def _judged(bench: Bench, spec: EnvSpec, spaces: Spaces, dtype: str, seed: int) 
             return None
     right = [trained.right(signs) for trained in tried]
     best = max(int(r.sum()) for r in right)
-    told = f"where each of {len(signs)} observations ({dtype}) tells the right action, it takes that in {best} of them"
+    told = f"where each of {len(signs)} observations ({dtype}) tells the right action, it takes"
+    at_best = f"{told} that in {best} of them"
     for how, encode in OTHERWISE.items():  # one attempt may be right by chance, two hardly
         if sum(bool(trained.right(encode(signs).astype(np.float32)).all()) for trained in tried) > 1:
-            return error("acts-otherwise", f"{told}, and in all when they are {how} before it acts",
+            return error("acts-otherwise", f"{at_best}, and in all when they are {how} before it acts",
                          "encode an observation for acting as for learning, by one function")  # fmt: skip
+    if sum(not r.any() for r in right) > 1:
+        return error("acts-otherwise", f"{told} the other one in all of them, in more than one training",
+                     "is there an argmin for an argmax, or a sign turned round?")  # fmt: skip
     if any(r[:2].any() and r[2:].all() for r in right):  # without a bias nothing tells the dim one from the bright one
         return None
     return warning(
-        "not-learned", f"{told} after {ATTEMPTS[-1][1]:,} env steps; ends of episodes were not judged",
+        "not-learned", f"{at_best} after {ATTEMPTS[-1][1]:,} env steps; ends of episodes were not judged",
         "do both halves encode an observation alike, is each action stored with its own? Right if it learns more slowly",
     )  # fmt: skip
 
