@@ -201,7 +201,7 @@ def test_signals_that_come_together_are_one_request(fake: type[FakeRun], second:
     ],
 )
 def test_what_an_end_at_once_loses_is_said(
-    fake: type[FakeRun], end: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    fake: type[FakeRun], end: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     """The deadline of good order comes when all but an evaluation may be over."""
     place = {"seconds": 1.0, "version": 9, "env_steps": 9}
@@ -214,6 +214,7 @@ def test_what_an_end_at_once_loses_is_said(
         await asyncio.Event().wait()
 
     fake.events = events  # type: ignore[method-assign]
+    monkeypatch.setattr(session, "Signals", lambda say: REAL_SIGNALS(say, lambda code: None))  # the process goes on
     assert train("--shutdown-timeout", "0.2") == INTERRUPTED
     seen = capsys.readouterr()
     assert said in seen.err

@@ -131,17 +131,22 @@ def experience(bench: Bench) -> Iterator[Finding]:
         return  # `moves` tells, if it is wrong
     changes: dict[str, Callable[[Rollout], None]] = {"rewards": _other_rewards, "observations": _other_observations}
     for what, change in changes.items():
-        learner = bench.learner()
-        for recorded in bench.tape[:HALF]:
-            rollout = recorded.rollout(recorded.copied())
-            change(rollout)
-            learner.update(rollout)
-        if same(bench.half, learner.weights()):
+        if same(bench.half, _trained_otherwise(bench, HALF, change).weights()):
             yield error(
                 f"ignores-{what}",
                 f"with other {what} in every row it learns the same weights, to the last bit",
                 "does it sample from the very buffer that rollouts are stored in? Are batches all zero?",
             )
+
+
+def _trained_otherwise(bench: Bench, rollouts: int, change: Callable[[Rollout], None]) -> Learner:
+    """A new learner that has been through the first `rollouts` of the tape, each changed."""
+    learner = bench.learner()
+    for recorded in bench.tape[:rollouts]:
+        rollout = recorded.rollout(recorded.copied())
+        change(rollout)
+        learner.update(rollout)
+    return learner
 
 
 def _other_rewards(rollout: Rollout) -> None:
@@ -205,7 +210,8 @@ def state(bench: Bench) -> Iterator[Finding]:
         yield error("state-leaves", f"state_dict() cannot be saved: {failure}")
         return
     kept = copy.deepcopy(saved)
-    other = bench.trained(HALF - 1)  # of another state, so that everything has to be taken over
+    # Of another state, far off, so that everything has to be taken over, and shows if it is not.
+    other = _trained_otherwise(bench, HALF - 1, _other_rewards)
     given = copy.deepcopy(kept)
     other.load_state_dict(given)
     if place := unlike(kept, other.state_dict()):
