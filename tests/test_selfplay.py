@@ -397,7 +397,7 @@ async def test_a_run_holds_no_more_as_its_pool_turns_over(tmp_path: Path):
     assert admitted[late[0]] > admitted[early[-1]] + 5
     for kind in held[late[0]]:
         first, last = (set.intersection(*(held[version][kind] for version in span)) for span in (early, late))
-        assert first == last, kind
+        assert not last - first, kind  # less it may be: what tests before left is collected meanwhile
 
 
 # -- what is told ------------------------------------------------------------------------------------------------------
