@@ -2,7 +2,7 @@
 
     python -m bench.against_sb3 --setup                            once: installs Stable-Baselines3 beside this
     python -m bench.against_sb3 --envs HalfCheetah-v5 Hopper-v5    SAC, 100,000 env steps, 3 seeds each
-    python -m bench.against_sb3 --envs MinAtar/Breakout-v1 --ours async qrdqn      DQN and QR-DQN, a million env steps
+    python -m bench.against_sb3 --envs MinAtar/Breakout-v1 --ours async mean qrdqn DQN and QR-DQN, a million env steps
     python -m bench.against_sb3 --envs ALE/Pong-v5 --seeds 1       pixels: speed and memory
     python -m bench.against_sb3 --envs HalfCheetah-v5 --steps 300000 --seeds 1 --ours async twin
     python -m bench.against_sb3 --envs Pendulum-v1 --ours async twin --without-sb3 --seeds 10      whether both learn alike
@@ -39,7 +39,7 @@ from aiorl.filelock import FileLock, Held
 from bench.common import machine, print_machine
 from bench.learning_runs import load_rows, write_rows
 from bench.peers import lineup, setup
-from bench.peers.learning import DQN, TASKS, Task, chosen
+from bench.peers.learning import DQN, OF_DQN, TASKS, Task, chosen
 from bench.peers.works import RESULT
 from bench.sb3_report import NAMES, Row, plot, report, write
 
@@ -206,8 +206,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.seeds = 1 if options.quick else options.seeds
     others = [env for env in options.envs if not isinstance(TASKS[env].learner, DQN)]
-    if "qrdqn" in options.ours and others:
-        parser.error(f"--ours qrdqn takes part where DQN does, and not in {', '.join(others)}")
+    if others and (narrow := [way for way in options.ours if way in OF_DQN]):
+        parser.error(f"--ours {narrow[0]} takes part where DQN does, and not in {', '.join(others)}")
     if options.episodes is not None and options.episodes < 1:
         parser.error(f"--episodes {options.episodes}: expected at least one")
     try:

@@ -23,10 +23,11 @@ MARGIN = 0.05  # of scores, as for `learning_vs_degree`
 NAMES = {
     "async": "aiorl, 2 workers",
     "twin": "aiorl, sequential",
+    "mean": "aiorl, 2 workers, mean network",
     "qrdqn": "aiorl QR-DQN, 2 workers",
     "sb3": "Stable-Baselines3",
 }
-AGAINST = {"async": ("sb3", "twin"), "twin": ("sb3",), "qrdqn": ("sb3",)}  # whom each is judged by
+AGAINST = {"async": ("sb3", "twin"), "twin": ("sb3",), "mean": ("sb3",), "qrdqn": ("sb3",)}  # whom each is judged by
 
 Row = dict[str, Any]
 Groups = dict[tuple[str, int, str], list[Row]]
@@ -222,9 +223,9 @@ def report(rows: Sequence[Row]) -> str:
 
 def beside_paper(rows: Sequence[Row]) -> str:
     """Markdown: the MinAtar paper's DQN, and the runs of the length that tasks have by themselves (medians over seeds)."""
-    whos = ("async", "qrdqn", "sb3")
+    whos = ("async", "mean", "qrdqn", "sb3")
     heads = ("game", "paper, 1M frames", "paper, 5M frames", *(NAMES[who] for who in whos))
-    lines = [f"| {' | '.join(heads)} |", "|---|--:|--:|--:|--:|--:|"]
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "--:|" * (len(heads) - 1)]
     groups = grouped(rows)
     for env, figures in PAPER.items():
         found = [groups.get((env, TASKS[env].steps, who), []) for who in whos]

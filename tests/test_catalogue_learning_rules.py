@@ -231,6 +231,7 @@ def test_a_buffer_that_cannot_do_is_refused(name: str, tmp_path: Path) -> None:
 OUT_OF_RANGE = {
     "learning_rate": 0.0, "batch_size": 0, "capacity": 0, "gamma": 1.5, "n_step": 0, "epsilon_end": 1.2,
     "epsilon_fraction": 2.0, "target_tau": 0.0, "target_every": 0, "max_grad_norm": -1.0, "update_ratio": -1.0,
+    "average": 1.0,
 }  # fmt: skip
 
 
@@ -369,7 +370,8 @@ def fetched(
 BUSY: dict[str, Any] = {"hidden": (8,), "warmup": 0, "capacity": 500, "batch_size": 8}
 FEW, MANY = 0.125, 0.5  # 4 and 16 gradient steps
 LEARNERS = {
-    "dqn": aiorl.DQN(**BUSY), "dueling": aiorl.DQN(**BUSY, dueling=True, target_every=2), "qrdqn": aiorl.QRDQN(**BUSY),
+    "dqn": aiorl.DQN(**BUSY), "qrdqn": aiorl.QRDQN(**BUSY),
+    "dueling": aiorl.DQN(**BUSY, dueling=True, target_every=2, average=0.9),
     "sac": aiorl.SAC(**BUSY, random_steps=0), "td3": aiorl.TD3(**BUSY, random_steps=0),
 }  # fmt: skip
 

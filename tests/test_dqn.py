@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -12,8 +13,9 @@ from experience import Stream, context, digest, spaces
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from plain_loop import plain_loop
 
-from aiorl.algos.base import Algorithm, Learner, Policy
+from aiorl.algos.base import Algorithm, Learner, Policy, Weights
 from aiorl.algos.dqn import DQN, epsilon_at
+from aiorl.algos.qrdqn import QRDQN
 from aiorl.buffers.replay import gradient_steps_owed
 from aiorl.config import Config
 from aiorl.envs.spec import resolve_env
@@ -154,17 +156,76 @@ def test_targets_follow_in_gradient_steps(every: int, tau: float):
             target[name] = state["target"][name]
 
 
+AVERAGED = SMALL | {"update_ratio": 1 / 32, "warmup": 0, "average": 0.5}
+averaging = pytest.mark.parametrize(
+    "config", [DQN(**AVERAGED), DQN(**AVERAGED, dueling=True), QRDQN(**AVERAGED, quantiles=3)]
+)
+
+
+@averaging
+def test_the_mean_network_follows_each_gradient_step(config: DQN | QRDQN):
+    stream = Stream(spaces(), 4, 8)
+    learner = config.learner(stream.space, context())
+    mean = {k: v.copy() for k, v in learner.state_dict()["average"].items()}
+    for step in range(1, 13):
+        learner.update(stream.next())  # one gradient step each
+        state = learner.state_dict()
+        keep = min(0.5, step / (step + 9))
+        for name, online in state["parameters"].items():
+            expected = keep * mean[name] + (1 - keep) * online
+            np.testing.assert_allclose(state["average"][name], expected, atol=1e-6)
+            mean[name] = state["average"][name]
+
+
+@averaging
+def test_the_mean_network_acts_where_nothing_is_explored(config: DQN | QRDQN):
+    learner, stream = config.learner(spaces(), context()), Stream(spaces(), 4, 8)
+    for _ in range(4):
+        learner.update(stream.next())
+    plain = msgspec.structs.replace(config, average=0.0)
+    state = learner.state_dict()
+    newest = {name: part for name, part in state.items() if name != "average"}
+    mean = newest | {"parameters": state["average"]}
+    exploring = _outputs(config, learner.weights(), np.random.default_rng(0))
+    np.testing.assert_array_equal(exploring, _outputs(plain, _loaded(plain, newest).weights(), None))
+    deterministic = _outputs(config, learner.weights(), None)
+    np.testing.assert_array_equal(deterministic, _outputs(plain, _loaded(plain, mean).weights(), None))
+    assert not np.array_equal(exploring, deterministic)
+
+
+def _loaded(config: DQN | QRDQN, state: dict[str, Any]) -> Learner:
+    learner = config.learner(spaces(), context())
+    learner.load_state_dict(state)
+    return learner
+
+
+def _outputs(config: DQN | QRDQN, weights: Weights, rng: np.random.Generator | None) -> Array:
+    policy = config.policy(spaces())
+    policy.begin(weights, 0, rng, 1)
+    obs = {"obs": np.random.default_rng(1).random((50, 3)).astype(np.float32)}
+    return policy._head(policy._torso(policy.features(obs, np.zeros(50, bool))))
+
+
+def test_what_is_learned_is_the_same_with_a_mean_network():
+    states = [loop(DQN(**SMALL, average=average), 5).state_dict() for average in (0.9, 0.0)]
+    assert states[0].pop("average")
+    assert digest(states[0]) == digest(states[1])
+
+
 def test_an_unusable_loss_stops_before_the_parameters_change():
     stream = Stream(spaces(), 4, 8)
-    learner = DQN(**SMALL).learner(stream.space, context(warmup=0))
+    learner = DQN(**SMALL, average=0.9).learner(stream.space, context(warmup=0))
     rollout = stream.next()
     rollout.segments[0].columns["reward"][...] = np.inf
-    before = learner.state_dict()["parameters"]
+    before = _vectors(learner)
     expected = pytest.raises(TrainingError, match=r"gradient step 0: loss .* target_mean inf.*\n.*learning_rate")
     with np.errstate(invalid="ignore"), expected:
         learner.update(rollout)
-    after = learner.state_dict()["parameters"]
-    assert all((before[name] == after[name]).all() for name in before)
+    assert _vectors(learner) == before
+
+
+def _vectors(learner: Learner) -> dict[str, str]:
+    return {name: digest(learner.state_dict()[name]) for name in ("parameters", "target", "average", "optimizer")}
 
 
 # -- exactness ---------------------------------------------------------------------------------------------------------
@@ -172,7 +233,7 @@ def test_an_unusable_loss_stops_before_the_parameters_change():
 
 @pytest.mark.parametrize("degree", [0, 2])
 def test_the_same_seed_gives_the_same_bits(degree: int):
-    config = DQN(**SMALL, n_step=3, dueling=True)
+    config = DQN(**SMALL, n_step=3, dueling=True, average=0.99)
     a, b, c = (digest(loop(config, 5, degree=degree, seed=seed).state_dict()) for seed in (5, 5, 6))
     assert a == b != c
 

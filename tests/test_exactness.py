@@ -29,7 +29,7 @@ from aiorl.pacing import Ordered
 SEED, STEPS, ENVS, GROUP_SIZE = 5, 32, 8, 2
 ALGORITHMS: dict[str, Any] = {
     "ppo": aiorl.PPO(normalise_obs=True, normalise_rewards=True, epochs=2, minibatches=4),
-    "dqn": aiorl.DQN(warmup=500, update_ratio=0.1, target_every=20, n_step=3, dueling=True),
+    "dqn": aiorl.DQN(warmup=500, update_ratio=0.1, target_every=20, n_step=3, dueling=True, average=0.9),
     "qrdqn": aiorl.QRDQN(
         warmup=500, update_ratio=0.1, target_every=20, hidden=(32, 32), quantiles=8, priority_exponent=0.6, accumulate=2,
         normalise_obs=True, reward_clip=0.5,

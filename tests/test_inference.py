@@ -33,7 +33,7 @@ from aiorl.workers.records import Kind, Record
 ALGORITHMS: dict[str, Any] = {
     "ppo": aiorl.PPO(normalise_obs=True, hidden=(32, 32), epochs=1, minibatches=2),
     "dqn": aiorl.DQN(warmup=200, update_ratio=0.1, hidden=(32, 32), dueling=True),
-    "qrdqn": aiorl.QRDQN(warmup=200, update_ratio=0.1, hidden=(32, 32), normalise_obs=True),
+    "qrdqn": aiorl.QRDQN(warmup=200, update_ratio=0.1, hidden=(32, 32), normalise_obs=True, average=0.9),
     "sac": aiorl.SAC(warmup=200, random_steps=100, update_ratio=0.1, hidden=(16, 16), batch_size=32),
     "td3": aiorl.TD3(warmup=200, random_steps=100, update_ratio=0.1, hidden=(16, 16), batch_size=32),
 }

@@ -26,7 +26,7 @@ REPLAY: dict[str, Any] = {
 }  # fmt: skip
 ALGORITHMS: dict[str, Any] = {
     "dqn": aiorl.DQN(**REPLAY, n_step=2, dueling=True),
-    "qrdqn": aiorl.QRDQN(**REPLAY, quantiles=5, priority_exponent=0.5),
+    "qrdqn": aiorl.QRDQN(**REPLAY, quantiles=5, priority_exponent=0.5, average=0.9),
     "ppo": aiorl.PPO(hidden=(16,), epochs=2, minibatches=2),
 }
 FIXED: dict[str, Any] = {

@@ -47,7 +47,7 @@ def expected_actions(algo: Algorithm, weights: Weights, obs: Any) -> list[Any]:
     "algo",
     [
         aiorl.PPO(hidden=(8,)), aiorl.PPO(hidden=(8,), normalise_obs=True), aiorl.DQN(hidden=(8,)),
-        aiorl.QRDQN(hidden=(8,), normalise_obs=True),
+        aiorl.QRDQN(hidden=(8,), normalise_obs=True), aiorl.DQN(hidden=(8,), average=0.9),
     ],
 )  # fmt: skip
 def test_a_loaded_policy_acts_as_the_learner_would(tmp_path: Path, algo: Any) -> None:

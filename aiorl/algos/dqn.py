@@ -5,7 +5,7 @@ Papers: double, van Hasselt et al. 2016 (arXiv 1509.06461); dueling, Wang et al.
 that are not clipped; the gradient is clipped by its norm; `update_ratio` gradient steps for each env step stored after
 warm-up, exactly, done rollout by rollout; epsilon is a function of the rollout index, also during warm-up, which is no phase
 of random actions: where epsilon has fallen by then, what has learned nothing acts; the gradient from the two dueling streams
-into what they share is not divided by sqrt(2), which Adam would make up for.
+into what they share is not divided by sqrt(2), which Adam would make up for. `average` is of none of them.
 
 Which version acted does not matter to one-step targets, so any staleness is sound. n-step returns (`n_step` > 1) depend on
 the actions of the version that acted, and are corrected neither for that nor for the age of what is in the buffer.
@@ -53,6 +53,7 @@ else:
     torch, losses, networks = LazyModule("torch"), LazyModule("aiorl.losses"), LazyModule("aiorl.networks")
 
 INIT = 0  # what a learner's random numbers are for
+MEAN = "average."  # before the names of the mean network's weights
 
 
 class QSettings(ReplaySettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -74,6 +75,10 @@ class QSettings(ReplaySettings, frozen=True, kw_only=True, forbid_unknown_fields
     epsilon_fraction: Annotated[
         float, Meta(description="share of the run, counted from its first step, over which it falls", ge=0, le=1)
     ] = 0.2
+    average: Annotated[
+        float,
+        Meta(description="share that each step keeps of the mean network that is evaluated (0: the newest is)", ge=0, lt=1),
+    ] = 0.0
     hidden: Hidden = (128, 128)
     network: Annotated[Network, NETWORK] = "auto"
 
@@ -132,7 +137,8 @@ def epsilon_at(rollout: int, schedule: Array) -> float:
 
 
 class DQNPolicy:
-    """The acting half: epsilon-greedy. Its weights are the network's and `epsilon`, the schedule."""
+    """The acting half: epsilon-greedy. Its weights are the network's and `epsilon`, the schedule; with `average` also those
+    of the mean network, which acts where nothing is explored."""
 
     def __init__(self, config: QSettings, spaces: Spaces) -> None:
         self._config, self._spaces = config, spaces
@@ -141,6 +147,9 @@ class DQNPolicy:
 
     def begin(self, weights: Weights, rollout: int, rng: np.random.Generator | None, steps: int) -> None:
         activation = self._config.activation
+        if self._config.average and rng is None:
+            mean = {name.removeprefix(MEAN): array for name, array in weights.items() if name.startswith(MEAN)}
+            weights = {**weights, **mean}
         self._torso = make_acting_network(weights, "torso", activation, activate_last=True, plan=self._plan)
         self._head = MLP(weights, "advantage", activation)  # the state's value would not change the order
         self._weights = weights
@@ -256,6 +265,7 @@ class DQNLearner:
         self._parameters = networks.FlatParameters(self._online, context.device)
         self._target_parameters = networks.FlatParameters(self._target, context.device)
         self._target_parameters.vector.copy_(self._parameters.vector)
+        self._mean = self._parameters.vector.clone() if config.average else None
         self._adam = networks.Adam(self._parameters, eps=config.adam_eps)
         self._practice = Practice(config, spaces, context)
 
@@ -273,11 +283,13 @@ class DQNLearner:
         }
 
     def _undo(self) -> Callable[[], None]:
-        undo, target = self._adam.undo(), self._target_parameters.vector.clone()
+        undo, others = self._adam.undo(), [self._target_parameters.vector, *([] if self._mean is None else [self._mean])]
+        before = [vector.clone() for vector in others]
 
         def take_back() -> None:
             undo()
-            self._target_parameters.vector.copy_(target)
+            for vector, old in zip(others, before, strict=True):
+                vector.copy_(old)
 
         return take_back
 
@@ -308,6 +320,9 @@ class DQNLearner:
         self._adam.step(rate)
         if self._adam.steps % config.target_every == 0:
             self._target_parameters.vector.lerp_(self._parameters.vector, config.target_tau)
+        if self._mean is not None:
+            steps = self._adam.steps  # at first it spans few, or it would long be mostly what was there at the start
+            self._mean.lerp_(self._parameters.vector, 1 - min(config.average, steps / (steps + 9)))
         return found
 
     def _fit(self, batch: Batch) -> dict[str, Any]:
@@ -335,9 +350,14 @@ class DQNLearner:
         over = config.epsilon_fraction * self._context.rollouts
         return np.array([config.epsilon_start, config.epsilon_end, over], np.float32)
 
+    def _acting(self, vector: torch.Tensor) -> dict[str, Array]:
+        arrays = self._parameters.arrays(vector, copy=False)
+        return self._head.acting({k: array for k, array in arrays.items() if not k.startswith("state_value.")})
+
     def weights(self) -> Weights:
-        arrays = self._parameters.arrays(copy=False)
-        acting = self._head.acting({k: array for k, array in arrays.items() if not k.startswith("state_value.")})
+        acting = self._acting(self._parameters.vector)
+        if self._mean is not None:
+            acting |= {MEAN + name: array for name, array in self._acting(self._mean).items()}
         return acting | self._practice.weights() | {"epsilon": self._schedule()}
 
     def state_dict(self) -> StateTree:
@@ -348,13 +368,15 @@ class DQNLearner:
             "parameters": self._parameters.arrays(),
             "target": self._target_parameters.arrays(),
             "optimizer": self._adam.state_dict(),
-        }
+        } | ({} if self._mean is None else {"average": self._parameters.arrays(self._mean)})
 
     def load_state_dict(self, state: StateTree) -> None:
         check_tree({key: value for key, value in state.items() if key != "practice"}, self._own_state())
         self._practice.load_state_dict(state.get("practice", {}))
         self._parameters.load(state["parameters"])
         self._target_parameters.load(state["target"])
+        if self._mean is not None:
+            self._parameters.load(state["average"], "average", into=self._mean)
         self._adam.load_state_dict(state["optimizer"])
 
     def set(self, **changes: float) -> None:

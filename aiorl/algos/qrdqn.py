@@ -4,7 +4,7 @@ Departures: by default fewer quantiles, a larger learning rate and a smaller Ada
 has 200, 5e-5 and 3.125e-4); `update_ratio` gradient steps for each env step stored after warm-up, exactly, done rollout by
 rollout; epsilon is a function of the rollout index, also during warm-up, which is no phase of random actions. What the paper
 does not have is off by default: the online network chooses the next action (`double`), n-step returns, clipped gradients,
-priorities (by the difference of the means; Schaul et al. 2016, 1511.05952).
+priorities (by the difference of the means; Schaul et al. 2016, 1511.05952), a mean network that is evaluated (`average`).
 
 Which version acted does not matter to one-step targets, so any staleness is sound. n-step returns (`n_step` > 1) depend on
 the actions of the version that acted, and are corrected neither for that nor for the age of what is in the buffer.

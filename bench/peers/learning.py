@@ -114,6 +114,9 @@ TASKS = {
 }
 
 
+OF_DQN = ("mean", "qrdqn")  # participants that there are only where DQN is trained
+
+
 def chosen(env: str, steps: int | None, episodes: int | None, small: bool) -> Task:
     """The training of that name: so long, with evaluations of so many episodes (None: as it is there), or very small."""
     task = TASKS[env]

@@ -1,5 +1,5 @@
-"""Whole trainings with aiorl: `async`, two workers at degree 1; `twin`, the same one after the other in one process; and
-`qrdqn`, as `async`, but QR-DQN with the settings of a DQN."""
+"""Whole trainings with aiorl: `async`, two workers at degree 1; `twin`, the same one after the other in one process; `mean`,
+as `async`, but evaluated is the mean of DQN's networks; and `qrdqn`, as `async`, but QR-DQN with the settings of a DQN."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 import aiorl
 from aiorl.cli.session import run_async
 from bench.peers import learning
-from bench.peers.learning import DQN, SAC, Task
+from bench.peers.learning import DQN, OF_DQN, SAC, Task
 
 WAYS: dict[str, dict[str, Any]] = {
     "async": {"workers": 2, "off_policy_degree": 1},
     "twin": {"workers": 0, "off_policy_degree": 0},
     "qrdqn": {"workers": 2, "off_policy_degree": 1},
+    "mean": {"workers": 2, "off_policy_degree": 1},
 }
+AVERAGE = 0.999  # of `mean`
 SEGMENT = 4  # steps of each environment in a rollout
 
 
@@ -30,20 +32,22 @@ def configuration(task: Task, seed: int, way: str, out: str) -> aiorl.Config:
 
 
 def algorithm(h: SAC | DQN, way: str) -> aiorl.SAC | aiorl.DQN | aiorl.QRDQN:
-    """Raises ValueError for QR-DQN with the settings of SAC."""
+    """Raises ValueError for a way of DQN with the settings of SAC."""
     common: dict[str, Any] = {
         "learning_rate": h.learning_rate, "batch_size": h.batch, "capacity": h.capacity, "warmup": h.warmup,
         "update_ratio": h.ratio, "gamma": h.gamma, "hidden": h.hidden, "activation": "relu",
     }  # fmt: skip
     if isinstance(h, SAC):
-        if way == "qrdqn":
-            raise ValueError("QR-DQN was asked for where SAC is trained, expected an environment of DQN")
+        if way in OF_DQN:
+            raise ValueError(f"{way} was asked for where SAC is trained, expected an environment of DQN")
         return aiorl.SAC(tau=h.tau, random_steps=h.warmup, **common)
     common |= {
         "network": h.network, "double": False, "target_every": round(h.target_every * h.ratio), "epsilon_end": h.epsilon_end,
         "epsilon_fraction": h.epsilon_fraction, "max_grad_norm": h.max_grad_norm,
     }  # fmt: skip
-    return aiorl.QRDQN(**common) if way == "qrdqn" else aiorl.DQN(**common)
+    if way == "qrdqn":
+        return aiorl.QRDQN(**common)
+    return aiorl.DQN(average=AVERAGE if way == "mean" else 0.0, **common)
 
 
 async def train(task: Task, seed: int, way: str) -> dict[str, Any]:
