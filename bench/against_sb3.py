@@ -41,7 +41,7 @@ from bench.learning_runs import load_rows, write_rows
 from bench.peers import lineup, setup
 from bench.peers.learning import DQN, OF_DQN, TASKS, Task, chosen
 from bench.peers.works import RESULT
-from bench.sb3_report import NAMES, Row, plot, report, write
+from bench.sb3_report import NAMES, Row, plot, pooled, report, write
 
 ROOT = Path(__file__).parents[1]
 JSON = ROOT / "bench" / "raw" / "against_sb3.json"
@@ -198,6 +198,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="torch threads of each learner; 0: as each does by itself")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on a core of its own with one torch thread")
     parser.add_argument("--json", default=str(JSON), help="where finished runs are kept")
+    parser.add_argument("--pool", type=Path, help="judge the twin also with the runs of this file, of another machine")
     parser.add_argument("--images", type=Path, help="draw the curves of these runs into this directory")
     parser.add_argument("--write", action="store_true", help="put all runs of the file, drawn, into docs/results.md")
     parser.add_argument("--quick", action="store_true", help="800 env steps, one seed, nothing is kept")
@@ -234,6 +235,8 @@ def main() -> None:
     except asyncio.CancelledError:
         sys.exit(128 + signal.SIGTERM)
     print(f"\n{report(rows)}")
+    if options.pool:
+        print("\n".join(pooled(rows, load_rows(options.pool))))
     if options.images:
         for path in plot(rows, options.images):
             print(f"curves in {path}")

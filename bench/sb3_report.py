@@ -124,6 +124,21 @@ def together(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def pooled(rows: Sequence[Row], others: Sequence[Row]) -> list[str]:
+    """Whether both of aiorl's ways learn alike, by all runs of two files. On two machines, where numbers round otherwise, a
+    seed makes two runs; how many episodes an evaluation has changes no run."""
+    lines: list[str] = []
+    files = [grouped(file) for file in (rows, others)]
+    for env, steps, who in files[0]:
+        found = [_pairs(file, env, steps, who, "twin") for file in files if who == "async" and (env, steps, who) in file]
+        pairs = [pair for some in found for pair in some]
+        if all(found) and len(found) == len(files):
+            about = f"{env}, {steps:,}, {NAMES['async']} against {NAMES['twin']}, {len(pairs)} runs of each in both files"
+            text = _told(*(_difference([(TASKS[env], pairs)], measure) for measure in (final, mean_height)))
+            lines.append(f"{about}: {text}")
+    return lines
+
+
 def _difference(tasks: Sequence[tuple[Task, Pairs]], measure: Callable[[Row], float]) -> Estimate:
     """Of the interquartile means of the scores."""
     ours, theirs = ([[task.score(measure(pair[side])) for pair in pairs] for task, pairs in tasks] for side in (0, 1))

@@ -166,6 +166,17 @@ def test_the_report_replaces_the_one_before_and_nothing_else(tmp_path: Path):
         sb3_report.write(ROWS, document)
 
 
+def test_runs_of_two_files_are_judged_together():
+    """A seed that is in both is two runs."""
+    there = [row(who, 0, [final], 10.0) for who, final in (("async", 1000.0), ("twin", 1000.0), ("sb3", 0.0))]
+    elsewhere = [row(who, seed, [1500.0], 10.0) for seed in (0, 1) for who in ("async", "twin")]
+    (line,) = sb3_report.pooled(there, elsewhere)
+    assert "HalfCheetah-v5, 2,000, aiorl, 2 workers against aiorl, sequential, 3 runs of each in both files: " in line
+    assert "IQM of the scores differs by +0.000 [" in line
+    assert sb3_report.pooled(there, [{**each, "steps": 3000} for each in elsewhere]) == [], "of another length"
+    assert sb3_report.pooled(there[::2], elsewhere) == [], "without a twin"
+
+
 def test_the_papers_figures_stand_beside_runs_of_the_same_length():
     def minatar(who: str, steps: int, trained: float) -> dict[str, Any]:
         return {**row(who, 0, [12.0], 1.0), "env": "MinAtar/Breakout-v1", "steps": steps, "train_return": trained}
