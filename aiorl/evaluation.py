@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -151,14 +152,14 @@ class Evaluator:
 
     async def requested(self, episodes: int, suite: str | None) -> Evaluated:
         """Evaluate the newest version as soon as nothing else is under way. ConfigError for what cannot be."""
-        if not 1 <= episodes <= 100_000:
-            raise ConfigError(f"episodes = {episodes}: expected 1 to 100000")
+        if not isinstance(episodes, Integral) or not 1 <= episodes <= 100_000:
+            raise ConfigError(f"episodes = {episodes!r}: expected a whole number, 1 to 100000")
         names = [one.name for one in self._suites]
         if suite is not None and suite not in names:
             known = ", ".join(map(repr, names)) if any(names) else "none, set eval_suites"
             raise ConfigError(f"there is no evaluation suite {suite!r}\n  this run has: {known}")
         answer: asyncio.Future[Evaluated] = asyncio.get_running_loop().create_future()
-        self._requests.append(_Request(episodes, 0 if suite is None else names.index(suite), answer))
+        self._requests.append(_Request(int(episodes), 0 if suite is None else names.index(suite), answer))
         self._parts.gate.wake()
         return await answer
 
@@ -284,9 +285,11 @@ class Evaluator:
         if self._warned_of_length:
             return
         self._warned_of_length = True
+        registered = self._made.checked.env.registration is not None
+        limit = "env_kwargs max_episode_steps sets a limit" if registered else "let it truncate them after so many steps"
         message = (
             f"the evaluation of version {version} has taken {self._config.stall_limit_s:g} s and goes on: "
-            "do its episodes end? env_kwargs max_episode_steps sets a limit"
+            f"do its episodes end? {limit}"
         )
         place = {"version": self._parts.pacer.commits, "env_steps": self._report.stored}
         self._emit(Warned(seconds=self._report.seconds, **place, message=message))

@@ -10,6 +10,7 @@ from typing import Any, cast
 import msgspec
 
 from aiorl import checkpoint, policy
+from aiorl.algos.base import Wrapping
 from aiorl.config import Config
 from aiorl.degree import check_degree
 from aiorl.envs.spaces import Spaces
@@ -87,7 +88,8 @@ def settings(saved: Saved, algorithm: Any) -> dict[str, tuple[Any, Any]]:
     """Each setting of the algorithm, by its name in a file: as saved (if it was not, the default), and now."""
     table = saved.manifest.config.get(algorithm.name, {})
     before = convert(table, type(algorithm), str(saved.path), f"{algorithm.name}.")
-    old, new = (dict(_flat(msgspec.to_builtins(a), algorithm.name)) for a in (before, algorithm))
+    whole = (a.written_out() if isinstance(a, Wrapping) else a for a in (before, algorithm))
+    old, new = (dict(_flat(msgspec.to_builtins(a), algorithm.name)) for a in whole)
     return {key: (old.get(key), new.get(key)) for key in old | new if key.rpartition(".")[2] not in _FREE}
 
 

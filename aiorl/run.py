@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -209,6 +210,7 @@ class Run:
     async def checkpoint(self) -> Path:
         """Save now (between two updates) and return the checkpoint's directory. Raises OSError if it cannot be written.
 
+        It counts among the `keep` newest, so later ones take its place: copy what is to stay.
         An update in whose middle the run was paused is finished first; then nothing moves again.
         """
         parts = self._going()
@@ -238,9 +240,10 @@ class Run:
         parts = self._going()
         if not changes:
             raise ConfigError("set() was given nothing to change\n  name a setting, such as set(learning_rate=1e-4)")
+        changes = {name: _plain(name, value) for name, value in changes.items()}
         if "off_policy_degree" in changes:
             degree = changes.pop("off_policy_degree")
-            if degree != int(degree):
+            if not float(degree).is_integer():
                 raise ConfigError(f"off_policy_degree = {degree}: expected a whole number")
             self._session.turn_degree(int(degree))
             if not changes:
@@ -286,9 +289,20 @@ class Run:
             waiting.cancel()
 
     def _going(self) -> loops.Parts:
-        if self._session.parts is None or self._task is None or self._session.result is not None:
+        session = self._session
+        if session.parts is None or session.evaluator is None or self._task is None or session.result is not None:
             raise RuntimeError("the run is not going on")
-        return self._session.parts
+        return session.parts
+
+
+def _plain(name: str, value: Any) -> float:
+    """A number of any make, such as NumPy's, as Python's own: it goes into files. Raises ConfigError for what is none."""
+    try:
+        if isinstance(value, str | bytes):
+            raise TypeError
+        return int(value) if isinstance(value, Integral) else float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"cannot set {name} = {value!r}: expected a number") from None
 
 
 async def train(config: Config, *, resume: str | Path | None = None) -> Result:

@@ -68,6 +68,8 @@ class Session:
                 self.config, self.report, self._resume_from, self._record, self._backends
             )
             self.parts = made.parts
+            if self.stop_requested:  # before there was anything to stop
+                self.parts.stop()
             self.tell.about(made)
             self.config = made.checked.config
             await made.parts.workers.start()

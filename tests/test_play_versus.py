@@ -82,6 +82,19 @@ def test_bots_against_each_other(capsys: pytest.CaptureFixture[str]):
     assert result["matches"] != played(capsys, "strong", "weak", "--games", "6", "--seed", "4")["matches"]
 
 
+def test_bots_and_policies_where_actions_are_discrete(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    discrete = ("--env-kwargs", "discrete=true")
+    (match,) = played(capsys, "strong", "weak", "--games", "2", "--seed", "3", *discrete)["matches"]
+    (same,) = played(capsys, "strong", "weak", "--games", "2", "--seed", "3")["matches"]
+    assert match == same, "bots act as they do without"
+    toml = 'env = "aiorl.envs.hockey.selfplay:hockey"\nenv_kwargs = {discrete = true}\nalgo = "selfplay"\n'
+    (tmp_path / "discrete.toml").write_text(toml + '[selfplay]\nalgo = "dqn"\ninner = {hidden = [8], warmup = 32}\n')
+    run = ["train", "--config", str(tmp_path / "discrete.toml"), *TINY, "--out", str(tmp_path / "run")]
+    assert main(run) == 0
+    (match,) = played(capsys, str(tmp_path / "run"), "still", "--games", "2")["matches"]
+    assert match["games"] == 2
+
+
 def test_a_pair_does_not_depend_on_who_else_takes_part(capsys: pytest.CaptureFixture[str]):
     matches = played(capsys, "weak", "still", "random", "--games", "4")["matches"]
     assert [(m["first"], m["second"]) for m in matches] == [("weak", "still"), ("weak", "random"), ("still", "random")]

@@ -220,6 +220,9 @@ def test_settings_of_an_algorithm_within_another(tmp_path: Path) -> None:
     assert {key: pair for key, pair in pairs.items() if pair[0] != pair[1]} == {
         "selfplay.inner.learning_rate": (1e-3, 2e-3)
     }
+    assert pairs["selfplay.inner.average"] == (0.0, 0.0), "a setting that an older checkpoint does not have"
+    pairs = resuming.settings(saved, aiorl.SelfPlay.of(aiorl.DQN(learning_rate=1e-3)))
+    assert all(before == now for before, now in pairs.values()), "a default is one whether it is written out or not"
 
 
 def test_a_new_total_is_told_with_what_goes_by_it(run: Path) -> None:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import gc
+import itertools
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from kills import kill
 from toys import Toy, ToyLearner
@@ -27,6 +33,7 @@ from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import resolve_env
 from aiorl.events import Paused, Resumed
 from aiorl.learning import params_sha256
+from aiorl.workers.inline import InlineWorkers
 
 HERE = Path(__file__).parent
 
@@ -185,6 +192,47 @@ async def test_stop_at_completes_the_run(config: Make) -> None:
     assert result.first_evaluation_at_stop_return is not None
 
 
+@pytest.mark.parametrize("moment", ["before", "while its environment is tried", "while workers start"])
+async def test_a_stop_before_training_begins(
+    config: Make, no_leaks: None, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    run = aiorl.Run(config(total_steps=10**7, env="CartPole-v1"))
+    assemble = assembly.assemble
+
+    async def assembled(*args: Any) -> assembly.Assembly:
+        if moment == "while its environment is tried":
+            run.stop()
+        made = await assemble(*args)
+        if moment == "while workers start":
+            asyncio.get_running_loop().call_soon(run.stop)
+        return made
+
+    monkeypatch.setattr("aiorl.session.assemble", assembled)
+    if moment == "before":
+        run.stop()
+    async with asyncio.timeout(30), run:
+        result = await run.wait()
+    assert (result.status, result.env_steps) == ("stopped", 0)
+
+
+async def test_what_a_run_that_is_starting_cannot_do_yet(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused: list[str] = []
+    start = InlineWorkers.start
+
+    async def started(workers: InlineWorkers) -> None:
+        for call in (run.checkpoint, run.evaluate, run.pause, functools.partial(run.set, learning_rate=0.1)):
+            with pytest.raises(RuntimeError, match="is not going on") as error:
+                await call()
+            refused.append(str(error.value))
+        await start(workers)
+
+    monkeypatch.setattr(InlineWorkers, "start", started)
+    run = aiorl.Run(config(env="CartPole-v1", workers=0))
+    async with run:
+        await run.wait()
+    assert len(refused) == 4
+
+
 async def test_pause_returns_when_nothing_moves(config: Make) -> None:
     async with aiorl.Run(config(total_steps=10**7, off_policy_degree=2, env="CartPole-v1")) as run:
         watcher = run.events()
@@ -211,6 +259,18 @@ async def test_set_checkpoint_evaluate_and_policy_while_running(config: Make) ->
             await run.set(momentum=0.5)
         with pytest.raises(aiorl.ConfigError, match="nothing to change"):
             await run.set()
+        for number in (np.float64(0.25), np.float32(0.5), np.array(0.5), Fraction(1, 4), Decimal("0.5"), np.int64(1)):
+            await run.set(learning_rate=number)
+        for name, what in itertools.product(("learning_rate", "off_policy_degree"), ("0.1", None, [0.1])):
+            with pytest.raises(aiorl.ConfigError, match=rf"cannot set {name} = .*: expected a number"):
+                await run.set(**{name: what})
+        for degree in (0.5, math.nan):
+            with pytest.raises(aiorl.ConfigError, match="expected a whole number"):
+                await run.set(off_policy_degree=degree)
+        for episodes in (0, 2.5, 20.0, np.float32(3), "3"):
+            with pytest.raises(aiorl.ConfigError, match="expected a whole number, 1 to 100000"):
+                await run.evaluate(episodes=episodes)  # pyright: ignore[reportArgumentType]
+        assert (await run.evaluate(episodes=np.int64(2))).episodes == 2  # pyright: ignore[reportArgumentType]
         path = await run.checkpoint()
         evaluated = await run.evaluate(episodes=3)
         policy = run.policy()

@@ -21,8 +21,8 @@ from scipy import stats
 from test_exactness import saved_learner_sha256, tree_sha256
 
 import aiorl
-from aiorl.algos.base import Algorithm, Learner, Policy
-from aiorl.algos.selfplay import SelfPlayLearner, inner_spaces, inner_weights
+from aiorl.algos.base import MEAN, Algorithm, Learner, Policy
+from aiorl.algos.selfplay import SelfPlayLearner, inner_spaces, inner_weights, load_opponent
 from aiorl.cli.plot import main as plot
 from aiorl.cli.train import main as train
 from aiorl.envs.make import probe
@@ -474,6 +474,26 @@ async def test_opponents_from_files(tmp_path: Path):
         assert str(error.value).count("\n") <= 2
     with pytest.raises(CheckpointError, match="there is no run or checkpoint at"):
         aiorl.SelfPlay.of(aiorl.TD3(**SMALL), frozen=("nowhere",)).learner(SPACES, context())
+
+
+async def test_opponents_with_a_mean_network_and_without_meet(tmp_path: Path):
+    """What such an opponent plays is what it was judged by: its mean."""
+    small: dict[str, Any] = {"hidden": (8,), "warmup": 32, "capacity": 500}
+    for name, average in (("plain", 0.0), ("mean", 0.9)):
+        algo = aiorl.SelfPlay.of(aiorl.DQN(**small, average=average))
+        await aiorl.train(config(tmp_path / name, "dqn", rollouts=8, workers=0).replace(algo=algo))
+    plain, mean = (inner_weights(aiorl.load(tmp_path / name).weights) for name in ("plain", "mean"))
+    acting = {name.removeprefix(MEAN): array for name, array in mean.items() if name.startswith(MEAN)}
+    assert acting.keys() < plain.keys()
+    taken = load_opponent(str(tmp_path / "mean"), aiorl.DQN(**small), plain)
+    assert taken.keys() == plain.keys()
+    assert all((taken[name] == array).all() for name, array in acting.items())
+    taken = load_opponent(str(tmp_path / "plain"), aiorl.DQN(**small, average=0.9), mean)
+    assert taken.keys() == mean.keys()
+    assert all((taken[name] == taken[MEAN + name]).all() for name in acting)
+    assert all((taken[name] == plain[name]).all() for name in acting)
+    taken = load_opponent(str(tmp_path / "mean"), aiorl.DQN(**small, average=0.5), mean)
+    assert all((taken[name] == array).all() for name, array in mean.items())
 
 
 @pytest.mark.parametrize("schedule", ["ordered", "eager"])

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -24,10 +24,13 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "ACT", "ENV", "EVAL_ACT", "EVAL_ENV", "LEARNER", "Algorithm", "CentralAlgorithm", "Closing", "Filing",
+    "ACT", "ENV", "EVAL_ACT", "EVAL_ENV", "LEARNER", "MEAN", "Algorithm", "CentralAlgorithm", "Closing", "Filing",
     "Forward", "Learner", "LearnerContext", "Policy", "Recurrent", "RecurrentPolicy", "Remembering", "SplitPolicy",
     "StateTree", "Weights",
 ]  # fmt: skip
+
+MEAN = "average."
+"""Before the names of those weights that act where nothing is explored, if others learn and explore."""
 
 Weights = Mapping[str, Array]
 """Named arrays that a policy acts with (network weights, normaliser statistics): fixed names, shapes and dtypes."""
@@ -244,6 +247,10 @@ class Wrapping(Protocol):
 
     def within(self, spaces: Spaces) -> tuple[Algorithm, Spaces, str]:
         """The one that learns, the spaces that it sees, and where its settings stand, such as "selfplay.inner"."""
+        ...
+
+    def written_out(self) -> Self:
+        """The same, with all settings of the one that learns: also of those that were left at their defaults."""
         ...
 
 

@@ -23,7 +23,7 @@ from msgspec import Meta
 
 from aiorl.acting import MLP, NoiseTape
 from aiorl.acting import make_network as make_acting_network
-from aiorl.algos.base import Forward, LearnerContext, StateTree, Weights
+from aiorl.algos.base import MEAN, Forward, LearnerContext, StateTree, Weights
 from aiorl.algos.practice import (
     BatchSize,
     Capacity,
@@ -53,7 +53,6 @@ else:
     torch, losses, networks = LazyModule("torch"), LazyModule("aiorl.losses"), LazyModule("aiorl.networks")
 
 INIT = 0  # what a learner's random numbers are for
-MEAN = "average."  # before the names of the mean network's weights
 
 
 class QSettings(ReplaySettings, frozen=True, kw_only=True, forbid_unknown_fields=True):

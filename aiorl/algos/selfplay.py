@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from aiorl import checkpoint
 from aiorl.algos import algorithm_class, algorithm_name
-from aiorl.algos.base import Algorithm, Closing, Learner, LearnerContext, Policy, Recurrent, StateTree, Weights
+from aiorl.algos.base import MEAN, Algorithm, Closing, Learner, LearnerContext, Policy, Recurrent, StateTree, Weights
 from aiorl.envs.spaces import Leaf, Spaces
 from aiorl.errors import CheckpointError, ConfigError, InvariantError
 from aiorl.league import BOTS, SELF, UNKNOWN, Game, League, standings
@@ -108,6 +108,9 @@ class SelfPlay(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def within(self, spaces: Spaces) -> tuple[Algorithm, Spaces, str]:
         return self.algorithm, inner_spaces(spaces), f"{self.name}.inner"
+
+    def written_out(self) -> Self:
+        return msgspec.structs.replace(self, inner=without_none(as_in_a_file(self.algorithm)))
 
     def standings(self, weights: Weights) -> dict[str, Any]:
         return standings(weights, list(self.bots))
@@ -321,7 +324,7 @@ def load_opponent(path: str, algorithm: Algorithm, like: Weights) -> dict[str, A
     Raises CheckpointError if it is not of the architecture that `like`, weights of `algorithm`, has.
     """
     manifest, parts = checkpoint.load(checkpoint.find(Path(path)), ("policy",))
-    weights = inner_weights(parts["policy"])
+    weights = _in_the_form_of(like, inner_weights(parts["policy"]))
     table: Any = manifest.config.get(SelfPlay.name, {})
     trained: Any = table.get("inner", {}) if table else manifest.config.get(algorithm.name, {})
     theirs, mine = trained.get("activation"), getattr(algorithm, "activation", None)
@@ -335,3 +338,13 @@ def load_opponent(path: str, algorithm: Algorithm, like: Weights) -> dict[str, A
             f"  give a {algorithm.name} policy of the same game, with the same hidden layers"
         ) from None
     return weights
+
+
+def _in_the_form_of(like: Weights, weights: Weights) -> dict[str, Array]:
+    """One trained with `average` plays as its mean network where none has one; one without is its own mean network."""
+    means = {name.removeprefix(MEAN): array for name, array in weights.items() if name.startswith(MEAN)}
+    wanted = {name for name in like if name.startswith(MEAN)}
+    if bool(means) == bool(wanted):
+        return dict(weights)
+    acting = {name: array for name, array in weights.items() if not name.startswith(MEAN)} | means
+    return acting | {name: acting[name.removeprefix(MEAN)] for name in wanted if name.removeprefix(MEAN) in acting}

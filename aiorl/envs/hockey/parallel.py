@@ -41,7 +41,8 @@ class HockeyParallelEnv(ParallelEnv[str, Array, Any]):
 
     @property
     def bots(self) -> dict[str, Callable[[np.random.Generator], Act]]:
-        """Scripted players by name, made for one game each; they act as players of this environment do."""
+        """Scripted players by name, made for one game each. They act as players of this environment do, where it is discrete
+        with as many numbers as without, which `step` takes, too."""
         return {name: lambda rng, make=make: self._fitted(make(rng)) for name, make in BOTS.items()}
 
     def _fitted(self, act: Act) -> Act:
@@ -67,7 +68,8 @@ class HockeyParallelEnv(ParallelEnv[str, Array, Any]):
         self, actions: dict[str, Any]
     ) -> tuple[dict[str, Array], dict[str, float], dict[str, bool], dict[str, bool], dict[str, dict[str, Any]]]:
         game = self.game
-        game.step(*(chosen(game, actions[player], self._discrete) for player in PLAYERS))
+        chosen_both = (chosen(game, actions[player], self._discrete and np.size(actions[player]) == 1) for player in PLAYERS)
+        game.step(*chosen_both)
         infos = self._infos()
         terminated, truncated = game.winner is not None, game.out_of_time
         if terminated or truncated:
