@@ -148,7 +148,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     checkpoint_every: Annotated[
         int | None, Meta(description="env steps between checkpoints (default: a fifth of the run; 0: only the final one)")
     ] = None
-    keep: Annotated[int, Meta(description="how many checkpoints to keep, the newest: also of those that were asked for", ge=1)] = 2
+    keep: Annotated[int, Meta(description="how many checkpoints to keep, with those that were asked for", ge=1)] = 2
     step_timeout_s: Annotated[
         float, Meta(description="seconds without a finished step after which a worker counts as hung", gt=0)
     ] = 60.0
