@@ -11,6 +11,7 @@ import pytest
 from faulty_learner import Small
 
 from aiorl.algos.base import LearnerContext
+from aiorl.buffers.replay import Replay
 from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import EnvSpec
 from aiorl.segments import Array, Rollout
@@ -163,6 +164,11 @@ class TinyLearner(TinyDQNLearner):
         return told
 
     def _gradient_step(self, rng: np.random.Generator) -> dict[str, float]:
+        if self._flaw in WINDOWS:
+            draw, rows = self._replay.sample, WINDOWS[self._flaw]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(self._replay, "sample", lambda *a, **kw: rows(self._replay, draw(*a, **kw)))
+                return super()._gradient_step(rng)
         if shuffle := SHUFFLES.get(self._flaw):
             draw = self._replay.sample
             with pytest.MonkeyPatch.context() as patch:
@@ -192,6 +198,22 @@ SHUFFLES: dict[str, Callable[[Any, np.random.Generator], Any]] = {
     "none of the rows'": lambda batch, rng: replace(batch, action=rng.integers(2, size=len(batch.action))),
 }
 """Whose actions it learns from."""
+
+
+WINDOWS: dict[str, Callable[[Replay, Any], Any]] = {
+    "where one step led": lambda replay, batch: replace(batch, next_obs=replay.gather(batch.index, 1, 0.9).next_obs),
+    "where it was": lambda replay, batch: replace(batch, next_obs=batch.obs),
+}
+"""Whose value it takes after the rewards of a window."""
+
+
+@pytest.mark.parametrize("seed", [task_checks.SEED, *(pytest.param(seed, marks=pytest.mark.long) for seed in (0, 4))])
+@pytest.mark.parametrize("flaw", ["", *WINDOWS])
+def test_values_of_another_place_than_windows_lead_to_are_found(flaw: str, seed: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(task_checks, "SEED", seed)
+    found = [*task_checks.windows(record(Tiny(flaw=flaw), EnvSpec(CHAIN, {"action": "discrete"}, CHAIN)))]
+    assert [(f.severity, f.code) for f in found] == [("error", "window-value")] * bool(flaw)
+    assert all(len(f.message.splitlines()) <= 3 for f in found)
 
 
 @pytest.mark.parametrize("seed", [task_checks.SEED, *(pytest.param(seed, marks=pytest.mark.long) for seed in (0, 4))])

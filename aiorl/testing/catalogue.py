@@ -72,8 +72,9 @@ FOUND_AS = {
     "off-policy-error": ("3.1",), "ignores-rewards": ("#3", "R1"), "ignores-observations": ("#3", "R1"),
     "no-updates": ("5.1",), "zero-gradient": ("R2",), "unchanged": ("R3",), "unpublished": ("#4",),
     "update-ratio": ("12.1",), "target-share": ("0.3", "4.1", "9.4"), "target-interval": ("4.2",),
-    "value": ("7.1", "7.3"), "no-q-values": ("11.1",), "refuses-all": ("10.3",), "action-space": ("10.3",),
-    "refused": ("5.1", "5.2", "10.3"), "runs": ("8.1",), "acts-otherwise": ("1.2", "6.1"), "not-learned": ("1.2", "6.1"),
+    "value": ("7.1", "7.3"), "window-value": ("7.3",), "no-q-values": ("11.1",), "refuses-all": ("10.3",),
+    "action-space": ("10.3",), "refused": ("5.1", "5.2", "10.3"), "runs": ("8.1",), "acts-otherwise": ("1.2", "6.1"),
+    "not-learned": ("1.2", "6.1"),
     # check_replay
     "shape": ("0.4", "1.1", "1.2", "1.3"), "uninitialised": ("2.1", "R1"), "empty": ("#3", "5.1"), "size": ("2.1", "R4"),
     "torn": ("2.3", "12.3"), "wrap-around": ("2.2",), "crosses-end": ("6.3",), "n-step-return": ("7.3",),

@@ -93,6 +93,29 @@ class Steady(Chain):
         return shown(Place(int(self.np_random.integers(len(Place))))), 1.0, False, self.time >= self.LENGTH, {}
 
 
+class Fork(Chain):
+    """Episodes of three steps: the first takes the way to a 1 at the second step (low), or to `LATE` at the third (high).
+
+    With windows of two steps high is right; who takes the value of where one step led counts the 1 twice, and goes low.
+    """
+
+    LATE = 1.7
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Obs, dict[str, Any]]:
+        gymnasium.Env.reset(self, seed=seed)
+        self.time, self.high = 0, False
+        return shown(Place(0)), {}
+
+    def step(self, action: Any) -> tuple[Obs, float, bool, bool, dict[str, Any]]:
+        self.time += 1
+        if self.time == 1:
+            self.high = is_high(action, discrete=self.discrete) != self.turned
+        reward = (0.0, 0.0, self.LATE) if self.high else (0.0, 1.0, 0.0)
+        over = self.time == len(reward)
+        place = len(Place) - 1 if over else self.time + 2 * self.high
+        return shown(Place(place)), reward[self.time - 1], over, False, {}
+
+
 class Signs(Chain):
     """Episodes of one step: each of six observations tells which action is right. `dtype`: float32, or uint8 up to 255.
 

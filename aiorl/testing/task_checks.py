@@ -23,7 +23,7 @@ from aiorl.testing.findings import Finding, error, info, warning
 from aiorl.testing.plain_loop import plain_loop
 from aiorl.testing.replay_checks import changed
 
-SIGNS = "aiorl.testing.chain:Signs"
+SIGNS, FORK = "aiorl.testing.chain:Signs", "aiorl.testing.chain:Fork"
 ENVS, SEED, WARMUP, RATIO = 8, 2, 256, 0.25
 ENDS_ENV_STEPS = 16_384
 ATTEMPTS: tuple[tuple[float | None, int], ...] = ((None, 2_048), (3e-4, 4_096), (None, 8_192))
@@ -60,7 +60,7 @@ class Trained:
 def tasks(bench: Bench) -> Iterator[Finding]:
     """Who does not act on what it learned shows nothing of what it learned of the ends of episodes."""
     found = [*acting(bench)]
-    yield from found or ends_of_episodes(bench)
+    yield from found or (*ends_of_episodes(bench), *windows(bench))
 
 
 # -- acting ------------------------------------------------------------------------------------------------------------
@@ -166,6 +166,32 @@ def _judged_ends(bench: Bench, *, turned: bool) -> list[Finding]:
             "where `truncated` is True, add the discounted value of rollout.next_obs(), the true last observation",
         ))  # fmt: skip
     return found or [info("ends", "truncation bootstraps, termination does not")]
+
+
+# -- windows of several steps ------------------------------------------------------------------------------------------
+
+
+def windows(bench: Bench) -> Iterator[Finding]:
+    """Rewards of two steps are followed by the value of where the second led: with actions exchanged, too, for whoever takes
+    one everywhere does in one of them what a fault would do. Not where actions are continuous: an actor that has gone for the
+    reward that is found first may stay there."""
+    if bench.spaces.action.kind == "box" or not all(hasattr(bench.algorithm, name) for name in ("n_step", "gamma")):
+        return
+    ways = [(quick, turned) for quick in (True, False) for turned in (False, True)]  # the later reward is found later
+    if not any(_finds_the_later_reward(bench, quick=quick, turned=turned) for quick, turned in ways):
+        yield error(
+            "window-value",
+            "with n_step = 2 it prefers 1 after two steps to 1.7 after three, whichever action leads there",
+            "after n rewards comes the value of where the n-th step led (`next_obs` of what `sample(n=…)` gives)",
+        )
+
+
+def _finds_the_later_reward(bench: Bench, *, quick: bool, turned: bool) -> bool:
+    algorithm = changed(bench.algorithm, reward_clip=None, n_step=2, gamma=0.9, **{"update_ratio": RATIO} if quick else {})
+    env_steps = ENDS_ENV_STEPS // 4 if quick else ENDS_ENV_STEPS
+    spec = EnvSpec(FORK, {**bench.env.kwargs, "turned": turned}, FORK)
+    trained = _train(bench, algorithm, spec, bench.spaces, 64, env_steps, seed=SEED)
+    return trained.goes_high(shown(Place(0))[None])[0] != turned
 
 
 def _train(
