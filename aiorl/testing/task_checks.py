@@ -173,8 +173,10 @@ def _judged_ends(bench: Bench, *, turned: bool) -> list[Finding]:
 
 def windows(bench: Bench) -> Iterator[Finding]:
     """Rewards of two steps are followed by the value of where the second led: with actions exchanged, too, for whoever takes
-    one everywhere does in one of them what a fault would do. Not where actions are continuous: an actor that has gone for the
-    reward that is found first may stay there."""
+    one everywhere does in one of them what a fault would do.
+
+    Not where actions are continuous: an actor that has gone for the reward that is found first may stay there.
+    """
     if bench.spaces.action.kind == "box" or not all(hasattr(bench.algorithm, name) for name in ("n_step", "gamma")):
         return
     ways = [(quick, turned) for quick in (True, False) for turned in (False, True)]  # the later reward is found later
