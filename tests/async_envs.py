@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,9 @@ class Hangs(Plain):
 
     async def step(self, action: Any) -> Any:
         self._steps += 1
-        if self._steps == self._at and not self._mark.exists():
-            self._mark.write_text(str(os.getpid()))
-            await asyncio.Event().wait()
+        if self._steps == self._at:
+            with contextlib.suppress(FileExistsError):
+                with self._mark.open("x") as mark:  # by one alone: two workers come here at once
+                    mark.write(str(os.getpid()))
+                await asyncio.Event().wait()
         return np.zeros(2, np.float32), 1.0, self._steps % 10 == 0, False, {}
