@@ -240,7 +240,7 @@ class Run:
         parts = self._going()
         if not changes:
             raise ConfigError("set() was given nothing to change\n  name a setting, such as set(learning_rate=1e-4)")
-        changes = {name: _plain(name, value) for name, value in changes.items()}
+        changes = {name: _number(name, value) for name, value in changes.items()}
         if "off_policy_degree" in changes:
             degree = changes.pop("off_policy_degree")
             if not float(degree).is_integer():
@@ -295,7 +295,7 @@ class Run:
         return session.parts
 
 
-def _plain(name: str, value: Any) -> float:
+def _number(name: str, value: Any) -> float:
     """A number of any make, such as NumPy's, as Python's own: it goes into files. Raises ConfigError for what is none."""
     try:
         if isinstance(value, str | bytes):

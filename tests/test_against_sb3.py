@@ -267,7 +267,7 @@ import json, os
 found = {"env_steps": 5, "gradient_steps": 1, "train_s": 1.0, "begun_at": 0.0, "evaluations": [[1, 2.0, 3.0, 4.0]]}
 print("RESULT " + json.dumps({**found, "core": sorted(os.sched_getaffinity(0)), "omp": os.environ["OMP_NUM_THREADS"]}))
 """
-WAITING = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)"
+WAITING = "import os, signal, sys; open(sys.argv[1], 'w').write(str(os.getpid())); signal.pause()"
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be assigned to processes here")

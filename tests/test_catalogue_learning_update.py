@@ -164,15 +164,10 @@ class TinyLearner(TinyDQNLearner):
         return told
 
     def _gradient_step(self, rng: np.random.Generator) -> dict[str, float]:
-        if self._flaw in WINDOWS:
-            draw, rows = self._replay.sample, WINDOWS[self._flaw]
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(self._replay, "sample", lambda *a, **kw: rows(self._replay, draw(*a, **kw)))
-                return super()._gradient_step(rng)
-        if shuffle := SHUFFLES.get(self._flaw):
+        if change := (SHUFFLES | WINDOWS).get(self._flaw):
             draw = self._replay.sample
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(self._replay, "sample", lambda *a, **kw: shuffle(draw(*a, **kw), rng))
+                patch.setattr(self._replay, "sample", lambda *a, **kw: change(self._replay, draw(*a, **kw), rng))
                 return super()._gradient_step(rng)
         told = super()._gradient_step(rng)
         if share := {"softly at every step": 0.005, "whole at every step": 1.0}.get(self._flaw):
@@ -192,17 +187,20 @@ class TinyLearner(TinyDQNLearner):
         return super().weights()
 
 
-SHUFFLES: dict[str, Callable[[Any, np.random.Generator], Any]] = {
-    "the next row's": lambda batch, rng: replace(batch, action=np.roll(batch.action, 1)),
-    "any row's": lambda batch, rng: replace(batch, action=rng.permutation(batch.action)),
-    "none of the rows'": lambda batch, rng: replace(batch, action=rng.integers(2, size=len(batch.action))),
+Change = Callable[[Replay, Any, np.random.Generator], Any]
+"""Of a buffer, a batch that was drawn from it and a generator: the batch that is learned from."""
+
+SHUFFLES: dict[str, Change] = {
+    "the next row's": lambda _, batch, rng: replace(batch, action=np.roll(batch.action, 1)),
+    "any row's": lambda _, batch, rng: replace(batch, action=rng.permutation(batch.action)),
+    "none of the rows'": lambda _, batch, rng: replace(batch, action=rng.integers(2, size=len(batch.action))),
 }
 """Whose actions it learns from."""
 
 
-WINDOWS: dict[str, Callable[[Replay, Any], Any]] = {
-    "where one step led": lambda replay, batch: replace(batch, next_obs=replay.gather(batch.index, 1, 0.9).next_obs),
-    "where it was": lambda replay, batch: replace(batch, next_obs=batch.obs),
+WINDOWS: dict[str, Change] = {
+    "where one step led": lambda replay, batch, _: replace(batch, next_obs=replay.gather(batch.index, 1, 0.9).next_obs),
+    "where it was": lambda _, batch, rng: replace(batch, next_obs=batch.obs),
 }
 """Whose value it takes after the rewards of a window."""
 

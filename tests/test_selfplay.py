@@ -21,7 +21,7 @@ from scipy import stats
 from test_exactness import saved_learner_sha256, tree_sha256
 
 import aiorl
-from aiorl.algos.base import MEAN, Algorithm, Learner, Policy
+from aiorl.algos.base import AVERAGE, Algorithm, Learner, Policy, averages
 from aiorl.algos.selfplay import SelfPlayLearner, inner_spaces, inner_weights, load_opponent
 from aiorl.cli.plot import main as plot
 from aiorl.cli.train import main as train
@@ -483,14 +483,14 @@ async def test_opponents_with_a_mean_network_and_without_meet(tmp_path: Path):
         algo = aiorl.SelfPlay.of(aiorl.DQN(**small, average=average))
         await aiorl.train(config(tmp_path / name, "dqn", rollouts=8, workers=0).replace(algo=algo))
     plain, mean = (inner_weights(aiorl.load(tmp_path / name).weights) for name in ("plain", "mean"))
-    acting = {name.removeprefix(MEAN): array for name, array in mean.items() if name.startswith(MEAN)}
+    acting = averages(mean)
     assert acting.keys() < plain.keys()
     taken = load_opponent(str(tmp_path / "mean"), aiorl.DQN(**small), plain)
     assert taken.keys() == plain.keys()
     assert all((taken[name] == array).all() for name, array in acting.items())
     taken = load_opponent(str(tmp_path / "plain"), aiorl.DQN(**small, average=0.9), mean)
     assert taken.keys() == mean.keys()
-    assert all((taken[name] == taken[MEAN + name]).all() for name in acting)
+    assert all((taken[name] == taken[AVERAGE + name]).all() for name in acting)
     assert all((taken[name] == plain[name]).all() for name in acting)
     taken = load_opponent(str(tmp_path / "mean"), aiorl.DQN(**small, average=0.5), mean)
     assert all((taken[name] == array).all() for name, array in mean.items())

@@ -24,19 +24,24 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "ACT", "ENV", "EVAL_ACT", "EVAL_ENV", "LEARNER", "MEAN", "Algorithm", "CentralAlgorithm", "Closing", "Filing",
+    "ACT", "AVERAGE", "ENV", "EVAL_ACT", "EVAL_ENV", "LEARNER", "Algorithm", "CentralAlgorithm", "Closing", "Filing",
     "Forward", "Learner", "LearnerContext", "Policy", "Recurrent", "RecurrentPolicy", "Remembering", "SplitPolicy",
-    "StateTree", "Weights",
+    "StateTree", "Weights", "averages",
 ]  # fmt: skip
-
-MEAN = "average."
-"""Before the names of those weights that act where nothing is explored, if others learn and explore."""
 
 Weights = Mapping[str, Array]
 """Named arrays that a policy acts with (network weights, normaliser statistics): fixed names, shapes and dtypes."""
 
+AVERAGE = "average."
+"""Before the names of those weights that act where nothing is explored, if others learn and explore."""
+
 StateTree = dict[str, Any]
 """Nested dicts with string keys; leaves are NumPy arrays, numbers, strings, None or lists of numbers."""
+
+
+def averages(weights: Weights) -> dict[str, Array]:
+    """The weights that act where nothing is explored, under the names of those that learn; empty if these act themselves."""
+    return {name.removeprefix(AVERAGE): array for name, array in weights.items() if name.startswith(AVERAGE)}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from msgspec import Meta
 
 from aiorl.acting import MLP, NoiseTape
 from aiorl.acting import make_network as make_acting_network
-from aiorl.algos.base import MEAN, Forward, LearnerContext, StateTree, Weights
+from aiorl.algos.base import AVERAGE, Forward, LearnerContext, StateTree, Weights, averages
 from aiorl.algos.practice import (
     BatchSize,
     Capacity,
@@ -146,9 +146,8 @@ class DQNPolicy:
 
     def begin(self, weights: Weights, rollout: int, rng: np.random.Generator | None, steps: int) -> None:
         activation = self._config.activation
-        if self._config.average and rng is None:
-            mean = {name.removeprefix(MEAN): array for name, array in weights.items() if name.startswith(MEAN)}
-            weights = {**weights, **mean}
+        if rng is None:
+            weights = {**weights, **averages(weights)}
         self._torso = make_acting_network(weights, "torso", activation, activate_last=True, plan=self._plan)
         self._head = MLP(weights, "advantage", activation)  # the state's value would not change the order
         self._weights = weights
@@ -264,7 +263,7 @@ class DQNLearner:
         self._parameters = networks.FlatParameters(self._online, context.device)
         self._target_parameters = networks.FlatParameters(self._target, context.device)
         self._target_parameters.vector.copy_(self._parameters.vector)
-        self._mean = self._parameters.vector.clone() if config.average else None
+        self._average = self._parameters.vector.clone() if config.average else None
         self._adam = networks.Adam(self._parameters, eps=config.adam_eps)
         self._practice = Practice(config, spaces, context)
 
@@ -282,8 +281,8 @@ class DQNLearner:
         }
 
     def _undo(self) -> Callable[[], None]:
-        undo, others = self._adam.undo(), [self._target_parameters.vector, *([] if self._mean is None else [self._mean])]
-        before = [vector.clone() for vector in others]
+        others = [vector for vector in (self._target_parameters.vector, self._average) if vector is not None]
+        undo, before = self._adam.undo(), [vector.clone() for vector in others]
 
         def take_back() -> None:
             undo()
@@ -319,9 +318,9 @@ class DQNLearner:
         self._adam.step(rate)
         if self._adam.steps % config.target_every == 0:
             self._target_parameters.vector.lerp_(self._parameters.vector, config.target_tau)
-        if self._mean is not None:
+        if self._average is not None:
             steps = self._adam.steps  # at first it spans few, or it would long be mostly what was there at the start
-            self._mean.lerp_(self._parameters.vector, 1 - min(config.average, steps / (steps + 9)))
+            self._average.lerp_(self._parameters.vector, 1 - min(config.average, steps / (steps + 9)))
         return found
 
     def _fit(self, batch: Batch) -> dict[str, Any]:
@@ -355,8 +354,8 @@ class DQNLearner:
 
     def weights(self) -> Weights:
         acting = self._acting(self._parameters.vector)
-        if self._mean is not None:
-            acting |= {MEAN + name: array for name, array in self._acting(self._mean).items()}
+        if self._average is not None:
+            acting |= {AVERAGE + name: array for name, array in self._acting(self._average).items()}
         return acting | self._practice.weights() | {"epsilon": self._schedule()}
 
     def state_dict(self) -> StateTree:
@@ -367,15 +366,15 @@ class DQNLearner:
             "parameters": self._parameters.arrays(),
             "target": self._target_parameters.arrays(),
             "optimizer": self._adam.state_dict(),
-        } | ({} if self._mean is None else {"average": self._parameters.arrays(self._mean)})
+        } | ({} if self._average is None else {"average": self._parameters.arrays(self._average)})
 
     def load_state_dict(self, state: StateTree) -> None:
         check_tree({key: value for key, value in state.items() if key != "practice"}, self._own_state())
         self._practice.load_state_dict(state.get("practice", {}))
         self._parameters.load(state["parameters"])
         self._target_parameters.load(state["target"])
-        if self._mean is not None:
-            self._parameters.load(state["average"], "average", into=self._mean)
+        if self._average is not None:
+            self._parameters.load(state["average"], "average", into=self._average)
         self._adam.load_state_dict(state["optimizer"])
 
     def set(self, **changes: float) -> None:

@@ -18,7 +18,18 @@ from msgspec import Meta
 
 from aiorl import checkpoint
 from aiorl.algos import algorithm_class, algorithm_name
-from aiorl.algos.base import MEAN, Algorithm, Closing, Learner, LearnerContext, Policy, Recurrent, StateTree, Weights
+from aiorl.algos.base import (
+    AVERAGE,
+    Algorithm,
+    Closing,
+    Learner,
+    LearnerContext,
+    Policy,
+    Recurrent,
+    StateTree,
+    Weights,
+    averages,
+)  # fmt: skip
 from aiorl.envs.spaces import Leaf, Spaces
 from aiorl.errors import CheckpointError, ConfigError, InvariantError
 from aiorl.league import BOTS, SELF, UNKNOWN, Game, League, standings
@@ -342,9 +353,8 @@ def load_opponent(path: str, algorithm: Algorithm, like: Weights) -> dict[str, A
 
 def _in_the_form_of(like: Weights, weights: Weights) -> dict[str, Array]:
     """One trained with `average` plays as its mean network where none has one; one without is its own mean network."""
-    means = {name.removeprefix(MEAN): array for name, array in weights.items() if name.startswith(MEAN)}
-    wanted = {name for name in like if name.startswith(MEAN)}
-    if bool(means) == bool(wanted):
+    own, wanted = averages(weights), averages(like)
+    if bool(own) == bool(wanted):
         return dict(weights)
-    acting = {name: array for name, array in weights.items() if not name.startswith(MEAN)} | means
-    return acting | {name: acting[name.removeprefix(MEAN)] for name in wanted if name.removeprefix(MEAN) in acting}
+    acting = {name: array for name, array in weights.items() if not name.startswith(AVERAGE)} | own
+    return acting | {AVERAGE + name: acting[name] for name in wanted if name in acting}

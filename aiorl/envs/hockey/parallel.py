@@ -68,8 +68,8 @@ class HockeyParallelEnv(ParallelEnv[str, Array, Any]):
         self, actions: dict[str, Any]
     ) -> tuple[dict[str, Array], dict[str, float], dict[str, bool], dict[str, bool], dict[str, dict[str, Any]]]:
         game = self.game
-        chosen_both = (chosen(game, actions[player], self._discrete and np.size(actions[player]) == 1) for player in PLAYERS)
-        game.step(*chosen_both)
+        both = (actions[player] for player in PLAYERS)
+        game.step(*(chosen(game, action, self._discrete and np.size(action) == 1) for action in both))
         infos = self._infos()
         terminated, truncated = game.winner is not None, game.out_of_time
         if terminated or truncated:
