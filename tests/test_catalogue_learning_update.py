@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from faulty_learner import Small
 
+import aiorl
 from aiorl.algos.base import LearnerContext
+from aiorl.algos.practice import Practice
 from aiorl.buffers.replay import Replay
 from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import EnvSpec
 from aiorl.segments import Array, Rollout
-from aiorl.testing import check_algorithm, replay_checks, task_checks
-from aiorl.testing.bench import record
+from aiorl.testing import check_algorithm, learner_checks, replay_checks, task_checks
+from aiorl.testing.bench import ENVS, STEPS, Bench, record
 from aiorl.testing.examine_algorithm import CHAIN
 from aiorl.testing.findings import Finding
 from examples.custom_replay import EpsilonGreedy, TinyDQN, TinyDQNLearner
@@ -63,6 +65,11 @@ SETTLING: dict[str, tuple[Small, list[tuple[str, str]]]] = {
 }  # fmt: skip
 
 
+def recorded(algorithm: Any) -> Bench:
+    action = "box" if isinstance(algorithm, aiorl.SAC) else "discrete"
+    return record(algorithm, EnvSpec(CHAIN, {"action": action}, CHAIN))
+
+
 def found(flaw: str, *, learning: bool) -> dict[str, Finding]:
     return {f.code: f for f in check_algorithm(Small(flaw=flaw), learning=learning) if f.severity != "info"}
 
@@ -93,7 +100,7 @@ def test_values_that_come_out_wrong_are_found(flaw: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("how", SETTLING)
 def test_values_are_judged_once_they_have_settled(how: str) -> None:
     algorithm, expected = SETTLING[how]
-    findings = list(replay_checks.value(record(algorithm, EnvSpec(CHAIN, {"action": "discrete"}, CHAIN))))
+    findings = list(replay_checks.value(recorded(algorithm)))
     assert [(f.severity, f.code) for f in findings] == expected
     assert all(len(f.message.splitlines()) <= 3 for f in findings)
 
@@ -149,9 +156,23 @@ class Scaled(EpsilonGreedy):
         return super().act({name: leaf / np.float32(255) for name, leaf in obs.items()}, first)
 
 
+class Stuck:
+    """A learner's context whose random numbers do not depend on the rollout."""
+
+    def __init__(self, context: LearnerContext) -> None:
+        self._context = context
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    def rng(self, *key: int) -> np.random.Generator:
+        return self._context.rng(key[0])
+
+
 class TinyLearner(TinyDQNLearner):
     def __init__(self, config: Tiny, spaces: Spaces, context: LearnerContext) -> None:
-        super().__init__(config, spaces, context)
+        given: Any = Stuck(context) if config.flaw == "draws the same" else context
+        super().__init__(config, spaces, given)
         self._flaw = config.flaw
 
     def update(self, rollout: Rollout) -> dict[str, float]:
@@ -164,12 +185,16 @@ class TinyLearner(TinyDQNLearner):
         return told
 
     def _gradient_step(self, rng: np.random.Generator) -> dict[str, float]:
-        if change := (SHUFFLES | WINDOWS).get(self._flaw):
+        if change := (SHUFFLES | WINDOWS | ROWS).get(self._flaw):
             draw = self._replay.sample
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(self._replay, "sample", lambda *a, **kw: change(self._replay, draw(*a, **kw), rng))
                 return super()._gradient_step(rng)
+        target = self._target
+        if self._flaw == "is its own target":
+            self._target = self._parameters
         told = super()._gradient_step(rng)
+        self._target = target
         if share := {"softly at every step": 0.005, "whole at every step": 1.0}.get(self._flaw):
             self._target = {name: t + share * (self._parameters[name] - t) for name, t in self._target.items()}
         return told
@@ -180,6 +205,12 @@ class TinyLearner(TinyDQNLearner):
             state["slow"] = state.pop("target")
         return state
 
+    def set(self, **changes: float) -> None:
+        rate = self._learning_rate
+        super().set(**changes)
+        if self._flaw == "sets in vain":
+            self._learning_rate = rate
+
     def weights(self) -> dict[str, Array]:
         if self._flaw == "weights move":
             for parameter in self._parameters.values():
@@ -187,6 +218,7 @@ class TinyLearner(TinyDQNLearner):
         return super().weights()
 
 
+Check = Callable[[Bench], Iterable[Finding]]
 Change = Callable[[Replay, Any, np.random.Generator], Any]
 """Of a buffer, a batch that was drawn from it and a generator: the batch that is learned from."""
 
@@ -205,11 +237,46 @@ WINDOWS: dict[str, Change] = {
 """Whose value it takes after the rewards of a window."""
 
 
+def newest(replay: Replay, batch: Any, rng: np.random.Generator) -> Any:
+    """Of rows that were stored without a gap, and none over another."""
+    rows = ENVS * STEPS
+    return replay.gather(rng.integers(replay.env_steps - rows, replay.env_steps, len(batch.index)), 1, 0.9)
+
+
+ROWS: dict[str, Change] = {"knows the newest rows only": newest}
+SILENT: dict[str, tuple[Check, str, str, str]] = {
+    # flaw: (who finds it, severity, code, words of the message)
+    "knows the newest rows only": (replay_checks.held, "error", "never-sampled", "in the first 128 make no difference"),
+    "is its own target": (replay_checks.target, "error", "target-unused", "with another target it learns the same"),
+    "sets in vain": (learner_checks.settings, "error", "set-unused", "set(learning_rate=…) is accepted, and with half"),
+    "draws the same": (learner_checks.repeatable, "warning", "same-chance", "context.rng(1) is asked for 6 times"),
+}
+
+
+@pytest.mark.parametrize("flaw", SILENT)
+def test_what_raises_nothing_and_shows_in_no_metric_is_found(flaw: str) -> None:
+    check, severity, code, words = SILENT[flaw]
+    assert not [f for f in check(recorded(Tiny())) if f.severity != "info"]
+    (finding,) = check(recorded(Tiny(flaw=flaw)))
+    assert (finding.severity, finding.code, words in finding.message) == (severity, code, True), finding
+    assert len(finding.message.splitlines()) <= 3
+
+
+@pytest.mark.parametrize("algorithm", [aiorl.DQN, aiorl.QRDQN, aiorl.SAC])
+def test_importance_weights_that_are_not_used_are_found(algorithm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = recorded(algorithm(priority_exponent=0.6, hidden=(32,), batch_size=32))
+    assert not [*replay_checks.held(bench)]
+    monkeypatch.setattr(Practice, "importance", lambda *_: None)
+    (finding,) = replay_checks.held(bench)
+    assert (finding.severity, finding.code) == ("error", "importance-weights")
+    assert len(finding.message.splitlines()) <= 3
+
+
 @pytest.mark.parametrize("seed", [task_checks.SEED, *(pytest.param(seed, marks=pytest.mark.long) for seed in (0, 4))])
 @pytest.mark.parametrize("flaw", ["", *WINDOWS])
 def test_values_of_another_place_than_windows_lead_to_are_found(flaw: str, seed: int, monkeypatch: Any) -> None:
     monkeypatch.setattr(task_checks, "SEED", seed)
-    found = [*task_checks.windows(record(Tiny(flaw=flaw), EnvSpec(CHAIN, {"action": "discrete"}, CHAIN)))]
+    found = [*task_checks.windows(recorded(Tiny(flaw=flaw)))]
     assert [(f.severity, f.code) for f in found] == [("error", "window-value")] * bool(flaw)
     assert all(len(f.message.splitlines()) <= 3 for f in found)
 
@@ -218,7 +285,7 @@ def test_values_of_another_place_than_windows_lead_to_are_found(flaw: str, seed:
 @pytest.mark.parametrize("flaw", SHUFFLES)
 def test_who_does_not_tell_actions_apart_is_not_blamed_for_ends(flaw: str, seed: int, monkeypatch: Any) -> None:
     monkeypatch.setattr(task_checks, "SEED", seed)
-    bench = record(Tiny(flaw=flaw), EnvSpec(CHAIN, {"action": "discrete"}, CHAIN))
+    bench = recorded(Tiny(flaw=flaw))
     assert [f.code for f in task_checks.tasks(bench)] == ["not-learned"]
     assert not {f.code for f in task_checks.ends_of_episodes(bench)} & {"bootstraps-termination", "cuts-truncation"}
 
@@ -258,13 +325,13 @@ def test_a_target_whose_settings_nobody_knows_is_not_passed_over() -> None:
 
 
 def test_a_network_that_acts_on_other_numbers_than_it_learned_from_is_found() -> None:
-    bench = record(Tiny(flaw="acts on bytes divided twice"), EnvSpec(CHAIN, {"action": "discrete"}, CHAIN))
+    bench = recorded(Tiny(flaw="acts on bytes divided twice"))
     (finding,) = task_checks.acting(bench)
     assert (finding.code, "in all when they are multiplied by 255 before" in finding.message) == ("acts-otherwise", True)
 
 
 def target_of(algorithm: Any) -> list[Finding]:
-    return list(replay_checks.target(record(algorithm, EnvSpec(CHAIN, {"action": "discrete"}, CHAIN))))
+    return list(replay_checks.target(recorded(algorithm)))
 
 
 def test_what_is_not_looked_at_is_said() -> None:
@@ -278,4 +345,5 @@ def test_weights_that_move_as_they_are_asked_for_are_not_blamed_for_what_differs
     moved, left_out = (f for f in check_algorithm(Tiny(flaw="weights move"), learning=False) if f.code != "not-finite")
     assert (moved.code, left_out.code) == ("weights-move", "not-checked")
     told = left_out.message.splitlines()[0].partition(": ")[2]
-    assert told == "what its updates move, what it learns from, whether it repeats itself, its state, whole runs"
+    compared = "what its updates move, what it learns from, whether it repeats itself, its state, what can be set"
+    assert told == f"{compared}, whether it samples from all that it holds, whole runs"

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def test_each_section_is_shown_when_it_is_found_the_quickest_first(
 ):
     shown: list[str] = []
 
-    def look(*_: object) -> list[Finding]:
+    def look(*_: object, **__: object) -> list[Finding]:
         shown.append(capsys.readouterr().out)
         return []
 
@@ -91,12 +92,28 @@ def test_each_section_is_shown_when_it_is_found_the_quickest_first(
     assert capsys.readouterr().out == f"{well}nothing to complain about\n"
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_is_looked_at_is_told_at_a_terminal_until_it_is_found(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+):
+    def look(_: object, *, tell: Callable[[str], None]) -> list[Finding]:
+        tell("its form")
+        return []
+
+    monkeypatch.setattr(machine, "check_machine", lambda out: [])
+    monkeypatch.setattr("aiorl.testing.examine_algorithm.check_algorithm", look)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert main(["doctor", "--algo", "sac"]) == 0
+    told = capsys.readouterr().err
+    assert ("\r\x1b[K  looking at its form …\r\x1b[K" in told, "looking" in told) == (terminal, terminal)
+
+
 def test_an_algorithm_is_tried_with_the_settings_that_are_given(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     tried: list[object] = []
     monkeypatch.setattr(machine, "check_machine", lambda out: [])
-    monkeypatch.setattr("aiorl.testing.examine_algorithm.check_algorithm", lambda a: tried.append(a) or [])
+    monkeypatch.setattr("aiorl.testing.examine_algorithm.check_algorithm", lambda a, **_: tried.append(a) or [])
     assert main(["doctor", "--algo", "dqn", "--dqn.learning-rate", "1e-2", "--dqn.hidden", "8,8"]) == 0
     assert tried == [aiorl.DQN(learning_rate=1e-2, hidden=(8, 8))]
     assert main(["doctor", "--algo", "dqn"]) == 0

@@ -47,6 +47,9 @@ def folder() -> Iterator[Folder]:
     made.close()
 
 
+PATIENT: dict[str, float] = {"step_timeout_s": 30.0, "start_timeout_s": 30.0}  # where cores are busy real steps take long
+
+
 async def trained(config: aiorl.Config, plan: FaultPlan | None = None) -> aiorl.Run:
     """A run with real processes, driven by a plan, whose laws have been checked."""
     async with asyncio.timeout(60), aiorl.Run(config) as run:
@@ -63,7 +66,7 @@ async def trained(config: aiorl.Config, plan: FaultPlan | None = None) -> aiorl.
 async def test_one_plan_for_processes_and_for_simulation(folder: Folder, no_leaks: None) -> None:
     """What is killed and stopped comes back, every row is stored once, and the weights are those of an undisturbed run."""
     plan = FaultPlan().kill(0, at=stored(100)).kill(1, at=stored(200)).stop(0, at=stored(300), for_s=0.2)
-    changes = {"total_steps": 2 * STEPS, "checkpoint_every": 0, "eval_every": 0}
+    changes = {"total_steps": 2 * STEPS, "checkpoint_every": 0, "eval_every": 0, **PATIENT}
     whole = await trained(folder.config(**changes))
     hit = await trained(folder.config(**changes), plan)
 
@@ -142,7 +145,7 @@ def test_random_plans_differ_and_repeat() -> None:
 async def test_fault_env_goes_wrong_once_for_each_fault(folder: Folder, tmp_path: Path, no_leaks: None) -> None:
     faults = [["kill", 11], ["fail", 17], ["slow", 5, 0.01], ["exit", 23]]
     kwargs = {"wraps": LEDGER_ENV, "faults": faults, "marks": str(tmp_path)}
-    config = folder.config(env="aiorl.testing.faults:FaultEnv", env_kwargs=kwargs, eval_every=0, total_steps=600)
+    config = folder.config(env="aiorl.testing.faults:FaultEnv", env_kwargs=kwargs, eval_every=0, total_steps=600, **PATIENT)
     run = await trained(config)
     assert run.result.status == "completed"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "3"]
@@ -182,7 +185,7 @@ def test_ledger_env_is_a_gymnasium_environment_whose_rows_prove_themselves() -> 
 async def test_a_real_algorithm_can_be_recorded(folder: Folder, no_leaks: None) -> None:
     algo = Recording.of(aiorl.PPO(epochs=1, minibatches=1, anneal=False))  # every version has weights of its own
     # Long enough that the kill, which comes from beside the run, does not come after its end.
-    config = folder.config(env="CartPole-v1", algo=algo, total_steps=20_000, eval_every=0, segment_length=16)
+    config = folder.config(env="CartPole-v1", algo=algo, total_steps=20_000, eval_every=0, segment_length=16, **PATIENT)
     run = await trained(config, FaultPlan().kill(1, at=stored(128)))
     assert run.result.restarts == 1
     assert tape_of(run).gradient_steps == run.result.gradient_steps == run.result.updates

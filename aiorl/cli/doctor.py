@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,19 +119,27 @@ def look(
     if what is not None:
         yield what, lambda: [_also_no_run(what, finding) for finding in examine(what, kwargs)]
     if name is not None:
-        yield name, lambda: check_algorithm(algorithm)
+        yield name, lambda: check_algorithm(algorithm, tell=_working)
 
 
 def _show(about: str, find: Callable[[], Sequence[Finding]]) -> Sequence[Finding]:
     """First what is looked at: it may take a while."""
     print(about, flush=True)
     findings = find()
+    _working("")
     print("\n".join([*section(about, findings), ""]), flush=True)
     return findings
 
 
+def _working(on: str) -> None:
+    """What is being looked at, for who waits at a terminal; "" takes it away."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K  looking at {on} …" if on else "\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
 def _show_as_json(about: str, find: Callable[[], Sequence[Finding]]) -> Sequence[Finding]:
     findings = find()
+    _working("")
     for f in findings:
         print(json.dumps(plain(about, f)), flush=True)
     return findings

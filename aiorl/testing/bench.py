@@ -53,12 +53,12 @@ class Bench:
     final: dict[str, Array]
     """And after all of them."""
 
-    def learner(self) -> Learner:
-        return self.algorithm.learner(self.spaces, self.context)
+    def learner(self, context: LearnerContext | None = None) -> Learner:
+        return self.algorithm.learner(self.spaces, context or self.context)
 
-    def trained(self, rollouts: int) -> Learner:
+    def trained(self, rollouts: int, context: LearnerContext | None = None) -> Learner:
         """A new learner that has been through the first `rollouts` of the tape."""
-        learner = self.learner()
+        learner = self.learner(context)
         for recorded in self.tape[:rollouts]:
             learner.update(recorded.rollout())
         return learner

@@ -72,6 +72,7 @@ FOUND_AS = {
     "off-policy-error": ("3.1",), "ignores-rewards": ("#3", "R1"), "ignores-observations": ("#3", "R1"),
     "no-updates": ("5.1",), "zero-gradient": ("R2",), "unchanged": ("R3",), "unpublished": ("#4",),
     "update-ratio": ("12.1",), "target-share": ("0.3", "4.1", "9.4"), "target-interval": ("4.2",),
+    "target-unused": ("4.2",),
     "value": ("7.1", "7.3"), "window-value": ("7.3",), "no-q-values": ("11.1",), "refuses-all": ("10.3",),
     "action-space": ("10.3",), "refused": ("5.1", "5.2", "10.3"), "runs": ("8.1",), "acts-otherwise": ("1.2", "6.1"),
     "not-learned": ("1.2", "6.1"),

@@ -38,21 +38,25 @@ RUN_ENVS, RUN_STEPS, RUN_ROLLOUTS, RUN_SEED = 4, 16, 6, 5
 CHECKS: tuple[Callable[[Bench], Iterator[Finding]], ...] = (
     learner_checks.metrics, learner_checks.weights, learner_checks.moves, learner_checks.experience,
     learner_checks.repeatable, learner_checks.state, learner_checks.settings, learner_checks.not_finite,
-    policy_checks.policy, replay_checks.update_ratio, replay_checks.target,
+    policy_checks.policy, replay_checks.update_ratio, replay_checks.held, replay_checks.target,
 )  # fmt: skip
 COMPARES: dict[Callable[[Bench], Iterator[Finding]], str] = {
     learner_checks.moves: "what its updates move", learner_checks.experience: "what it learns from",
     learner_checks.repeatable: "whether it repeats itself", learner_checks.state: "its state",
+    learner_checks.settings: "what can be set", replay_checks.held: "whether it samples from all that it holds",
 }  # fmt: skip
 """Those that compare weights, and what each is about: where weights move as they are asked for, any two differ."""
 
 
-def check_algorithm(algorithm: Algorithm | type[Algorithm], *, learning: bool = True) -> list[Finding]:
+def check_algorithm(
+    algorithm: Algorithm | type[Algorithm], *, learning: bool = True, tell: Callable[[str], None] = lambda _: None
+) -> list[Finding]:
     """Look for everything that would make a training with `algorithm` inexact, fail when resumed, or come out wrong.
 
     `algorithm` is a configuration, or its class if the defaults will do. With `learning` it is also trained on problems
     of a few states, to see what values it comes to, that it acts on what it learned, and that truncation bootstraps and
-    termination does not: with that it takes some 15 seconds. Runs in this process.
+    termination does not: with that it takes some 15 seconds for DQN, minutes for large networks. Runs in this process.
+    `tell` is told what is looked at next.
     """
     if inspect.isclass(algorithm):
         algorithm = cast("type[Any]", algorithm)()
@@ -66,10 +70,11 @@ def check_algorithm(algorithm: Algorithm | type[Algorithm], *, learning: bool = 
     findings: list[Finding] = []
     skipped: list[str] = []
     with tempfile.TemporaryDirectory(prefix="aiorl-check-") as directory:
-        for about, check in _stages(algorithm, env, spaces, learning, Path(directory), skipped):
+        for about, check in _stages(algorithm, env, spaces, learning, Path(directory), skipped, tell):
             if errors(findings):
                 skipped.append(about)
             else:
+                tell(about)
                 findings += check()
     return [*sort(findings), *left_out(skipped)]
 
@@ -86,23 +91,33 @@ def check_fit(algorithm: Algorithm | type[Algorithm], env: str, kwargs: Mapping[
 
 
 def _stages(
-    algorithm: Algorithm, env: EnvSpec, spaces: Spaces, learning: bool, directory: Path, skipped: list[str]
-) -> Iterator[tuple[str, Callable[[], list[Finding]]]]:
+    algorithm: Algorithm, env: EnvSpec, spaces: Spaces, learning: bool, directory: Path, skipped: list[str],
+    tell: Callable[[str], None],
+) -> Iterator[tuple[str, Callable[[], list[Finding]]]]:  # fmt: skip
     """The checks in their order, each with what it is about; after an error those that follow make no sense.
 
-    What is left out within one is added to `skipped`.
+    What is left out within one is added to `skipped`; `tell` is told what is looked at within one.
     """
     given = context(directory=directory)
     bench = cache(lambda: record(algorithm, env, directory))
     yield "its form", lambda: [*_declared(algorithm), *_guarded("protocol", lambda: _halves(algorithm, spaces, given))]
     yield "its actions", lambda: _guarded("weights", lambda: policy_checks.actions(algorithm, spaces, given))
     yield "its policy and its learner", lambda: _guarded("runs", lambda: _examine(bench(), skipped))
-    values = ", the values that it learns" * replay_checks.learns_from_replay(algorithm)
-    yield f"whole runs{f'{values}, acting on what it learned, ends of episodes' * learning}", lambda: [
-        *_in_a_thread(lambda: asyncio.run(_runs(bench(), directory))),
-        *(_guarded("value", lambda: replay_checks.value(bench())) if learning else ()),
-        *(_guarded("tasks", lambda: task_checks.tasks(bench())) if learning else ()),
-    ]
+    trials = {"whole runs": lambda: _in_a_thread(lambda: asyncio.run(_runs(bench(), directory)))}
+    if learning and replay_checks.learns_from_replay(algorithm):
+        trials["the values that it learns"] = lambda: _guarded("value", lambda: replay_checks.value(bench()))
+    if learning:
+        tasks = "acting on what it learned, ends of episodes"
+        trials[tasks] = lambda: _guarded("tasks", lambda: task_checks.tasks(bench()))
+
+    def try_out() -> list[Finding]:
+        found: list[Finding] = []
+        for about, trial in trials.items():
+            tell(about)
+            found += trial()
+        return found
+
+    yield ", ".join(trials), try_out
 
 
 def _examine(bench: Bench, skipped: list[str]) -> Iterator[Finding]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from aiorl.algos.base import Learner, Weights
+from aiorl.algos.base import Learner, LearnerContext, Weights
 from aiorl.checkpoint import flatten
 from aiorl.segments import Rollout
 from aiorl.testing.bench import HALF, ROLLOUTS, Bench, alike, copied, difference, layout_of, same, unlike
@@ -129,7 +131,7 @@ def experience(bench: Bench) -> Iterator[Finding]:
     """Other rewards, or other observations, lead to other weights: the learner looks at what it is given."""
     if same(bench.learner().weights(), bench.half):
         return  # `moves` tells, if it is wrong
-    changes: dict[str, Callable[[Rollout], None]] = {"rewards": _other_rewards, "observations": _other_observations}
+    changes: dict[str, Callable[[Rollout], None]] = {"rewards": other_rewards, "observations": _other_observations}
     for what, change in changes.items():
         if same(bench.half, _trained_otherwise(bench, HALF, change).weights()):
             yield error(
@@ -149,7 +151,7 @@ def _trained_otherwise(bench: Bench, rollouts: int, change: Callable[[Rollout], 
     return learner
 
 
-def _other_rewards(rollout: Rollout) -> None:
+def other_rewards(rollout: Rollout) -> None:
     for segment in rollout.segments:
         segment.columns["reward"][...] = 0.5 - segment.columns["reward"]
 
@@ -164,8 +166,9 @@ def _other_observations(rollout: Rollout) -> None:
 def repeatable(bench: Bench) -> Iterator[Finding]:
     """One seed, one result, and nothing of the rollout's memory kept or changed."""
     used: set[str] = set()
+    asked = Asked(**vars(bench.context))
     with watched(used):
-        expected = bench.trained(ROLLOUTS)
+        expected = bench.trained(ROLLOUTS, asked)
     if used:
         yield error(
             "global-chance",
@@ -173,6 +176,7 @@ def repeatable(bench: Bench) -> Iterator[Finding]:
             "draw from context.rng(…) only: then a seed repeats a run, whatever else the program does",
         )
         return
+    yield from _asked_again(asked)
     if not alike(expected, bench.trained(ROLLOUTS)):
         yield error(
             "not-repeatable",
@@ -200,6 +204,29 @@ def repeatable(bench: Bench) -> Iterator[Finding]:
         )
 
 
+@dataclass(frozen=True)
+class Asked(LearnerContext):
+    """Counts what random numbers are asked for."""
+
+    keys: Counter[tuple[int, ...]] = field(default_factory=Counter[tuple[int, ...]])
+
+    def rng(self, *key: int) -> np.random.Generator:
+        self.keys[key] += 1
+        return super().rng(*key)
+
+
+def _asked_again(asked: Asked) -> Iterator[Finding]:
+    """Every key is asked for once: else two networks begin alike, or all updates draw the same."""
+    for key, times in asked.keys.items():
+        if times > 1:
+            yield warning(
+                "same-chance",
+                f"context.rng({', '.join(map(str, key))}) is asked for {times} times: the same random numbers each time",
+                "give each purpose and each rollout a key of its own, as rng(SAMPLE, rollout.index)",
+            )
+            return
+
+
 def state(bench: Bench) -> Iterator[Finding]:
     """`state_dict` holds everything, as copies; `load_state_dict` takes over everything, as copies."""
     learner = bench.trained(HALF)
@@ -211,7 +238,7 @@ def state(bench: Bench) -> Iterator[Finding]:
         return
     kept = copy.deepcopy(saved)
     # Of another state, far off, so that everything has to be taken over, and shows if it is not.
-    other = _trained_otherwise(bench, HALF - 1, _other_rewards)
+    other = _trained_otherwise(bench, HALF - 1, other_rewards)
     given = copy.deepcopy(kept)
     other.load_state_dict(given)
     if place := unlike(kept, other.state_dict()):
@@ -282,11 +309,29 @@ def _reshape(tree: dict[str, Any]) -> None:
 
 
 def settings(bench: Bench) -> Iterator[Finding]:
+    """What cannot be changed is refused, what is accepted has an effect."""
     try:
         bench.learner().set(no_such_setting=1.0)
     except ValueError:
+        pass
+    else:
+        yield warning("set", "set(no_such_setting=1.0) is accepted", "raise ValueError naming what can be changed")
         return
-    yield warning("set", "set(no_such_setting=1.0) is accepted", "raise ValueError naming what can be changed")
+    learner, rate = bench.learner(), 0.5 * float(getattr(bench.algorithm, "learning_rate", 0))
+    if not rate or same(learner.weights(), bench.half):
+        return  # there is nothing to halve, or nothing that would show it: `moves` tells
+    try:
+        learner.set(learning_rate=rate)
+    except ValueError:
+        return
+    for recorded in bench.tape[:HALF]:
+        learner.update(recorded.rollout())
+    if same(learner.weights(), bench.half):
+        yield error(
+            "set-unused",
+            "set(learning_rate=…) is accepted, and with half of it it learns the same weights, to the last bit",
+            "let the next update use it, or raise ValueError: `run.set` tells its caller that it was changed",
+        )
 
 
 def not_finite(bench: Bench) -> Iterator[Finding]:

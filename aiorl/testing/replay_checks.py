@@ -2,12 +2,13 @@
 
 It is known by its settings: `update_ratio` and `warmup`, as those of `aiorl.DQN`. Where there is `target_every`, perhaps
 with `target_tau`, or `tau`, perhaps with `policy_delay`, and its state has `target` beside `parameters`, the target is
-measured.
+measured. With `capacity` it must learn from all that it holds, with `priority_exponent` and `priority_beta` by weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,12 +19,14 @@ from aiorl.algos.base import Algorithm
 from aiorl.buffers.replay import gradient_steps_owed
 from aiorl.checkpoint import flatten
 from aiorl.envs.spec import EnvSpec
-from aiorl.segments import Array
-from aiorl.testing.bench import ENVS, STEPS, Bench
+from aiorl.segments import Array, Rollout
+from aiorl.testing.bench import ENVS, ROLLOUTS, STEPS, Bench, copied, same
 from aiorl.testing.findings import Finding, error, warning
+from aiorl.testing.learner_checks import other_rewards
 from aiorl.testing.plain_loop import plain_loop
 
 STEADY = "aiorl.testing.chain:Steady"
+FEW = 32  # gradient steps: so many that a difference shows even where only signs of gradients count
 SHARE, EVERY, NEAR = 0.25, 2, 1e-3
 GAMMA, N_STEP = 0.55, 2  # so chosen that every wrong power of gamma takes values further off than may be
 WORTH, OFF = 1 / (1 - GAMMA), 0.15  # what is expected, and how far off a mean may be
@@ -63,6 +66,52 @@ def update_ratio(bench: Bench) -> Iterator[Finding]:
             return
 
 
+# -- from what ---------------------------------------------------------------------------------------------------------
+
+
+def held(bench: Bench) -> Iterator[Finding]:
+    """Its oldest rows make a difference as long as they are held, and so do the weights of what priorities chose."""
+    if not learns_from_replay(bench.algorithm) or not hasattr(bench.algorithm, "capacity"):
+        return
+    rows = ROLLOUTS * ENVS * STEPS
+    algorithm = changed(bench.algorithm, capacity=2 * rows, batch_size=64, update_ratio=FEW / (ENVS * STEPS))
+    before, plain = _late(bench, algorithm, _nothing)
+    if same(before, plain):
+        return  # `update_ratio` and `moves` tell
+    if same(plain, _late(bench, algorithm, other_rewards)[1]):
+        seen = f"with {rows} rows in its buffer, other rewards in the first {ENVS * STEPS} make no difference"
+        yield error("never-sampled", f"{seen} to {FEW} gradient steps", "sample from all that is held")
+    if not all(hasattr(algorithm, name) for name in ("priority_exponent", "priority_beta")):
+        return
+    without, wholly = (
+        _late(bench, changed(algorithm, priority_exponent=1.0, priority_beta=beta), _nothing)[1] for beta in (0.0, 1.0)
+    )
+    if same(without, wholly):
+        yield error(
+            "importance-weights", "with priority_beta = 0 and with 1 it learns the same weights, to the last bit",
+            "multiply each transition's loss by `batch.weights`, sampled with `beta`: else what is rare counts for too much",
+        )  # fmt: skip
+
+
+def _late(
+    bench: Bench, algorithm: Algorithm, change: Callable[[Rollout], None]
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Weights before and after its last update, the only one with gradient steps, where the first rollout was changed."""
+    learner = algorithm.learner(bench.spaces, replace(bench.context, warmup=(ROLLOUTS - 1) * ENVS * STEPS))
+    before: dict[str, Array] = {}
+    for k, recorded in enumerate(bench.tape):
+        rollout = recorded.rollout(recorded.copied())
+        if k == 0:
+            change(rollout)
+        before = copied(learner.weights())
+        learner.update(rollout)
+    return before, copied(learner.weights())
+
+
+def _nothing(rollout: Rollout) -> None:
+    pass
+
+
 # -- after which target ------------------------------------------------------------------------------------------------
 
 
@@ -80,6 +129,7 @@ def target(bench: Bench) -> Iterator[Finding]:
     if not before:
         yield _unmeasured("its state has no `target` beside `parameters`")
         return
+    yield from _unused(bench)
     for step, recorded in enumerate(bench.tape, start=1):
         learner.update(recorded.rollout())
         now = _pairs(learner.state_dict())
@@ -96,6 +146,34 @@ def target(bench: Bench) -> Iterator[Finding]:
                 yield error("target-share", f"{told} {expected:g}{_twice(moved)}", "update the target in one place only")
             return
         before = now
+
+
+def _unused(bench: Bench) -> Iterator[Finding]:
+    """Another target leads to other gradient steps."""
+    algorithm = changed(bench.algorithm, update_ratio=FEW / (ENVS * STEPS), target_every=10**6)
+    learners = [algorithm.learner(bench.spaces, replace(bench.context, warmup=0)) for _ in range(2)]
+    state = copy.deepcopy(learners[0].state_dict())
+    for name in _pairs(state):
+        _change(state, name.split("/"))
+    learners[1].load_state_dict(state)
+    for learner in learners:
+        learner.update(bench.tape[0].rollout())
+    found, other = (_pairs(learner.state_dict()) for learner in learners)
+    if all(np.array_equal(found[name][1], other[name][1]) for name in found):
+        yield error("target-unused", "with another target it learns the same parameters, to the last bit",
+                    "take the value of what follows from the target: from what is trained, values may run away")  # fmt: skip
+
+
+def _change(tree: Any, path: list[str]) -> None:
+    """Make all numbers under `path` quite other ones: what was worth something is worth less than nothing."""
+    *way, last = path
+    for name in way:
+        tree = tree[name]
+    if isinstance(tree[last], Mapping):
+        for name in tree[last]:
+            _change(tree[last], [name])
+    elif tree[last].dtype.kind == "f":
+        tree[last] = np.asarray(-1, tree[last].dtype) - tree[last]
 
 
 def _schedule(algorithm: Any) -> tuple[dict[str, Any], float, int] | None:
