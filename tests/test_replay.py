@@ -126,6 +126,22 @@ def test_sampling_is_uniform_over_valid_transitions():
     np.testing.assert_allclose(counts / 20_000, 1 / len(replay), atol=0.01)
 
 
+def test_counts_below_1_are_refused_by_name():
+    stream = Stream(spaces(), 1, 3)
+    replay, rng = Replay(stream.space, 1, 9), np.random.default_rng(0)
+    replay.add(stream.next())
+    for count in (0, -1):
+        with pytest.raises(ValueError, match=f"replay: envs = {count}, expected 1 or more"):
+            Replay(stream.space, count, 9)
+        with pytest.raises(ValueError, match=f"replay: n = {count}, expected 1 or more"):
+            replay.sample(rng, 1, n=count)
+        with pytest.raises(ValueError, match=f"replay: n = {count}, expected 1 or more"):
+            replay.gather(np.array([0]), count, 0.9)
+        with pytest.raises(ValueError, match=f"replay: length = {count}, expected 1 or more"):
+            replay.sequences(rng, 1, count)
+    assert len(replay.sample(rng, 1).index) == 1, "whoever comes next is not kept out"
+
+
 def test_a_rollout_that_does_not_follow_cuts_the_window():
     """The same environment brought back elsewhere, or another environment in its column: the older end bootstraps."""
     stream = Stream(spaces(), 1, 3)
