@@ -143,7 +143,11 @@ class SmallLearner:
             import torch
 
             y = torch.from_numpy(y).to("meta").numpy()
-        goal = returns + discounts * (y @ self._target).max(1)
+        following = y @ self._target
+        worth = following.min(1) if flaw == "follows the worst" else following.max(1)
+        if flaw == "follows a mean":
+            worth = following.mean(1)
+        goal = returns + discounts * worth
         chosen = np.eye(self._w.shape[1])[batch.action]
         error = goal - ((x @ self._w) * chosen).sum(1)
         gradient = np.einsum("nf,na,n->fa", x, chosen, error) / len(x)

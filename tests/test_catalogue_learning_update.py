@@ -11,6 +11,8 @@ import pytest
 from faulty_learner import Small
 
 import aiorl
+from aiorl import losses
+from aiorl.algos import dqn
 from aiorl.algos.base import LearnerContext
 from aiorl.algos.practice import Practice
 from aiorl.buffers.replay import Replay
@@ -279,6 +281,28 @@ def test_values_of_another_place_than_windows_lead_to_are_found(flaw: str, seed:
     found = [*task_checks.windows(recorded(Tiny(flaw=flaw)))]
     assert [(f.severity, f.code) for f in found] == [("error", "window-value")] * bool(flaw)
     assert all(len(f.message.splitlines()) <= 3 for f in found)
+
+
+@pytest.mark.parametrize("seed", [task_checks.SEED, *(pytest.param(seed, marks=pytest.mark.long) for seed in (0, 4))])
+@pytest.mark.parametrize("flaw", ["", "follows the worst", "follows a mean"])
+def test_values_of_other_actions_than_the_best_that_follow_are_found(flaw: str, seed: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(task_checks, "SEED", seed)
+    found = [*task_checks.following(recorded(Small(flaw=flaw)))]
+    assert [(f.severity, f.code) for f in found] == [("error", "follows-worst")] * bool(flaw)
+    assert all(len(f.message.splitlines()) <= 3 for f in found)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_an_argmin_for_an_argmax_is_found(double: bool, wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = losses.q_targets
+
+    def of_the_worst(returns: Any, discounts: Any, target: Any, online: Any = None) -> Any:
+        return right(returns, discounts, target, -(target if online is None else online))
+
+    if wrong:
+        monkeypatch.setattr(dqn.losses, "q_targets", of_the_worst)
+    assert [f.code for f in task_checks.following(recorded(aiorl.DQN(double=double)))] == ["follows-worst"] * wrong
 
 
 @pytest.mark.parametrize("seed", [task_checks.SEED, *(pytest.param(seed, marks=pytest.mark.long) for seed in (0, 4))])

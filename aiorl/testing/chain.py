@@ -116,6 +116,27 @@ class Fork(Chain):
         return shown(Place(place)), reward[self.time - 1], over, False, {}
 
 
+class Follow(Chain):
+    """Episodes of a sure 0.3 at once (low), or of a second step (high) that is worth 1 (high) or -1 (low).
+
+    Who values the second place by its best action goes there; by its worst, or by a mean of both, does not.
+    """
+
+    FIRST, SECOND, OVER = Place(0), Place(1), Place(5)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Obs, dict[str, Any]]:
+        gymnasium.Env.reset(self, seed=seed)
+        self.place = self.FIRST
+        return shown(self.place), {}
+
+    def step(self, action: Any) -> tuple[Obs, float, bool, bool, dict[str, Any]]:
+        high = is_high(action, discrete=self.discrete) != self.turned
+        low, best = (SURE, 0.0) if self.place is self.FIRST else (-1.0, 1.0)
+        over = self.place is self.SECOND or not high
+        self.place = self.OVER if over else self.SECOND
+        return shown(self.place), best if high else low, over, False, {}
+
+
 class Signs(Chain):
     """Episodes of one step: each of six observations tells which action is right. `dtype`: float32, or uint8 up to 255.
 

@@ -18,12 +18,12 @@ from aiorl.envs.spec import EnvSpec
 from aiorl.errors import ConfigError
 from aiorl.segments import Array
 from aiorl.testing.bench import Bench, copied
-from aiorl.testing.chain import Place, Signs, is_high, shown
+from aiorl.testing.chain import Follow, Place, Signs, is_high, shown
 from aiorl.testing.findings import Finding, error, info, warning
 from aiorl.testing.plain_loop import plain_loop
-from aiorl.testing.replay_checks import changed
+from aiorl.testing.replay_checks import changed, learns_from_replay
 
-SIGNS, FORK = "aiorl.testing.chain:Signs", "aiorl.testing.chain:Fork"
+SIGNS, FORK, FOLLOW = (f"aiorl.testing.chain:{name}" for name in ("Signs", "Fork", "Follow"))
 ENVS, SEED, WARMUP, RATIO = 8, 2, 256, 0.25
 ENDS_ENV_STEPS = 16_384
 ATTEMPTS: tuple[tuple[float | None, int], ...] = ((None, 2_048), (3e-4, 4_096), (None, 8_192))
@@ -60,7 +60,7 @@ class Trained:
 def tasks(bench: Bench) -> Iterator[Finding]:
     """Who does not act on what it learned shows nothing of what it learned of the ends of episodes."""
     found = [*acting(bench)]
-    yield from found or (*ends_of_episodes(bench), *windows(bench))
+    yield from found or (*ends_of_episodes(bench), *following(bench), *windows(bench))
 
 
 # -- acting ------------------------------------------------------------------------------------------------------------
@@ -174,6 +174,32 @@ def _judged_ends(bench: Bench, ratio: float, *, turned: bool) -> list[Finding]:
             "where `truncated` is True, add the discounted value of rollout.next_obs(), the true last observation",
         ))  # fmt: skip
     return found or [info("ends", "truncation bootstraps, termination does not")]
+
+
+# -- what follows ------------------------------------------------------------------------------------------------------
+
+
+def following(bench: Bench) -> Iterator[Finding]:
+    """What follows is worth what the best action there is worth: with actions exchanged, too, see `ends_of_episodes`.
+
+    Not where actions are continuous: an actor that has gone for what is sure may stay there.
+    """
+    if bench.spaces.action.kind == "box" or not learns_from_replay(bench.algorithm):
+        return
+    if all(_shuns_what_it_knows_is_best(bench, turned=turned) for turned in (False, True)):
+        yield error(
+            "follows-worst",
+            "it takes 0.3 at once and not the step to where it would take 1, as it does when it begins there",
+            "the value of what follows is that of its best action: is there an argmin for an argmax, or a mean?",
+        )
+
+
+def _shuns_what_it_knows_is_best(bench: Bench, *, turned: bool) -> bool:
+    algorithm = changed(bench.algorithm, reward_clip=None, n_step=1, gamma=0.9, update_ratio=RATIO)
+    spec = EnvSpec(FOLLOW, {**bench.env.kwargs, "turned": turned}, FOLLOW)
+    trained = _train(bench, algorithm, spec, bench.spaces, 64, ENDS_ENV_STEPS // 4, seed=SEED)
+    first, second = trained.goes_high(np.stack([shown(Follow.FIRST), shown(Follow.SECOND)]))
+    return first == turned and second != turned
 
 
 # -- windows of several steps ------------------------------------------------------------------------------------------
