@@ -382,10 +382,21 @@ def test_the_chain(
     assert begun == {*Place} - {Place.VOID} - ({Place.ENOUGH} if not turned else set())
     env.place = place
     up = high != turned
-    taken = int(up) if action == "discrete" else np.array([0.5 if up else -0.5], np.float32)
+    taken = int(up) if action == "discrete" else np.array([1.0 if up else -1.0], np.float32)
     obs, *rest, _ = env.step(taken)
     assert is_high(taken, discrete=action == "discrete") == up
     assert (Place(int(obs.argmax())), *rest) == (then, reward, terminated, truncated)
+
+
+def test_in_the_chain_a_box_is_high_with_a_chance():
+    env = Chain("box")
+    env.reset(seed=0)
+    for value in (-0.5, 0.0, 0.5):
+        went: list[bool] = []
+        for _ in range(2_000):
+            env.place = Place.GOES_ON
+            went.append(int(env.step(np.array([value], np.float32))[0].argmax()) == Place.GOAL)
+        assert np.mean(went) == pytest.approx((value + 1) / 2, abs=0.04)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "uint8"])

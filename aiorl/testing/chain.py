@@ -32,7 +32,7 @@ class Place(IntEnum):
 
 
 class Chain(gymnasium.Env[Any, Any]):
-    """`action` is the kind of its action space: discrete, multi_discrete, multi_binary or box (from 0 on it is high).
+    """`action` is its kind of actions: discrete, multi_discrete, multi_binary or box (the larger, the likelier high).
 
     `turned` takes low for high and high for low, and begins in ENOUGH, too: who does not tell actions apart shows there.
     """
@@ -57,13 +57,20 @@ class Chain(gymnasium.Env[Any, Any]):
 
     def step(self, action: Any) -> tuple[Obs, float, bool, bool, dict[str, Any]]:
         place = self.place
-        high = is_high(action, discrete=self.discrete) != self.turned
+        high = self._high(action) != self.turned
         self.place = Place.GOAL if high and place is not Place.GOAL else Place.VOID
         low = ENOUGH if place is Place.ENOUGH else SURE
         reward = 1.0 if place is Place.GOAL else 0.0 if high else low
         truncated = high and place is Place.TRUNCATED
         ended = place is Place.GOAL or not high or place is Place.TERMINATED
         return shown(self.place), reward, ended and not truncated, truncated, {}
+
+
+    def _high(self, action: Any) -> bool:
+        """Of a box with a chance that grows from -1 to 1, so that everywhere there is a way up for gradients to follow."""
+        if self.discrete:
+            return is_high(action, discrete=True)
+        return bool(self.np_random.random() < (float(np.asarray(action).reshape(-1)[0]) + 1) / 2)
 
 
 def shown(place: Place) -> Obs:
@@ -109,7 +116,7 @@ class Fork(Chain):
     def step(self, action: Any) -> tuple[Obs, float, bool, bool, dict[str, Any]]:
         self.time += 1
         if self.time == 1:
-            self.high = is_high(action, discrete=self.discrete) != self.turned
+            self.high = self._high(action) != self.turned
         reward = (0.0, 0.0, self.LATE) if self.high else (0.0, 1.0, 0.0)
         over = self.time == len(reward)
         place = len(Place) - 1 if over else self.time + 2 * self.high
@@ -130,7 +137,7 @@ class Follow(Chain):
         return shown(self.place), {}
 
     def step(self, action: Any) -> tuple[Obs, float, bool, bool, dict[str, Any]]:
-        high = is_high(action, discrete=self.discrete) != self.turned
+        high = self._high(action) != self.turned
         low, best = (SURE, 0.0) if self.place is self.FIRST else (-1.0, 1.0)
         over = self.place is self.SECOND or not high
         self.place = self.OVER if over else self.SECOND

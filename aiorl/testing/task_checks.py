@@ -187,10 +187,10 @@ def following(bench: Bench) -> Iterator[Finding]:
     if bench.spaces.action.kind == "box" or not learns_from_replay(bench.algorithm):
         return
     if all(_shuns_what_it_knows_is_best(bench, turned=turned) for turned in (False, True)):
-        yield error(
+        yield warning(
             "follows-worst",
-            "it takes 0.3 at once and not the step to where it would take 1, as it does when it begins there",
-            "the value of what follows is that of its best action: is there an argmin for an argmax, or a mean?",
+            "it takes 0.3 at once and not the step to a place where it would choose 1 over -1",
+            "is there an argmin for an argmax? Right if it is to value a mean over what it does there (SARSA, entropy)",
         )
 
 
