@@ -16,6 +16,7 @@ from toys import Toy
 
 import aiorl
 from aiorl.algos.base import LearnerContext, Weights
+from aiorl.buffers import replay
 from aiorl.buffers.priorities import SumTree
 from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import EnvSpec
@@ -41,13 +42,14 @@ QUICK: dict[str, Any] = {
     "hidden": (32, 32), "batch_size": 64, "warmup": 256, "random_steps": 256, "update_ratio": 0.1, "tau": 0.02,
     "learning_rate": 3e-3, "capacity": 20_000,
 }  # fmt: skip
+SMALL: dict[str, Any] = {"hidden": (32, 32), "batch_size": 64, "learning_rate": 1e-3}
 VALUES = {name: value for name, value in QUICK.items() if name not in ("random_steps", "tau")}
 SOUND: dict[str, tuple[Any, list[str]]] = {
     "ppo": (aiorl.PPO(), []),
     "dqn": (aiorl.DQN(), []),
     "qrdqn": (aiorl.QRDQN(**VALUES, priority_exponent=0.6, accumulate=2, quantiles=16, average=0.99), []),
     "sac": (aiorl.SAC(**QUICK), []),
-    "td3": (aiorl.TD3(**QUICK, noise=1.0), []),
+    "td3": (aiorl.TD3(**QUICK), []),
     "toy": (Toy(), ["no-foresight"]),
     "reinforce": (Reinforce, []),
 }
@@ -91,6 +93,25 @@ def test_ends_are_judged_rightly_whatever_the_seed(action: str, seed: int, monke
     if action == "discrete":
         for flaw, code in (("termination", "bootstraps-termination"), ("truncation", "cuts-truncation")):
             assert [f.code for f in task_checks.ends_of_episodes(record(Q(flaw=flaw), env))] == [code]
+
+
+ENDS = {
+    # code: what an action leads on to, by a row's flags
+    "ends": replay.GOES_ON,
+    "bootstraps-termination": np.ones(256),
+    "cuts-truncation": 1.0 - (np.arange(256) & (replay.TERMINATED | replay.TRUNCATED) != 0),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("code", ENDS)
+@pytest.mark.parametrize("algorithm", [aiorl.SAC(**SMALL), aiorl.TD3(**SMALL)], ids=["sac", "td3"])
+@pytest.mark.parametrize("seed", range(3))
+def test_ends_are_judged_rightly_by_actors(algorithm: Any, code: str, seed: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(task_checks, "SEED", seed)
+    bench = record(algorithm, EnvSpec(CHAIN, {"action": "box"}, CHAIN))
+    monkeypatch.setattr(replay, "GOES_ON", ENDS[code])
+    assert [f.code for f in task_checks.ends_of_episodes(bench)] == [code]
 
 
 @pytest.mark.long
