@@ -41,6 +41,9 @@ class Case(NamedTuple):
         """What its files are called."""
         return f"{self.env.replace('/', '-')}-{self.algo}"
 
+    def directory(self, runs: Path, seed: int) -> Path:
+        return runs / f"{self.stem}-{seed}"
+
     @property
     def command(self) -> str:
         return f"python -m aiorl train {self.env}" + (f" --algo {self.algo}" if self.algo != "ppo" else "")
@@ -68,7 +71,7 @@ CASES = (
 
 def carry_out(case: Case, seed: int, runs: Path) -> dict[str, Any]:
     """One run as a user would start it; what summary.json says. A run that is there already is taken as it is."""
-    out = runs / f"{case.stem}-{seed}"
+    out = case.directory(runs, seed)
     if not (out / "summary.json").exists():
         shutil.rmtree(out, ignore_errors=True)
         line = [sys.executable, *case.command.split()[1:], "--seed", str(seed), "--out", str(out), "--progress", "none"]
@@ -133,12 +136,13 @@ def main() -> None:
         for case in CASES:
             if options.only and case.name not in options.only:
                 continue
-            summaries = [carry_out(case, seed, runs) for seed in range(options.seeds or case.seeds)]
+            seeds = range(options.seeds or case.seeds)
+            summaries = [carry_out(case, seed, runs) for seed in seeds]
             line = row(case, summaries)
             print(re.sub(r"\s*\|\s*", "   ", line).strip(), flush=True)
             if not options.no_write:
                 write({case.name: line})
-                plot(case, [Path(s["directory"]) for s in summaries])
+                plot(case, [case.directory(runs, seed) for seed in seeds])
 
 
 def plot(case: Case, directories: list[Path]) -> None:
