@@ -187,14 +187,14 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         },
     },
     ("ppo", "LunarLander-v3"): {
-        "total_steps": 990_000,  # 121 whole rollouts: the last one ends before a million
+        "total_steps": 990_000,  # 242 whole rollouts: the last one ends before a million
         "envs": 16,
-        "segment_length": 512,
+        "segment_length": 256,
         "ppo": {
             "learning_rate": 5e-4,
             "gamma": 0.999,
             "gae_lambda": 0.98,
-            "minibatches": 32,
+            "minibatches": 16,
             "entropy_coef": 0.01,
             "normalise_rewards": True,
         },
