@@ -373,7 +373,7 @@ async def test_it_can_be_called_inside_an_event_loop():
 def test_it_tells_what_it_looks_at():
     told: list[str] = []
     check_algorithm(Q, learning=False, tell=told.append)
-    assert [*dict.fromkeys(told)] == ["its form", "its actions", "its policy and its learner", "whole runs"]
+    assert told == ["its form", "its actions", "its policy and its learner", "whole runs"]
 
 
 # -- the problem it is asked on ----------------------------------------------------------------------------------------

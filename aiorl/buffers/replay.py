@@ -69,7 +69,7 @@ class Replay:
         leaf is no such stack. `learned` makes of rewards as they were what is sampled, each for itself. `columns` are
         those of the policy (`Algorithm.columns`) that are kept, in memory, and sampled with the rest.
         """
-        _at_least_1(envs=envs)
+        _at_least_1("envs", envs)
         self.stack = spaces.stack if stack is None else stack
         self.envs, self.rows = envs, _rows(envs, capacity, self.stack)
         self.env_steps = 0  # valid transitions ever added
@@ -252,7 +252,7 @@ class Replay:
             return self._gather(index, n, gamma, np.ones(len(index)))
 
     def _gather(self, index: Array, n: int, gamma: float, weights: Array) -> Batch:
-        _at_least_1(n=n)
+        _at_least_1("n", n)
         if n == 1:
             end, returns = index, self._rewards(index)
             discounts = gamma * GOES_ON.take(self._flags.take(index, mode="clip"))
@@ -291,7 +291,7 @@ class Replay:
         """`size` sequences of at most `length` rows. Where each begins is drawn as `sample` draws, with the same weights. It
         goes on over ends of episodes, but not past the newest row, nor into a row that is not valid or did not happen after
         the one before."""
-        _at_least_1(length=length)
+        _at_least_1("length", length)
         with self._turn.of("sequences"):
             index, weights = self._draw(rng, size, beta)
             at = self._rows_from(index, length)
@@ -398,10 +398,9 @@ class Replay:
         self._withdraw(np.arange(self.envs))
 
 
-def _at_least_1(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"replay: {name} = {count}, expected 1 or more")
+def _at_least_1(name: str, count: int) -> None:
+    if count < 1:
+        raise ValueError(f"replay: {name} = {count}, expected 1 or more")
 
 
 def _rows(envs: int, capacity: int, stack: int) -> int:

@@ -78,7 +78,7 @@ def shown(place: Place) -> Obs:
 
 
 def is_high(action: Any, *, discrete: bool) -> bool:
-    """What an action of any kind means in `Chain` that is not turned."""
+    """What an action of any kind means in a `Chain` that is not turned; of a box, what is likelier."""
     value = float(np.asarray(action).reshape(-1)[0])
     return value >= 1 if discrete else value >= 0
 

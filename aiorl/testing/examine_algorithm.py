@@ -70,10 +70,11 @@ def check_algorithm(
     findings: list[Finding] = []
     skipped: list[str] = []
     with tempfile.TemporaryDirectory(prefix="aiorl-check-") as directory:
-        for about, check in _stages(algorithm, env, spaces, learning, Path(directory), skipped, tell):
+        for stage in _stages(algorithm, env, spaces, learning, Path(directory), skipped):
             if errors(findings):
-                skipped.append(about)
-            else:
+                skipped += stage
+                continue
+            for about, check in stage.items():
                 tell(about)
                 findings += check()
     return [*sort(findings), *left_out(skipped)]
@@ -91,33 +92,24 @@ def check_fit(algorithm: Algorithm | type[Algorithm], env: str, kwargs: Mapping[
 
 
 def _stages(
-    algorithm: Algorithm, env: EnvSpec, spaces: Spaces, learning: bool, directory: Path, skipped: list[str],
-    tell: Callable[[str], None],
-) -> Iterator[tuple[str, Callable[[], list[Finding]]]]:  # fmt: skip
-    """The checks in their order, each with what it is about; after an error those that follow make no sense.
+    algorithm: Algorithm, env: EnvSpec, spaces: Spaces, learning: bool, directory: Path, skipped: list[str]
+) -> Iterator[dict[str, Callable[[], list[Finding]]]]:
+    """The checks in their order, by what each is about; after an error in one stage those that follow make no sense.
 
-    What is left out within one is added to `skipped`; `tell` is told what is looked at within one.
+    What is left out within a check is added to `skipped`.
     """
     given = context(directory=directory)
     bench = cache(lambda: record(algorithm, env, directory))
-    yield "its form", lambda: [*_declared(algorithm), *_guarded("protocol", lambda: _halves(algorithm, spaces, given))]
-    yield "its actions", lambda: _guarded("weights", lambda: policy_checks.actions(algorithm, spaces, given))
-    yield "its policy and its learner", lambda: _guarded("runs", lambda: _examine(bench(), skipped))
-    trials = {"whole runs": lambda: _in_a_thread(lambda: asyncio.run(_runs(bench(), directory)))}
+    yield {"its form": lambda: [*_declared(algorithm), *_guarded("protocol", lambda: _halves(algorithm, spaces, given))]}
+    yield {"its actions": lambda: _guarded("weights", lambda: policy_checks.actions(algorithm, spaces, given))}
+    yield {"its policy and its learner": lambda: _guarded("runs", lambda: _examine(bench(), skipped))}
+    last = {"whole runs": lambda: _in_a_thread(lambda: asyncio.run(_runs(bench(), directory)))}
     if learning and replay_checks.learns_from_replay(algorithm):
-        trials["the values that it learns"] = lambda: _guarded("value", lambda: replay_checks.value(bench()))
+        last["the values that it learns"] = lambda: _guarded("value", lambda: replay_checks.value(bench()))
     if learning:
         tasks = "acting on what it learned, ends of episodes"
-        trials[tasks] = lambda: _guarded("tasks", lambda: task_checks.tasks(bench()))
-
-    def try_out() -> list[Finding]:
-        found: list[Finding] = []
-        for about, trial in trials.items():
-            tell(about)
-            found += trial()
-        return found
-
-    yield ", ".join(trials), try_out
+        last[tasks] = lambda: _guarded("tasks", lambda: task_checks.tasks(bench()))
+    yield last
 
 
 def _examine(bench: Bench, skipped: list[str]) -> Iterator[Finding]:

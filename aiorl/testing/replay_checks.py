@@ -75,7 +75,7 @@ def held(bench: Bench) -> Iterator[Finding]:
         return
     rows = ROLLOUTS * ENVS * STEPS
     algorithm = changed(bench.algorithm, capacity=2 * rows, batch_size=64, update_ratio=FEW / (ENVS * STEPS))
-    before, plain = _late(bench, algorithm, _nothing)
+    before, plain = _late(bench, algorithm)
     if same(before, plain):
         return  # `update_ratio` and `moves` tell
     if same(plain, _late(bench, algorithm, other_rewards)[1]):
@@ -84,7 +84,7 @@ def held(bench: Bench) -> Iterator[Finding]:
     if not all(hasattr(algorithm, name) for name in ("priority_exponent", "priority_beta")):
         return
     without, wholly = (
-        _late(bench, changed(algorithm, priority_exponent=1.0, priority_beta=beta), _nothing)[1] for beta in (0.0, 1.0)
+        _late(bench, changed(algorithm, priority_exponent=1.0, priority_beta=beta))[1] for beta in (0.0, 1.0)
     )
     if same(without, wholly):
         yield error(
@@ -94,22 +94,17 @@ def held(bench: Bench) -> Iterator[Finding]:
 
 
 def _late(
-    bench: Bench, algorithm: Algorithm, change: Callable[[Rollout], None]
+    bench: Bench, algorithm: Algorithm, change: Callable[[Rollout], None] = lambda _: None
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Weights before and after its last update, the only one with gradient steps, where the first rollout was changed."""
     learner = algorithm.learner(bench.spaces, replace(bench.context, warmup=(ROLLOUTS - 1) * ENVS * STEPS))
-    before: dict[str, Array] = {}
-    for k, recorded in enumerate(bench.tape):
-        rollout = recorded.rollout(recorded.copied())
-        if k == 0:
-            change(rollout)
-        before = copied(learner.weights())
+    first, *others, last = (recorded.rollout(recorded.copied()) for recorded in bench.tape)
+    change(first)
+    for rollout in (first, *others):
         learner.update(rollout)
+    before = copied(learner.weights())
+    learner.update(last)
     return before, copied(learner.weights())
-
-
-def _nothing(rollout: Rollout) -> None:
-    pass
 
 
 # -- after which target ------------------------------------------------------------------------------------------------

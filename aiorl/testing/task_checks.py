@@ -122,7 +122,7 @@ def ends_of_episodes(bench: Bench) -> Iterator[Finding]:
     """
     found: list[Finding] = []
     own = getattr(bench.algorithm, "update_ratio", 0.0)
-    for ratio in dict.fromkeys((min(RATIO, own), own)):  # large networks take minutes for all that they would be due
+    for ratio in dict.fromkeys((min(RATIO, own), own)):  # with large networks the whole of it takes minutes
         found = _judged_ends(bench, ratio, turned=False)
         if _codes(found) == ["ends"]:
             break
@@ -146,7 +146,8 @@ def _unlearned() -> Finding:
 
 def _judged_ends(bench: Bench, ratio: float, *, turned: bool) -> list[Finding]:
     """With that `update_ratio`, if it has one; `turned`: in the chain that takes low for high."""
-    algorithm = changed(bench.algorithm, reward_clip=None, update_ratio=ratio)  # clipped, both rewards may come to the same
+    # clipped, both rewards may come to the same
+    algorithm = changed(bench.algorithm, reward_clip=None, update_ratio=ratio)
     spec = replace(bench.env, kwargs={**bench.env.kwargs, "turned": turned})
     trained = _train(bench, algorithm, spec, bench.spaces, 64, ENDS_ENV_STEPS, seed=SEED)
     places = [Place.TERMINATED, Place.TRUNCATED, Place.GOES_ON, Place.ENOUGH]
@@ -182,7 +183,7 @@ def _judged_ends(bench: Bench, ratio: float, *, turned: bool) -> list[Finding]:
 def following(bench: Bench) -> Iterator[Finding]:
     """What follows is worth what the best action there is worth: with actions exchanged, too, see `ends_of_episodes`.
 
-    Not where actions are continuous: an actor that has gone for what is sure may stay there.
+    Not where actions are continuous: there the actor chooses what follows, and `acting` shows what it chooses.
     """
     if bench.spaces.action.kind == "box" or not learns_from_replay(bench.algorithm):
         return
