@@ -155,7 +155,7 @@ def test_a_table_a_matrix_and_files_for_people(tmp_path: Path, capsys: pytest.Ca
         ("--versus weak strong --games 0", "--games 0: expected"),
         ("--versus weak strong --record x.webm", "ends in .gif or .mp4, or in .png"),
         ("--versus weak strong --save pyproject.toml", "expected a directory, there is a file of that name"),
-        ("somewhere --versus weak strong", "`somewhere` is not after --versus"),
+        ("somewhere --versus weak strong", "`somewhere` stands before --versus, expected all players after it"),
         ("--versus weak strong --env hocky", "unknown environment 'hocky' — did you mean hockey?"),
         ("--versus weak strong --record x.gif --frames 3", "--frames is for a strip of frames"),
         ("--versus weak strong --suite shots", "--suite does not go with --versus"),

@@ -58,7 +58,8 @@ def open_files(directory: Path) -> list[str]:
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc")
 def test_disk_is_given_back_at_close(tmp_path: Path):
-    replay = Replay(spaces(), 2, 10_000, storage="disk", directory=tmp_path)
+    stream = Stream(spaces(), 2, 5)
+    replay = Replay(stream.space, 2, 10_000, storage="disk", directory=tmp_path)
     assert open_files(tmp_path)
     assert not list(tmp_path.iterdir()), "a file has a name: it would stay if the process were killed"
     replay.close()
@@ -66,6 +67,8 @@ def test_disk_is_given_back_at_close(tmp_path: Path):
     assert not open_files(tmp_path)
     with pytest.raises(ValueError, match="closed"):
         replay.sample(np.random.default_rng(0), 1)
+    with pytest.raises(ValueError, match="closed"):
+        replay.add(stream.next())
 
 
 def test_a_killed_process_leaves_nothing(tmp_path: Path):

@@ -87,7 +87,7 @@ class Replay:
         self._own = {name: np.zeros((places, *c.shape), c.dtype) for name, c in (columns or {}).items()}
         self._marks = Marks(places)  # what can be sampled
         self._priorities = Priorities(places, priority_exponent) if priority_exponent else None
-        self._turn = Turn("replay")
+        self._turn, self._closed = Turn("replay"), False
 
     @staticmethod
     def nbytes_for(
@@ -120,13 +120,16 @@ class Replay:
         with self._turn.of("close"):
             self._obs.close()
             self._lanes, self._marks = Lanes(self.rows, self.envs), Marks(1)
+            self._closed = True
 
     # -- adding ------------------------------------------------------------------------------------------------------
 
     def add(self, rollout: Rollout) -> None:
         """Store a rollout [T, B] over the oldest rows. Of one longer than the ring, the end is kept. Raises EnvError if
-        observations are no stacks of the frames before them (a few are looked at)."""
+        observations are no stacks of the frames before them (a few are looked at), ValueError after `close`."""
         with self._turn.of("add"):
+            if self._closed:
+                raise ValueError("replay: nothing can be added: it is closed")
             self._add(rollout)
 
     def _add(self, rollout: Rollout) -> None:

@@ -50,7 +50,9 @@ def add_arguments(parser: Any) -> None:
 def main(given: Mapping[str, Any], record: Path | None, fps: float | None, frames: int) -> int:
     """Play what was asked for and report it. Raises ConfigError or EnvError."""
     if "run" in given:
-        raise ConfigError(f"`{given['run']}` is not after --versus\n  for example: play --versus {given['run']} weak")
+        run = given["run"]
+        what = f"`{run}` stands before --versus, expected all players after it"
+        raise ConfigError(f"{what}\n  for example: play --versus {run} weak")
     if "suite" in given:
         raise ConfigError("--suite does not go with --versus\n  say what is different in this game: --env-kwargs KEY=VALUE")
     words: list[str] = given["versus"]
