@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, cast
 
@@ -77,18 +77,19 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return directory / f"{stem}-{self.files[name].sha256[:16]}.{suffix}"
 
 
-def save(path: Path, manifest: Manifest, parts: Mapping[str, Tree]) -> None:
+def save(path: Path, manifest: Manifest, parts: Mapping[str, Tree], wrote: Callable[[], None] = lambda: None) -> None:
     """Write a checkpoint into the directory `path`, replacing the one that is there, if any.
 
-    Raises OSError if the disk does not let it; then, as after a kill at any moment, the old one is still complete.
+    `wrote` is called again and again while it gets on. Raises OSError if the disk does not let it; then, as after a kill at
+    any moment, the old one is still complete.
     """
     _make_directory(path)
     try:
         files: dict[str, FileEntry] = {}
         for name, tree in parts.items():
             arrays, plain = flatten(tree)
-            files[f"{name}.safetensors"] = _store(path, f"{name}.safetensors", encode_arrays(arrays))
-            files[f"{name}.json"] = _store(path, f"{name}.json", [_encode_json(plain, name)])
+            files[f"{name}.safetensors"] = _store(path, f"{name}.safetensors", _told(encode_arrays(arrays), wrote))
+            files[f"{name}.json"] = _store(path, f"{name}.json", _told([_encode_json(plain, name)], wrote))
         manifest = msgspec.structs.replace(manifest, files=files)
         _sync_directory(path)
         fault_point("checkpoint.manifest")
@@ -353,6 +354,14 @@ def _store(directory: Path, name: str, pieces: Iterable[bytes | memoryview]) -> 
     stem, _, suffix = name.partition(".")
     os.replace(temporary, directory / f"{stem}-{entry.sha256[:16]}.{suffix}")
     return entry
+
+
+def _told(pieces: Iterable[bytes | memoryview], wrote: Callable[[], None]) -> Iterator[bytes | memoryview]:
+    """The same bytes, `wrote` called after each of them, large ones in several."""
+    for piece in pieces:
+        for start in range(0, len(piece), LARGE_BYTES):
+            yield piece[start : start + LARGE_BYTES]
+            wrote()
 
 
 def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> FileEntry:

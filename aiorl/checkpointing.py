@@ -36,12 +36,14 @@ class Checkpointer:
         self._config = made.checked.config.to_dict()
         self._libraries = library_versions()
         self._writing: asyncio.Task[Path] | None = None
+        self._saving = 0
+        self.written = 0  # grows while something is being written, on the files' thread
         self._failures = 0
         self._saved_version = -1
 
     @property
     def writing(self) -> bool:
-        return self._writing is not None and not self._writing.done()
+        return self._saving > 0
 
     @property
     def _directory(self) -> Path:
@@ -114,7 +116,7 @@ class Checkpointer:
     async def _write(self, manifest: checkpoint.Manifest, trees: dict[str, Any]) -> Path:
         path = self._directory / f"{manifest.version:08d}"
         await self._flush()  # first: a run resumed from it goes on with its events and its record where they must be whole
-        await self._made.files_thread.run(checkpoint.save, path, manifest, trees)
+        await self._save(path, manifest, trees)
         keep, newest = self._made.checked.config.keep, self._made.parts.pacer.commits
         await self._made.files_thread.run(checkpoint.prune, self._directory, keep, newest)
         self._saved_version = manifest.version
@@ -136,11 +138,21 @@ class Checkpointer:
         path = self._made.checked.directory / kind
         manifest = self._manifest(kind, version, env_steps, notes)
         try:
-            await self._made.files_thread.run(checkpoint.save, path, manifest, {"policy": weights})
+            await self._save(path, manifest, {"policy": weights})
         except OSError as error:
             self._note_failure(error)
         else:
             self._note_success(path, manifest)
+
+    async def _save(self, path: Path, manifest: checkpoint.Manifest, parts: dict[str, Any]) -> None:
+        self._saving += 1
+        try:
+            await self._made.files_thread.run(checkpoint.save, path, manifest, parts, self._wrote)
+        finally:
+            self._saving -= 1
+
+    def _wrote(self) -> None:
+        self.written += 1
 
     def _manifest(self, kind: str, version: int, env_steps: int, notes: dict[str, Any]) -> checkpoint.Manifest:
         return checkpoint.Manifest(

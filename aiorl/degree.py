@@ -27,6 +27,8 @@ class Dial:
         default = getattr(config.algorithm, "default_error_target", ERROR_TARGET)
         self._error_target = default if config.error_target is None else config.error_target
         self._tuner: Tuner | None = None
+        self._by_hand = False  # the tuner was asked for, the configuration has none
+        self._configured = config.off_policy_degree
         self._last_s: float | None = None
         if config.off_policy_degree < 0:
             self._tune(pacer.degree)
@@ -83,6 +85,7 @@ class Dial:
             if self._tuner is None:
                 self._tune(self._pacer.degree)
                 self._pacer.change_degree(self._pacer.degree)
+                self._by_hand = self._configured >= 0
             return
         self._pacer.change_degree(degree)
         self._tuner = None
@@ -92,31 +95,40 @@ class Dial:
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint; empty while the degree is as configured, so that a resume is exact."""
         if self._tuner is not None:
-            return {"degree": self._pacer.degree, "tuner": self._tuner.state_dict()}
+            by_hand = {"by_hand": True} if self._by_hand else {}
+            return {"degree": self._pacer.degree, "tuner": self._tuner.state_dict(), **by_hand}
         return {"degree": self._pacer.degree} if self._pacer.degree_changed else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on as saved (the degree itself is the pacer's to resume). Raises ValueError for what is no such state."""
-        if not state or self._tuner is None:
+        if not state:
             return
-        if "tuner" in state:
+        if "tuner" not in state:
+            self._tuner = None  # the degree had been set by hand
+            return
+        self._by_hand = state.get("by_hand", False)
+        if self._tuner is None and self._by_hand:
+            self._tune(self._pacer.degree)
+        if self._tuner is not None:
             self._tuner.load_state_dict(state["tuner"])
-        else:
-            self._tuner = None  # it had been set by hand
 
 
 def check_degree(state: Any) -> None:
     """Raise ValueError unless `state` has the form of a `Dial.state_dict`."""
-    if not isinstance(state, dict) or not state.keys() <= {"degree", "tuner"} or ("tuner" in state) > ("degree" in state):
+    known = ("degree", "tuner", "by_hand")  # each only with those before it
+    if not isinstance(state, dict) or state.keys() not in [set(known[:n]) for n in range(4)]:
         raise ValueError(f"degree: expected a table with `degree` and `tuner`, got {state!r}")
-    degree = cast("dict[str, Any]", state).get("degree", 0)
+    table = cast("dict[str, Any]", state)
+    degree = table.get("degree", 0)
+    if table.get("by_hand", True) is not True:
+        raise ValueError(f"degree.by_hand = {table['by_hand']!r}: expected true")
     if type(degree) is not int or degree < 0:
         raise ValueError(f"degree.degree = {degree!r}: expected 0 or more")
 
 
 def first_degree(config: Config, saved: Mapping[str, Any]) -> int:
     """The degree that a run begins with, or goes on with if `saved` is not empty (see `Dial.state_dict`)."""
-    set_by_hand = bool(saved) and "tuner" not in saved
+    set_by_hand = bool(saved) and ("tuner" not in saved or "by_hand" in saved)
     if config.off_policy_degree >= 0 and not set_by_hand:
         return config.off_policy_degree
     return min(config.degree_limit, int(saved["degree"]) if saved else FIRST_DEGREE)

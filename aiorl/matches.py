@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from aiorl.algos.base import RecurrentPolicy
 from aiorl.algos.selfplay import SelfPlay, inner_spaces, inner_weights
 from aiorl.envs.contract import CRASHES, crashed
 from aiorl.errors import EnvError
 from aiorl.policy import LoadedPolicy
+from aiorl.segments import Array
 from aiorl.tournament import Fixture, Played, fixtures
 
 if TYPE_CHECKING:
@@ -86,20 +88,34 @@ class Trained:
     def act(self, obs: Mapping[int, Any]) -> dict[int, Any]:
         due = [slot for slot in obs if self._steps[slot] % self._repeat == 0]
         if due:
-            self._choose({slot: obs[slot] for slot in due})
+            self._choose({slot: obs[slot] for slot in due}, [slot for slot in obs if slot not in due])
         for slot in obs:
             self._steps[slot] += 1
         return {slot: self._chosen[slot] for slot in obs}
 
-    def _choose(self, obs: Mapping[int, Any]) -> None:
+    def _choose(self, obs: Mapping[int, Any], others: list[int]) -> None:
         self._seen = {name: leaf.copy() for name, leaf in self._seen.items()}  # the policy may keep what it was shown
         for slot, seen in obs.items():
             for name, leaf in self._spaces.flatten_obs(seen).items():
                 self._seen[name][slot] = leaf
-        actions = self._spaces.env_actions(self._policy.act(self._seen, self._first)[0])
+        actions = self._spaces.env_actions(self._act(others))
         for slot in obs:
             self._chosen[slot] = actions[slot]
             self._first[slot] = False
+
+    def _act(self, others: list[int]) -> Array:
+        """`others` keep their action: they have nothing new to show, what is remembered of their games must not move on."""
+        policy = self._policy
+        if not others or not isinstance(policy, RecurrentPolicy):
+            return policy.act(self._seen, self._first)[0]
+        kept = {name: leaf[others] for name, leaf in policy.state().items()}
+        actions, _ = policy.act(self._seen, self._first)
+        state = {name: leaf.copy() for name, leaf in policy.state().items()}
+        for name, leaf in kept.items():
+            state[name][others] = leaf
+        policy.restore(state)
+        policy.begin(self._loaded.weights, 0, None, 0)
+        return actions
 
 
 class _Slot:

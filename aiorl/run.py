@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from aiorl import loops
 from aiorl.assembly import REAL, Backends
@@ -66,8 +65,7 @@ class Run:
         try:
             await asyncio.shield(ready)
         except asyncio.CancelledError:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+            await _cut_off(self._task)
             raise
         except Exception:
             await asyncio.wait([self._task])  # it is clearing up
@@ -86,12 +84,9 @@ class Run:
             async with asyncio.timeout(LEAVE_GRACE_S):
                 await asyncio.shield(task)
         except TimeoutError:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            await _cut_off(task)
         except asyncio.CancelledError:
-            task.cancel()
-            await asyncio.wait([task])
+            await _cut_off(task)
             raise
 
     # -- watching --------------------------------------------------------------------------------------------------
@@ -144,6 +139,8 @@ class Run:
             return self._session.result
         if self._session.error is not None:
             raise self._session.error
+        if self._task is not None and self._task.done():
+            raise RuntimeError("the run was cancelled before it began: there is no result")
         raise RuntimeError("the run has not ended: await run.wait() first")
 
     def policy(self) -> LoadedPolicy:
@@ -233,7 +230,7 @@ class Run:
         """Change settings of the learner such as `learning_rate` between two updates. ConfigError for unknown ones.
 
         An update in whose middle the run was paused is finished first, as it began. What has come into force is recorded,
-        also if nobody waits for it any more.
+        also if nobody waits for it any more. All changes come into force, or none.
 
         `off_policy_degree` can be set too: 0 to the configured `degree_max`, or -1 to let it tune itself from here on.
         """
@@ -241,17 +238,19 @@ class Run:
         if not changes:
             raise ConfigError("set() was given nothing to change\n  name a setting, such as set(learning_rate=1e-4)")
         changes = {name: _number(name, value) for name, value in changes.items()}
-        if "off_policy_degree" in changes:
-            degree = changes.pop("off_policy_degree")
-            if not float(degree).is_integer():
-                raise ConfigError(f"off_policy_degree = {degree}: expected a whole number")
-            self._session.turn_degree(int(degree))
-            if not changes:
-                return
+        degree = changes.pop("off_policy_degree", None)
+        if degree is not None:
+            self._session.check_degree(degree)
+        if not changes:
+            self._session.turn_degree(int(cast(float, degree)))
+            return
 
         def record(done: asyncio.Future[int]) -> None:
-            if not done.cancelled() and done.exception() is None:
-                self._session.tell.settings_changed(changes, done.result())
+            if done.cancelled() or done.exception() is not None:
+                return
+            self._session.tell.settings_changed(changes, done.result())
+            if degree is not None:  # only now: all of it comes into force, or nothing
+                self._session.turn_degree(int(degree))
 
         async def change() -> None:
             async with parts.between_updates():
@@ -293,6 +292,19 @@ class Run:
         if session.parts is None or session.evaluator is None or self._task is None or session.result is not None:
             raise RuntimeError("the run is not going on")
         return session.parts
+
+
+async def _cut_off(task: asyncio.Task[None]) -> None:
+    """Cancel it and wait until everything is ended; a cancel of whoever waits takes effect after that."""
+    task.cancel()
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
 
 
 def _number(name: str, value: Any) -> float:

@@ -230,12 +230,23 @@ class Session:
         if self.parts is not None:
             self.parts.stop()
 
-    def turn_degree(self, degree: int) -> None:
-        """Set `off_policy_degree` from the next rollout on; -1 lets it tune itself. Raises ConfigError."""
+    def check_degree(self, degree: float) -> None:
+        """Raise ConfigError unless `turn_degree` takes it."""
         assert self.made is not None
         assert self.parts is not None
         if self.made.dial is None:
             raise ConfigError("a repeated run keeps to its record: its off_policy_degree cannot be set")
+        most = self.parts.pacer.degree_max
+        if not float(degree).is_integer():
+            raise ConfigError(f"off_policy_degree = {degree}: expected a whole number")
+        if not -1 <= degree <= most:
+            raise ConfigError(f"off_policy_degree = {degree}: this run can change it to 0 to {most}, or to -1: by itself")
+
+    def turn_degree(self, degree: int) -> None:
+        """Set `off_policy_degree` from the next rollout on; -1 lets it tune itself."""
+        assert self.made is not None
+        assert self.made.dial is not None
+        assert self.parts is not None
         before = self.parts.pacer.degree
         self.made.dial.turn(degree)
         now = self.parts.pacer.degree
@@ -257,7 +268,7 @@ class Session:
         assert self.checkpointer is not None
         report, saves = self.report, "writes a checkpoint" if self.checkpointer.writing else "nothing to write"
         others = [Row("evaluate", self.evaluator.describe()), Row("save", saves)]
-        return view_of(self.parts, others, (len(report.evaluations), report.restarts, int(self.checkpointer.writing)))
+        return view_of(self.parts, others, (len(report.evaluations), report.restarts, self.checkpointer.written))
 
     def status(self) -> Any:
         """See `Status`."""

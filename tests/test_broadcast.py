@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from aiorl.events import AnyEvent, Evaluated, Event, Finished, Lagged, Updated, Warned
 from aiorl.metrics.broadcast import Broadcast, Subscription
@@ -78,6 +80,27 @@ async def test_a_slow_reader_is_told_how_many_it_missed_before_the_next_event() 
     first, *rest = await read_all(slow)
     assert first == Lagged(seconds=3.0, version=3, env_steps=3, dropped=3)
     assert rest == [frequent(3), frequent(4), important(5), finished()]
+
+
+class Asked(Updated, frozen=True):
+    """Counts how often anybody asks what kind of event it is."""
+
+    count: ClassVar[int] = 0
+
+    @property
+    def important(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        Asked.count += 1
+        return self.version % 2 == 1
+
+
+def test_what_nobody_reads_costs_the_next_event_nothing() -> None:
+    """Each event is looked at a few times when it comes, however many wait."""
+    broadcast = Broadcast()
+    broadcast.subscribe(2)
+    events = [Asked(**{**structs.asdict(frequent(n)), "version": n}) for n in range(1000)]
+    Asked.count = 0
+    sent(broadcast, events)
+    assert Asked.count < 10 * len(events)
 
 
 async def test_a_reader_that_catches_up_misses_nothing_more() -> None:

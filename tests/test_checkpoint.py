@@ -121,6 +121,15 @@ TREES = st.recursive(
 )
 
 
+def test_what_is_written_moves_a_counter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "LARGE_BYTES", 100)
+    moved: list[int] = []
+    array = np.arange(1000, dtype=np.uint8)
+    checkpoint.save(tmp_path / "1", manifest(), {"learner": {"array": array}}, lambda: moved.append(1))
+    assert len(moved) >= 10
+    np.testing.assert_array_equal(checkpoint.load(tmp_path / "1", ("learner",))[1]["learner"]["array"], array)
+
+
 @settings(deadline=None, max_examples=150)
 @given(tree=TREES)
 def test_flatten_and_back(tree: dict[str, Any]) -> None:

@@ -44,9 +44,9 @@ def saves(monkeypatch: pytest.MonkeyPatch, before: Callable[[Path, Manifest], An
     """Call `before` at the beginning of each save."""
     real = checkpoint.save
 
-    def save(path: Path, manifest: Manifest, parts: Any) -> None:
+    def save(path: Path, manifest: Manifest, parts: Any, wrote: Callable[[], None]) -> None:
         before(path, manifest)
-        real(path, manifest, parts)
+        real(path, manifest, parts, wrote)
 
     monkeypatch.setattr(checkpoint, "save", save)
 
@@ -85,6 +85,31 @@ async def test_what_a_checkpoint_goes_on_from_is_told_before_it_is_there(
     for version, (updates, rollouts) in told.items():
         assert (updates, rollouts) == ([*range(1, version + 1)], [*range(version)])
     assert [*told] == [10, 20, 30, 40]
+
+
+@pytest.mark.parametrize("kind", ["periodic", "best", "final"])
+async def test_a_long_save_is_shown_and_seen_to_get_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Else gigabytes on a slow disk are taken for a stall."""
+    begun, go_on, real = asyncio.Event(), threading.Event(), checkpoint.save
+    loop = asyncio.get_running_loop()
+
+    def save(path: Path, manifest: Manifest, parts: Any, wrote: Callable[[], None]) -> None:
+        if manifest.kind == kind:
+            loop.call_soon_threadsafe(begun.set)
+            assert go_on.wait(60)
+        real(path, manifest, parts, wrote)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    async with aiorl.Run(make(tmp_path, eval_every=64)) as run:
+        await begun.wait()
+        view = run._session.view
+        assert [row.does for row in view().rows if row.who == "save"] == ["writes a checkpoint"]
+        go_on.set()
+        await run.wait()
+    checkpointer = run._session.checkpointer
+    assert checkpointer is not None
+    assert not checkpointer.writing
+    assert checkpointer.written > 0
 
 
 async def test_none_but_the_last_without_periods(tmp_path: Path) -> None:

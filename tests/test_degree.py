@@ -139,6 +139,24 @@ def test_the_state_says_how_a_resumed_run_goes_on(by_hand: bool) -> None:
         assert again.state_dict()["tuner"] == state["tuner"]
 
 
+def test_a_tuner_that_was_asked_for_by_hand_is_there_after_a_resume() -> None:
+    made = config(1, degree_max=4)
+    paced = pacer(made)
+    dial = Dial(made, paced)
+    dial.turn(-1)
+    paced.change_degree(3)
+    state = dial.state_dict()
+    check_degree(state)
+    assert first_degree(made, state) == 3
+    again = Dial(made, pacer(made))
+    again.load_state_dict(state)
+    assert again.tunes_itself
+    assert again.state_dict()["tuner"] == state["tuner"]
+    twice = Dial(made, pacer(made))
+    twice.load_state_dict(again.state_dict())
+    assert twice.tunes_itself
+
+
 def test_where_a_run_begins() -> None:
     assert first_degree(config(), {}) == 0
     assert first_degree(config(degree_max=0), {}) == 0
@@ -147,7 +165,8 @@ def test_where_a_run_begins() -> None:
     assert first_degree(config(3), {"degree": 1, "tuner": {}}) == 3, "the configuration no longer says -1"
 
 
-@pytest.mark.parametrize("state", [None, [], {"degree": -1}, {"degree": "1"}, {"tuner": {}}, {"degree": 1, "more": 2}])
+@pytest.mark.parametrize("state", [None, [], {"degree": -1}, {"degree": "1"}, {"tuner": {}}, {"degree": 1, "more": 2},
+                                   {"degree": 1, "by_hand": True}, {"degree": 1, "tuner": {}, "by_hand": 1}])
 def test_other_states_are_refused(state: Any) -> None:
     with pytest.raises(ValueError, match="degree"):
         check_degree(state)

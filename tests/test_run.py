@@ -33,6 +33,7 @@ from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import resolve_env
 from aiorl.events import Paused, Resumed
 from aiorl.learning import params_sha256
+from aiorl.session import Session
 from aiorl.workers.inline import InlineWorkers
 
 HERE = Path(__file__).parent
@@ -267,6 +268,11 @@ async def test_set_checkpoint_evaluate_and_policy_while_running(config: Make) ->
         for degree in (0.5, math.nan):
             with pytest.raises(aiorl.ConfigError, match="expected a whole number"):
                 await run.set(off_policy_degree=degree)
+        with pytest.raises(aiorl.ConfigError, match=r"off_policy_degree = -5: this run can change it to 0 to 1, or to -1"):
+            await run.set(off_policy_degree=-5, learning_rate=0.125)
+        with pytest.raises(aiorl.ConfigError, match="momentum"):
+            await run.set(off_policy_degree=0, momentum=0.5)
+        assert run.status().off_policy_degree == 1, "all of it comes into force, or nothing"
         for episodes in (0, 2.5, 20.0, np.float32(3), "3"):
             with pytest.raises(aiorl.ConfigError, match="expected a whole number, 1 to 100000"):
                 await run.evaluate(episodes=episodes)  # pyright: ignore[reportArgumentType]
@@ -433,6 +439,52 @@ async def test_every_way_out_ends_everything(config: Make, no_leaks: None, way: 
     gc.collect()
     if descriptors:
         assert len(os.listdir("/proc/self/fd")) <= descriptors + 1, "a descriptor was left open"  # + resource tracker
+
+
+async def test_a_cancel_while_everything_is_being_cut_off_is_not_lost(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[aiorl.Run.__module__], "LEAVE_GRACE_S", 0.0)
+    closing, go_on, left = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    close = Session._close
+
+    async def slow_close(self: Session, status: str) -> None:
+        closing.set()
+        await go_on.wait()
+        await close(self, status)
+
+    monkeypatch.setattr(Session, "_close", slow_close)
+    run = aiorl.Run(config(total_steps=10**7, workers=0))
+
+    async def host() -> None:
+        async with run:
+            await first_update(run)
+        left.set()
+
+    task = asyncio.create_task(host())
+    await closing.wait()
+    task.cancel()
+    await asyncio.sleep(0)  # it arrives while the run is ending
+    go_on.set()
+    await asyncio.wait([task])
+    assert (task.cancelled(), left.is_set()) == (True, False)
+    assert run.result.status == "stopped", "and everything is ended by then"
+
+
+async def test_a_start_that_was_cancelled_has_no_result(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = asyncio.Event()
+
+    async def assembling(*_: Any) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(sys.modules[Session.__module__], "assemble", assembling)
+    run = aiorl.Run(config())
+    entering = asyncio.create_task(run.__aenter__())
+    await begun.wait()
+    entering.cancel()
+    await asyncio.wait([entering])
+    assert entering.cancelled()
+    with pytest.raises(RuntimeError, match="cancelled before it began"):
+        await run.wait()
 
 
 async def test_a_stuck_disk_does_not_hold_the_host(config: Make) -> None:

@@ -336,3 +336,30 @@ def test_an_action_is_repeated_within_a_game_and_not_into_the_next():
     assert [game.returns[0] for game in games] == [sum([1, 1, 3, 3][: game.length]) for game in games]
     firsts = [first for _, (first,) in algorithm.batches]
     assert firsts == [at == 0 for game in games for at in range(math.ceil(game.length / 2))]
+
+
+class Counting(Echo):
+    """Bids how often it has acted in this game."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.acts = np.zeros(0, np.int64)
+
+    def act(self, obs: Mapping[str, Any], first: Any) -> tuple[Any, dict[str, Any]]:
+        self.acts = np.where(first, 0, np.resize(self.acts, len(first))) + 1
+        return self.acts[:, None].astype(np.float32), {}
+
+    def state(self) -> dict[str, Any]:
+        return {"acts": self.acts}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.acts = state["acts"]
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_what_a_policy_remembers_of_a_game_does_not_depend_on_the_games_beside_it(at_once: int):
+    algorithm: Any = Counting()
+    policy = LoadedPolicy(algorithm, spaces_of(Auction.observation_space, Auction.action_space), {}, 0)
+    games = play_match(tables(at_once), (Trained(policy, repeat=2), bidder(1.5)), 9, 3)
+    assert {game.length for game in games} == {2, 3, 4}
+    assert [game.returns[0] for game in games] == [sum([1, 1, 2, 2][: game.length]) for game in games]

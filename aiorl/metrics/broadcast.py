@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from itertools import count
 
 from aiorl.events import AnyEvent, Finished, Lagged
 
@@ -17,43 +18,36 @@ class Subscription:
 
     def __init__(self, keep: int) -> None:
         self._keep = keep
-        self._events: deque[AnyEvent] = deque()
-        self._frequent = 0
+        # Each with its number in the order of all: what is dropped is then at the end of its own queue.
+        self._important: deque[tuple[int, AnyEvent]] = deque()
+        self._frequent: deque[tuple[int, AnyEvent]] = deque()
+        self._numbers = count()
         self._dropped = 0
         self._over = False
         self._wakeup = asyncio.Event()
 
     def put(self, event: AnyEvent) -> None:
         """Add an event; never waits."""
-        if not event.important:
-            if self._frequent >= self._keep:
-                self._drop_oldest_frequent()
-            self._frequent += 1
-        self._events.append(event)
+        if not event.important and len(self._frequent) >= self._keep:
+            self._frequent.popleft()
+            self._dropped += 1
+        (self._important if event.important else self._frequent).append((next(self._numbers), event))
         self._wakeup.set()
-
-    def _drop_oldest_frequent(self) -> None:
-        for position, event in enumerate(self._events):
-            if not event.important:
-                del self._events[position]
-                self._frequent -= 1
-                self._dropped += 1
-                return
 
     def __aiter__(self) -> Subscription:
         return self
 
     async def __anext__(self) -> AnyEvent:
-        while not self._events and not self._over:
+        while not self._important and not self._frequent and not self._over:
             self._wakeup.clear()
             await self._wakeup.wait()
         if self._over:
             raise StopAsyncIteration
+        waiting = [events for events in (self._important, self._frequent) if events]
+        first = min(waiting, key=lambda events: events[0][0])
         if self._dropped:
-            return self._report_dropped(self._events[0])
-        event = self._events.popleft()
-        if not event.important:
-            self._frequent -= 1
+            return self._report_dropped(first[0][1])
+        _, event = first.popleft()
         if isinstance(event, Finished):
             self.end()
         return event
@@ -65,7 +59,8 @@ class Subscription:
     def end(self) -> None:
         """Nothing more will be read: iteration ends, for whoever waits now too."""
         self._over = True
-        self._events.clear()
+        self._important.clear()
+        self._frequent.clear()
         self._wakeup.set()
 
 
