@@ -108,6 +108,44 @@ def test_many_workers_from_one_fork_server_end_with_it() -> None:
     launcher.close()
 
 
+async def leave_one_behind(block: SharedBlock) -> None:
+    """In the child: start a process that outlives it, as an environment may."""
+    left = os.fork()
+    if left == 0:
+        signal.pause()
+    block.buffer[:8] = left.to_bytes(8, "little")
+
+
+def test_whatever_a_worker_leaves_behind_is_not_waited_for() -> None:
+    launcher, block = Launcher(), SharedBlock(16)
+    assert wait(start(launcher, leave_one_behind, block)) == 0
+    closing = threading.Thread(target=launcher.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    try:
+        assert not closing.is_alive(), "leaving waits for what an environment has started"
+    finally:
+        os.kill(int.from_bytes(block.buffer[:8], "little"), signal.SIGKILL)
+        closing.join(20)
+    block.close()
+
+
+async def list_inheritable(block: SharedBlock) -> None:
+    """In the child: what a program that is started here would get."""
+    fds = [int(name) for name in os.listdir("/proc/self/fd")]
+    given = [fd for fd in fds if fd > 2 and os.path.exists(f"/proc/self/fd/{fd}") and os.get_inheritable(fd)]
+    block.buffer[0] = len(given)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="descriptors are listed by /proc")
+def test_programs_that_a_worker_starts_get_nothing_of_the_run() -> None:
+    launcher, block = Launcher(), SharedBlock(16)
+    assert wait(start(launcher, list_inheritable, block)) == 0
+    assert block.buffer[0] == 0
+    launcher.close()
+    block.close()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="modules are shared on Linux only")
 def test_workers_find_modules_of_the_fork_server_in_memory() -> None:
     """One that is not there is left to whoever makes the environment, who can say what is missing."""

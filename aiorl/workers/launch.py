@@ -90,14 +90,20 @@ class Launcher:
 
     def give_up(self) -> None:
         """End a fork server that still loads its modules, and with it a `launch` that waits for that. For any thread."""
+        if not self._serves:
+            self._kill_server()
+
+    def _kill_server(self) -> None:
         pid: int | None = self._server._forkserver_pid  # type: ignore[attr-defined]
-        if pid is not None and not self._serves:
+        if pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """End the fork server. Call it when all its processes have ended, else this waits for them."""
-        self.give_up()
+        """End the fork server. Call it when all its processes have ended: of one that lives nobody would learn the end.
+
+        Not by asking: it would wait for whatever an environment has started, which holds the pipe that would tell it."""
+        self._kill_server()
         self._server._stop()  # type: ignore[attr-defined]
         if self._mark is not None:
             self._mark.release()

@@ -51,8 +51,20 @@ def prepare(log_path: str | None) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
+    _keep_to_itself()
     faulthandler.enable(2)
     threading.Thread(target=_end_with_parent, name="aiorl-parent-watch", daemon=True).start()
+
+
+def _keep_to_itself() -> None:
+    """What came from the training process, its pipes and shared memory, is not for programs that an environment starts:
+    they may outlive the run, and would keep it open. Descriptors that are sent arrive as inheritable ones."""
+    from multiprocessing import forkserver, resource_tracker
+
+    server, tracker = forkserver._forkserver, resource_tracker._resource_tracker  # type: ignore[attr-defined]
+    for fd in (server._forkserver_alive_fd, tracker._fd, *(server._inherited_fds or ())):
+        if fd is not None:
+            os.set_inheritable(fd, False)
 
 
 def _end_with_parent() -> None:
