@@ -130,6 +130,25 @@ def test_whatever_a_worker_leaves_behind_is_not_waited_for() -> None:
     block.close()
 
 
+def test_a_host_may_have_its_children_reaped() -> None:
+    """As daemons do that want no zombies: then nobody can be waited for."""
+    launcher, block = Launcher(), SharedBlock(16)
+    launcher.warm_up()
+    assert launcher._mark is not None
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert wait(start(launcher, report, block)) == 0
+        socket, mark = Path(launcher._server._forkserver_address), launcher._mark.path  # type: ignore[attr-defined]
+        assert socket.exists()
+        launcher.close()
+        launcher.close()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert not socket.exists()
+    assert not mark.exists()
+    block.close()
+
+
 async def list_inheritable(block: SharedBlock) -> None:
     """In the child: what a program that is started here would get."""
     fds = [int(name) for name in os.listdir("/proc/self/fd")]

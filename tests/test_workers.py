@@ -201,6 +201,29 @@ async def test_what_was_delivered_before_the_death_is_not_collected_again(build:
     await watching
 
 
+async def test_what_cannot_be_closed_holds_up_nothing_else(
+    build: Build, no_leaks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = build(2)
+    assert isinstance(workers, ProcessWorkers)
+    await workers.start()
+    close, stop = Launcher.close, workers._keepers[0].stop
+
+    def close_and_fail(launcher: Launcher) -> None:
+        close(launcher)
+        raise ChildProcessError("no such process")
+
+    async def stop_and_fail() -> None:
+        await stop()
+        raise OSError("no such process")
+
+    monkeypatch.setattr(Launcher, "close", close_and_fail)
+    monkeypatch.setattr(workers._keepers[0], "stop", stop_and_fail)
+    with pytest.raises(ChildProcessError):
+        await workers.aclose()
+    assert workers.pids == []
+
+
 async def test_the_counters_say_what_a_worker_does(build: Build) -> None:
     workers = build(1)
     assert isinstance(workers, ProcessWorkers)

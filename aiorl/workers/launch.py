@@ -99,15 +99,23 @@ class Launcher:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
+    def _reap_server(self) -> None:
+        server: Any = self._server
+        with contextlib.suppress(ChildProcessError):  # the host ignores SIGCHLD, or reaps whatever has ended
+            server._stop()
+        if server._forkserver_pid is not None:
+            server._forkserver_pid = None
+            Path(server._forkserver_address).unlink(missing_ok=True)
+
     def close(self) -> None:
         """End the fork server. Call it when all its processes have ended: of one that lives nobody would learn the end.
 
         Not by asking: it would wait for whatever an environment has started, which holds the pipe that would tell it."""
-        self._kill_server()
-        self._server._stop()  # type: ignore[attr-defined]
-        if self._mark is not None:
-            self._mark.release()
-            self._mark = None
+        with contextlib.ExitStack() as stack:
+            if self._mark is not None:
+                stack.callback(self._mark.release)
+            self._kill_server()
+            self._reap_server()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -266,17 +267,27 @@ class ProcessWorkers:
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        for task in self._watching:
-            task.cancel()
-        await asyncio.gather(*self._watching, return_exceptions=True)
-        self._launcher.give_up()
-        await thread.run(_nothing)  # behind a launch that is under way
-        self._hold.turn(False)  # each finds out that it is dismissed
-        await asyncio.gather(*(keeper.stop() for keeper in self._keepers))
-        self.arrivals.close()
-        self._hold.close()
-        await thread.run(self._launcher.close)
-        await thread.aclose(1.0)
+        async with contextlib.AsyncExitStack() as stack:  # from the last to the first, whatever one of them raises
+            stack.callback(self._release_memory)
+            stack.push_async_callback(thread.aclose, 1.0)
+            stack.push_async_callback(thread.run, self._launcher.close)
+            stack.callback(self._hold.close)
+            stack.callback(self.arrivals.close)
+            stack.push_async_callback(self._stop_all)
+            for task in self._watching:
+                task.cancel()
+            await asyncio.gather(*self._watching, return_exceptions=True)
+            self._launcher.give_up()
+            await thread.run(_nothing)  # behind a launch that is under way
+            self._hold.turn(False)  # each finds out that it is dismissed
+
+    async def _stop_all(self) -> None:
+        """End all processes, then raise the first failure to."""
+        for failure in await asyncio.gather(*(keeper.stop() for keeper in self._keepers), return_exceptions=True):
+            if failure is not None:
+                raise failure
+
+    def _release_memory(self) -> None:
         for keeper in self._keepers:
             keeper.release_memory()
         self._mailboxes.clear()
