@@ -8,8 +8,11 @@ import itertools
 import os
 import signal
 from collections.abc import Callable
+from multiprocessing.forkserver import ForkServer
 from pathlib import Path
 from typing import Any, cast
+
+import pytest
 
 import aiorl
 from aiorl.workers.pool import ProcessWorkers
@@ -25,6 +28,22 @@ def workers_of(run: aiorl.Run) -> ProcessWorkers:
     parts = run._session.parts
     assert parts is not None
     return cast(ProcessWorkers, parts.workers)
+
+
+def kill_fork_server_in_a_launch(patch: pytest.MonkeyPatch) -> None:
+    """The next one that is asked for a process dies with the request before it."""
+    ask = ForkServer.connect_to_new_process
+
+    def ask_and_kill(server: Any, fds: list[int]) -> Any:
+        patch.setattr(ForkServer, "connect_to_new_process", ask)
+        server.ensure_running()
+        os.kill(server._forkserver_pid, signal.SIGSTOP)
+        os.waitpid(server._forkserver_pid, os.WUNTRACED)  # it stands
+        answer = ask(server, fds)
+        os.kill(server._forkserver_pid, signal.SIGKILL)
+        return answer
+
+    patch.setattr(ForkServer, "connect_to_new_process", ask_and_kill)
 
 
 async def until(predicate: Callable[[], Any]) -> None:

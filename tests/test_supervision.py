@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kills import kill, mortal_runs, until, workers_of
+from kills import kill, kill_fork_server_in_a_launch, mortal_runs, until, workers_of
 from toys import Toy
 
 import aiorl
@@ -218,6 +218,29 @@ async def test_a_process_that_cannot_be_made_counts_too(
     assert_nothing_but_time(result, whole)
     assert back.reason == "could not be started: [Errno 11] Resource temporarily unavailable"
     assert len(tries) == 2
+
+
+async def test_a_fork_server_that_dies_in_a_launch_counts_too(
+    config: Make, no_leaks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = await aiorl.train(config(total_steps=3000, workers=0))
+    async with asyncio.timeout(60), aiorl.Run(config(env="run_envs:Jittery", total_steps=3000)) as run:
+        events = run.events(10**6)
+        kill_fork_server_in_a_launch(monkeypatch)
+        kill(workers_of(run).pids[0])
+        result = await run.wait()
+        reasons = [e.reason async for e in events if isinstance(e, aiorl.WorkerRestarted)]
+    assert_nothing_but_time(result, whole)
+    assert "could not be started: the fork server died when it was to make a process" in reasons
+
+
+async def test_a_fork_server_that_dies_during_the_start(
+    config: Make, no_leaks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_fork_server_in_a_launch(monkeypatch)
+    message = r"^worker 0 could not be started: the fork server died .*\n.*ulimit -u.* pids .*"
+    with pytest.raises(aiorl.WorkerError, match=message):
+        await aiorl.train(config())
 
 
 async def test_a_kill_during_the_start_fails_at_once(config: Make, no_leaks: None) -> None:

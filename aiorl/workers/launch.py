@@ -239,9 +239,13 @@ class _ForkServerPopen(popen_forkserver.Popen):
         # A second write end, held by this process only: it closes when we die, which is how a worker notices.
         parent_fd = os.dup(write_fd)
         self.finalizer = util.Finalize(self, _close_fds, (parent_fd, self.sentinel))
-        with open(write_fd, "wb") as file:
-            file.write(buffer.getbuffer())
-        self.pid = forkserver.read_signed(self.sentinel)  # type: ignore[attr-defined]
+        try:
+            with open(write_fd, "wb") as file:
+                file.write(buffer.getbuffer())
+            self.pid = forkserver.read_signed(self.sentinel)  # type: ignore[attr-defined]
+        except (EOFError, BrokenPipeError) as error:
+            self.finalizer()
+            raise ConnectionResetError("the fork server died when it was to make a process") from error
 
 
 def _close_fds(*fds: int) -> None:

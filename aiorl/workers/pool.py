@@ -180,7 +180,7 @@ class ProcessWorkers:
         try:
             async with asyncio.timeout(self._start_timeout_s):
                 for keeper in self._keepers:
-                    await keeper.launch()
+                    await _launch(keeper)
                 for keeper in self._keepers:
                     await keeper.enter()
         except TimeoutError:
@@ -301,6 +301,17 @@ class ProcessWorkers:
     def pids(self) -> list[int]:
         """Ids of the processes that live, the evaluating one last."""
         return [keeper.pid for keeper in self._keepers if keeper.pid is not None]
+
+
+async def _launch(keeper: Keeper) -> None:
+    try:
+        await keeper.launch()
+    except OSError as error:
+        raise WorkerError(
+            f"{keeper.name} could not be started: {error}\n"
+            "  is a limit reached? look at `ulimit -u` (processes), `ulimit -n` (files) and a container's pids and memory\n"
+            "  or use fewer workers"
+        ) from error
 
 
 def _nothing() -> None:
