@@ -162,6 +162,7 @@ class Session:
         if self.checkpointer is not None:
             self.checkpointer.close()
         if made is not None and parts is not None:
+            await self._halt(parts)
             self._count_unused(parts)
             if self.evaluator is not None:
                 self.evaluator.settle("the run failed" if self.error else "the run was ended at once")
@@ -169,11 +170,22 @@ class Session:
             try:
                 await made.aclose()
             except Exception as failure:  # a learner's own close, perhaps: what was reached is no less for it
-                self.tell.warned(f"at the end of the run something could not be closed: {failure!r}")
+                self._not_closed(failure)
         error = str(self.error) if self.error is not None else None
         self.tell.emit(Finished(**self.tell.now(), status=status, error=error))
         if made is not None:
             await made.write_files(self.result, self.error)
+
+    async def _halt(self, parts: loops.Parts) -> None:
+        """No environment steps any more, so that what they did can be counted."""
+        parts.trainer.abandon()
+        try:
+            await parts.workers.stop()
+        except Exception as failure:
+            self._not_closed(failure)
+
+    def _not_closed(self, failure: Exception) -> None:
+        self.tell.warned(f"at the end of the run something could not be closed: {failure!r}")
 
     # -- what the loops report -------------------------------------------------------------------------------------
 

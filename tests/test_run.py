@@ -487,6 +487,24 @@ async def test_a_start_that_was_cancelled_has_no_result(config: Make, monkeypatc
         await run.wait()
 
 
+@pytest.mark.parametrize("end", ["fail", "leave"])
+@pytest.mark.parametrize("workers", [0, 2])
+async def test_every_step_that_was_made_is_counted(config: Make, tmp_path: Path, workers: int, end: str) -> None:
+    """Also those of segments that are being collected at the end, or that were finished just then."""
+    for tries in range(3):
+        path = tmp_path / f"steps-{tries}"
+        changes: dict[str, Any] = {"total_steps": 10**7, "group_size": 1, "off_policy_degree": 4, "env": "run_envs:Noted"}
+        noted = config(**changes, env_kwargs={"path": str(path)}, workers=workers, algo=Toy(fail_at=20 + tries))
+        async with aiorl.Run(noted) as run:
+            if end == "leave":
+                await first_update(run)
+            else:
+                with pytest.raises(aiorl.TrainingError):
+                    await run.wait()
+        assert run.result.ledger["produced"] == path.stat().st_size
+        assert run.result.ledger["in_flight"] == 0
+
+
 async def test_a_stuck_disk_does_not_hold_the_host(config: Make) -> None:
     release = threading.Event()
     loop = asyncio.get_running_loop()

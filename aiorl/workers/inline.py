@@ -41,6 +41,7 @@ class InlineWorkers:
         self.arrivals: Channel[Arrival] = Channel(slots)
         self._segments = segments_of(plan.training[0])
         self._thread: OffloadThread | None = thread("aiorl-collect")
+        self._stopped = False
         self._failure: asyncio.Future[WorkerError] = asyncio.get_running_loop().create_future()
         self._evaluating = asyncio.Lock()
         self.on_stand: Callable[[], None] = lambda: None
@@ -82,7 +83,7 @@ class InlineWorkers:
         if error is None:
             done = answer.result()
             self.arrivals.put_nowait(Arrival(done.group, done.slot, done.buffer, done.value))
-        elif not self._failure.done():
+        elif not self._stopped and not self._failure.done():
             self._failure.set_result(_failure(self._station, error))
 
     def segment(self, group: int, slot: int) -> Segment:
@@ -116,11 +117,14 @@ class InlineWorkers:
     async def watch(self, tell: Tell = unheard) -> None:
         raise await asyncio.shield(self._failure)  # there is nothing to kill, and nothing is started again
 
-    async def aclose(self) -> None:
-        thread, self._thread = self._thread, None
-        if thread is None:
+    async def stop(self) -> None:
+        if self._thread is not None:
+            await self._stop(self._thread)
+
+    async def _stop(self, thread: OffloadThread) -> None:
+        if self._stopped:
             return
-        self.arrivals.close()
+        self._stopped = True
         self._station.control.dismiss()  # the credits that wait on the thread come to nothing
         self._eval_station.control.dismiss()
         if self._waiting is not None:  # perhaps for something that never comes
@@ -128,6 +132,13 @@ class InlineWorkers:
         with contextlib.suppress(TimeoutError, Exception):
             async with asyncio.timeout(1.5):
                 await thread.run(_close_all, (self._station, self._eval_station), self._runner)
+
+    async def aclose(self) -> None:
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        await self._stop(thread)
+        self.arrivals.close()
         await thread.aclose(0.2)
         self._segments.clear()
         self._mailboxes.clear()

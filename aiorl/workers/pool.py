@@ -73,7 +73,7 @@ class Workers(Protocol):
         ...
 
     def unfinished_steps(self, grants: Sequence[Grant]) -> int:
-        """Transitions in the slots of grants that have not arrived (after the end, to account for them)."""
+        """Transitions in the slots of grants that have not arrived (after `stop`, to account for them)."""
         ...
 
     async def evaluate(self, buffer: int, episodes: int, suite: int = 0, *, fresh: bool = False) -> Played:
@@ -100,8 +100,12 @@ class Workers(Protocol):
         """What each worker does now, for any thread."""
         ...
 
+    async def stop(self) -> None:
+        """End all work: after it nothing steps any more, and what was finished has arrived."""
+        ...
+
     async def aclose(self) -> None:
-        """End everything; safe to call twice."""
+        """End everything and give its memory back; safe to call twice."""
         ...
 
 
@@ -167,6 +171,7 @@ class ProcessWorkers:
         self._evaluated: deque[asyncio.Future[None]] = deque()  # for each evaluation that has been asked for
         self._evaluating = asyncio.Lock()
         self._thread: OffloadThread | None = thread("aiorl-launch")
+        self._stopped = False
         self._hold = Hold()
         self.on_stand: Callable[[], None] = lambda: None
         means = Means(launcher, self._thread, where, log_dir, start_timeout_s, step_timeout_s, self._hold)
@@ -263,6 +268,23 @@ class ProcessWorkers:
         elif not (done := self._evaluated.popleft()).done():  # else its caller has given up
             done.set_result(None)
 
+    async def stop(self) -> None:
+        if self._thread is not None:
+            await self._stop(self._thread)
+
+    async def _stop(self, thread: OffloadThread) -> None:
+        if self._stopped:
+            return
+        self._stopped = True
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(self._stop_all)
+            for task in self._watching:
+                task.cancel()
+            await asyncio.gather(*self._watching, return_exceptions=True)
+            self._launcher.give_up()
+            await thread.run(_nothing)  # behind a launch that is under way
+            self._hold.turn(False)  # each finds out that it is dismissed
+
     async def aclose(self) -> None:
         thread, self._thread = self._thread, None
         if thread is None:
@@ -273,13 +295,7 @@ class ProcessWorkers:
             stack.push_async_callback(thread.run, self._launcher.close)
             stack.callback(self._hold.close)
             stack.callback(self.arrivals.close)
-            stack.push_async_callback(self._stop_all)
-            for task in self._watching:
-                task.cancel()
-            await asyncio.gather(*self._watching, return_exceptions=True)
-            self._launcher.give_up()
-            await thread.run(_nothing)  # behind a launch that is under way
-            self._hold.turn(False)  # each finds out that it is dismissed
+            await self._stop(thread)
 
     async def _stop_all(self) -> None:
         """End all processes, then raise the first failure to."""
