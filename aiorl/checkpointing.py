@@ -36,6 +36,7 @@ class Checkpointer:
         self._config = made.checked.config.to_dict()
         self._libraries = library_versions()
         self._writing: asyncio.Task[Path] | None = None
+        self._requested: set[asyncio.Task[Path]] = set()
         self._saving = 0
         self.written = 0  # grows while something is being written, on the files' thread
         self._failures = 0
@@ -63,7 +64,13 @@ class Checkpointer:
         """Wait for the running update, capture, write; the checkpoint's path."""
         async with self._made.parts.between_updates():
             writing = await self._begin("requested")
-        return await writing
+        self._requested.add(writing)
+        writing.add_done_callback(self._requested.discard)
+        try:
+            return await asyncio.shield(writing)
+        except asyncio.CancelledError:  # it is written all the same
+            writing.add_done_callback(self._tell_failure)
+            raise
 
     async def save_final(self) -> None:
         """After the last update: a checkpoint to go on from, and `final/` to act with."""
@@ -85,8 +92,8 @@ class Checkpointer:
 
     def close(self) -> None:
         """The run ends: a write under way goes on by itself, but nothing more is reported."""
-        if self._writing is not None:
-            self._writing.cancel()
+        for writing in (*self._requested, *filter(None, [self._writing])):
+            writing.cancel()
 
     # -- the work --------------------------------------------------------------------------------------------------
 
@@ -177,6 +184,11 @@ class Checkpointer:
         self._emit(CheckpointFailed(**self._place(), reason=reason))
         if self._failures >= FAILURES_MAX:
             raise TrainingError(f"{FAILURES_MAX} checkpoints in a row could not be written: {reason}") from error
+
+    def _tell_failure(self, writing: asyncio.Task[Path]) -> None:
+        """Of a checkpoint that nobody waits for any more."""
+        if not writing.cancelled() and (error := writing.exception()) is not None:
+            self._emit(CheckpointFailed(**self._place(), reason=str(error)))
 
     def _place(self) -> dict[str, Any]:
         report = self._report

@@ -25,13 +25,14 @@ BACKGROUND_NICENESS = 10
 class Brake:
     """Lets a thread stand still for a while, at places of its own choosing. `rest` is for that thread, all else for others.
 
-    `rested_s` is for how long it has stood. `tell` is called, on the thread, when it comes to a stand.
+    `rested_s` is for how long it has stood, `asked` how often it has got to such a place. `tell` is called, on the thread, when it comes to a stand.
     """
 
     def __init__(self, tell: Callable[[], None] = lambda: None) -> None:
         self.held = False
         self._tell = tell
         self.rested_s = 0.0
+        self.asked = 0
         self._resting = False
         self._changed = threading.Condition()
 
@@ -52,6 +53,7 @@ class Brake:
 
     def rest(self) -> None:
         """Wait for as long as the thread is held."""
+        self.asked += 1
         if not self.held:
             return
         begun_s = time.perf_counter()

@@ -113,7 +113,8 @@ def view_of(parts: Parts, others: list[Row], counts: tuple[int, ...]) -> View:
         rows.append(Row(f"{worker}{process}", f"{doing}; {outstanding} credits to answer", beats))
     rows.append(Row("queues", f"arrivals {len(arrivals)} of {arrivals.bound}, rollouts {len(rollouts)} of {rollouts.bound}"))
     resting = pacer.paused and parts.still
-    return View((done, pacer.started, pacer.steps, *counts, *(w.beats for w in workers)), resting, rows)
+    moving = done, pacer.started, pacer.steps, learner.brake.asked, *counts
+    return View((*moving, *(w.beats for w in workers)), resting, rows)
 
 
 async def watch(look: Callable[[], View], limit_s: float, tell: Callable[[str], None]) -> None:

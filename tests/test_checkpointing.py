@@ -170,6 +170,34 @@ async def test_three_failures_in_a_row_end_the_run(tmp_path: Path, monkeypatch: 
     assert run.result.updates < 10_000 / 16
 
 
+@pytest.mark.parametrize("full", [False, True])
+async def test_a_requested_one_that_nobody_waits_for_any_more_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    begun, go_on, loop = asyncio.Event(), threading.Event(), asyncio.get_running_loop()
+
+    def before(path: Path, manifest: Manifest) -> None:
+        if manifest.kind == "requested":
+            loop.call_soon_threadsafe(begun.set)
+            assert go_on.wait(60)
+            if full:
+                raise FULL
+
+    saves(monkeypatch, before)
+    async with aiorl.Run(make(tmp_path, total_steps=10**7, checkpoint_every=0)) as run:
+        asking = asyncio.create_task(run.checkpoint())
+        await begun.wait()
+        asking.cancel()
+        await asyncio.wait([asking])
+        go_on.set()
+        async with asyncio.timeout(60):
+            async for event in run:
+                if isinstance(event, CheckpointFailed if full else Checkpointed):
+                    break
+    assert asking.cancelled()
+    assert (len(versions(tmp_path)) == 2) is not full, "the requested one, and that of the end"
+
+
 async def test_a_requested_one_tells_who_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failing = True
 

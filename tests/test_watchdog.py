@@ -140,19 +140,26 @@ async def test_a_loop_that_is_stuck_is_cried_out_by_the_thread() -> None:
 
 
 class Slow(Toy, frozen=True, kw_only=True):
-    """Its learner never comes back from the third update, or takes `seconds` for each."""
+    """Its learner never comes back from the third update, or takes `pieces` times `seconds` for each."""
 
     seconds: float = 0.0
+    pieces: int = 1
 
     def learner(self, spaces: Any, context: Any) -> Any:
         return SlowLearner(self, spaces, context)
 
 
 class SlowLearner(ToyLearner):
+    def __init__(self, config: Any, spaces: Any, context: Any) -> None:
+        super().__init__(config, spaces, context)
+        self._go_on = context.go_on
+
     def update(self, rollout: Any) -> Any:
         config: Any = self._config
-        if rollout.index == 3 or config.seconds:
-            time.sleep(config.seconds or 6.0)  # the fault itself
+        for _ in range(config.pieces):
+            if rollout.index == 3 or config.seconds:
+                time.sleep(config.seconds or 6.0)  # the fault itself
+            self._go_on()
         return super().update(rollout)
 
 
@@ -185,11 +192,13 @@ async def test_a_stalled_run_fails_and_says_who_waits_for_whom(tmp_path: Path) -
     assert stalled.table in (run.directory / "error.txt").read_text()
 
 
-@pytest.mark.parametrize("what", ["pause", "slow"])
+@pytest.mark.parametrize("what", ["pause", "slow", "many gradient steps"])
 async def test_a_run_that_rests_or_is_slow_has_not_stalled(tmp_path: Path, what: str) -> None:
     changes: dict[str, Any] = {"stall_timeout_s": 0.4, "step_timeout_s": 0.3, "start_timeout_s": 0.3, "workers": 0}
     if what == "slow":
         changes |= {"algo": Slow(seconds=0.1), "total_steps": 300}
+    elif what == "many gradient steps":
+        changes |= {"algo": Slow(seconds=0.1, pieces=12), "total_steps": 64}
     async with asyncio.timeout(60), aiorl.Run(config(tmp_path / "run", **changes)) as run:
         if what == "pause":
             await run.pause()
