@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,29 @@ class AsyncCounting:
 
     async def close(self) -> None:
         pass
+
+
+class AsyncCrowded(AsyncCounting):
+    """Leaves in `folder` files named after how many steps and resets ran at the same time."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self._folder = Path(folder)
+
+    async def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        with self._inside():
+            return await super().reset(seed=seed)
+
+    async def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        with self._inside():
+            return await super().step(action)
+
+    @contextlib.contextmanager
+    def _inside(self) -> Iterator[None]:
+        Process.inside += 1
+        (self._folder / str(Process.inside)).touch()
+        yield
+        Process.inside -= 1
 
 
 class Gated(Counting):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from typing import Any
 
@@ -236,6 +237,32 @@ def test_in_threads_they_step_at_the_same_time_each_on_its_own(monkeypatch: pyte
     assert returns.tolist() == [by_hand(4, e)[0] for e in range(3)]
     assert [len(used) for used in Meeting.threads] == [1, 1, 1]
     assert len(set.union(*Meeting.threads)) == 3
+
+
+class Alone(Walk):
+    """Raises if another one is stepped or reset at the same time."""
+
+    lock = threading.Lock()
+
+    def reset(self, **kwargs: Any) -> Any:
+        return self._alone(super().reset, **kwargs)
+
+    def step(self, action: Any) -> Any:
+        return self._alone(super().step, action)
+
+    def _alone(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.lock.acquire(blocking=False):
+            raise RuntimeError("not alone")
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self.lock.release()
+
+
+def test_in_threads_no_more_step_at_once_than_allowed():
+    spec, spaces = found(Alone, seeded=True)
+    returns, _ = run_episodes(spec, spaces, Alike(spaces), 8, 4, 4, threads=True, limit=asyncio.Semaphore(1))
+    assert returns.tolist() == [by_hand(4, e)[0] for e in range(8)]
 
 
 class Unmade(Walk):

@@ -98,6 +98,20 @@ async def test_no_more_steps_at_once_than_allowed(config: Make, no_leaks: None, 
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+async def test_an_evaluation_keeps_to_what_is_allowed(config: Make, no_leaks: None, folder: Path, workers: int) -> None:
+    """It has as many environments as episodes: four."""
+    suites = {"crowded": {"env": "lane_envs:AsyncCrowded", "env_kwargs": {"folder": str(folder)}}}
+    changes: dict[str, Any] = {"env": "lane_envs:AsyncCounting", "env_kwargs": {}, "stepping": "auto", "eval_episodes": 4}
+    free = await aiorl.train(config(**changes, workers=workers))
+    result, events = await watched(config(**changes, workers=workers, steps_at_once=2, eval_suites=suites))
+    assert (result.status, events) == ("completed", [])
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+    assert result.final_evaluation is not None
+    assert free.final_evaluation is not None
+    assert result.final_evaluation.mean_return == free.final_evaluation.mean_return
+
+
 async def test_coroutines_wait_side_by_side(config: Make, no_leaks: None) -> None:
     suites = {"plain": {"env": "run_envs:Counting"}}
     changes = {"env": "lane_envs:AsyncCounting", "env_kwargs": {"together": GROUPS}, "stepping": "auto"}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiorl.envs.checked import Batch, OneByOne, SideBySide, at_once
+from aiorl.envs.checked import AsyncLimit, Batch, OneByOne, SideBySide, at_once
 from aiorl.envs.coroutines import AsCoroutines, run_apart
 from aiorl.envs.make import make_async_env, make_env, make_vector
 from aiorl.envs.spaces import Spaces
@@ -32,6 +32,7 @@ def run_episodes(
     *,
     fresh: bool = False,
     threads: bool = False,
+    limit: AsyncLimit | None = None,
     on_step: Callable[[int], None] | None = None,
     on_frame: Callable[[Any], None] | None = None,
     outcomes: Array | None = None,
@@ -49,7 +50,7 @@ def run_episodes(
     each ended (see `outcome_of`; NaN in a vector environment). Raises EnvError.
 
     Async environments of a spec step at the same time, on a thread with an event loop of its own; with `threads` ordinary
-    ones do, too, each on its own.
+    ones do, too, each on its own. `limit`, a semaphore of asyncio, say, is then held during each step and reset.
     """
     waits = isinstance(envs, EnvSpec) and (envs.coroutines or threads) and not envs.vector_only
     run = run_apart if waits else at_once
@@ -63,6 +64,7 @@ def run_episodes(
             width,
             fresh=fresh,
             threads=threads,
+            limit=limit,
             on_step=on_step,
             on_frame=on_frame,
             outcomes=outcomes,
@@ -72,8 +74,9 @@ def run_episodes(
 
 async def run_episodes_async(
     envs: EnvSpec | Sequence[Any] | Any, spaces: Spaces, policy: Policy, episodes: int, seed: int, width: int, *,
-    fresh: bool = False, threads: bool = False, on_step: Callable[[int], None] | None = None,
-    on_frame: Callable[[Any], None] | None = None, outcomes: Array | None = None,
+    fresh: bool = False, threads: bool = False, limit: AsyncLimit | None = None,
+    on_step: Callable[[int], None] | None = None, on_frame: Callable[[Any], None] | None = None,
+    outcomes: Array | None = None,
 ) -> tuple[Array, Array]:  # fmt: skip
     """As `run_episodes`, on the running event loop. It waits only where environments step at the same time."""
     tally = _Tally(episodes, width)
@@ -85,7 +88,7 @@ async def run_episodes_async(
         return evaluation_seed(seed, episode, fresh=fresh)
 
     if isinstance(envs, EnvSpec) and not envs.vector_only:
-        batch: Batch = SideBySide(spaces) if envs.coroutines or threads else OneByOne(spaces)
+        batch: Batch = SideBySide(spaces, limit) if envs.coroutines or threads else OneByOne(spaces)
         try:
             for i in range(width):
                 batch.add(_make(envs, threads), i)

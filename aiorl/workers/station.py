@@ -6,6 +6,7 @@ same lines. Its coroutines never wait where environments are ordinary ones: `at_
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import time
@@ -136,8 +137,8 @@ def evaluation_results(setup: StationSetup) -> Played:
 
 
 class Turn:
-    """A place among the steps that may run at the same time. The group's counters show whether it has one: while it waits
-    for its turn it does not hang."""
+    """A place among the steps that may run at the same time. The counters of its group, or of the station in an
+    evaluation, show whether it has one: while it waits for its turn it does not hang."""
 
     def __init__(self, places: Any, row: memoryview) -> None:
         """`places`: a semaphore of threading, or of asyncio; each is entered in its own way."""
@@ -307,10 +308,12 @@ class Station:
         on_step = functools.partial(self._beat, self._row)
         width = min(setup.eval_width, episodes)
         threads = setup.stepping == "threads"
+        # Not the places that groups have: these may be of threads, and an evaluation waits on a loop of its own.
+        limit = Turn(asyncio.Semaphore(setup.steps_at_once), self._row) if setup.steps_at_once is not None else None
         results = evaluation_results(setup)
         results.returns[:episodes], results.lengths[:episodes] = run_episodes(
-            env, setup.spaces, policy, episodes, setup.seed, width, fresh=fresh, threads=threads, on_step=on_step,
-            outcomes=results.outcomes[:episodes],
+            env, setup.spaces, policy, episodes, setup.seed, width, fresh=fresh, threads=threads, limit=limit,
+            on_step=on_step, outcomes=results.outcomes[:episodes],
         )  # fmt: skip
         self._row[Counter.PHASE] = Phase.IDLE
         return credit._replace(kind=Kind.EVALUATED)
