@@ -6,6 +6,7 @@ import asyncio
 import threading
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 
@@ -188,12 +189,56 @@ def test_on_step_may_stop_it_and_environments_are_closed():
         ("raise", r"environment 0, step 3 of episode 0: step\(.*\) raised RuntimeError"),
         ("reward nan", r"evaluation episode 0: the return is nan"),
         ("missing", "environment 0, step 3 of episode 0: obs is missing 'pos'"),
+        ("nan", r"environment 0, step 3 of episode 0: obs\.pos is nan"),
+        ("range", r"environment 0, step 3 of episode 0: obs\.clock = 49 is outside of its discrete space \[-1, 48\]"),
     ],
 )
 def test_errors_name_slot_episode_and_step(fault: str, match: str):
     spec, spaces = found(Broken, fault=fault, at=3)
     with pytest.raises(EnvError, match=match):
         run_episodes(spec, spaces, ByObs(spaces), 4, 0, 2)
+
+
+def test_what_a_reset_shows_is_checked():
+    spec, spaces = found(Broken, fault="nan", at=0)
+    with pytest.raises(EnvError, match=r"environment 0, step 0 of episode 0: obs\.pos is nan"):
+        run_episodes(spec, spaces, ByObs(spaces), 4, 0, 2)
+
+
+class NanVector(WalkVector):
+    """One environment shows NaN from its first end on."""
+
+    def step(self, actions: Any) -> Any:
+        obs, reward, terminated, truncated, info = super().step(actions)
+        self.bad = getattr(self, "bad", False) or terminated[1] or truncated[1]
+        if self.bad:
+            for shown in (obs, info.get("final_obs", obs)):
+                shown[1] = np.nan
+        return obs, reward, terminated, truncated, info
+
+
+@pytest.mark.parametrize("mode", ["NEXT_STEP", "SAME_STEP", "DISABLED"])
+def test_what_a_vector_shows_is_checked(mode: str):
+    spec, spaces = found(NanVector, 3, mode=mode)
+    with pytest.raises(EnvError, match=r"environment 1, step \d of the vector, in episode 1: obs is nan"):
+        run_episodes(spec, spaces, ByObs(spaces), 6, 0, 3)
+
+
+class Later(Walk):
+    """Its observations do not have the zero that is there before it has shown any."""
+
+    def __init__(self) -> None:
+        super().__init__("discrete", seeded=True)
+        self.observation_space = gymnasium.spaces.Discrete(50, start=5)
+
+    def _obs(self) -> Any:
+        return super()._obs() + 5
+
+
+def test_places_without_an_episode_are_not_checked():
+    spec, spaces = found(Later)
+    returns, _ = run_episodes([make_env(spec) for _ in range(3)], spaces, ByObs(spaces), 2, 0, 3)
+    assert len(returns) == 2
 
 
 # -- in threads --------------------------------------------------------------------------------------------------------

@@ -1,14 +1,14 @@
 """Checks on everything an environment returns: shapes, dtypes, keys and numbers, before anything is stored.
 
 Values are never broadcast and never cast with loss. The checks of one step cost well under a microsecond; that numbers
-are finite and in range is checked once per segment.
+are finite and in range is checked once per segment, and in evaluations, which have none, once for the batch.
 """
 
 from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -258,7 +258,18 @@ def check_segment(spaces: Spaces, segment: Segment, steps: int, first_env: int) 
         bad = _first_bad(finals, leaf)
         if bad is not None:
             t, env = divmod(int(segment.final_at[bad[0]]), segment.envs)
-            raise _bad_value(first_env + env, t, leaf.name, finals[bad], leaf)
+            raise EnvError(_bad_value(_in_segment(first_env + env, t), leaf.name, finals[bad], leaf))
+
+
+def check_shown(leaves: Sequence[Leaf], rows: Sequence[Array], where: Callable[[int], str]) -> None:
+    """Check the numbers that some environments show, one array [n, …] for each leaf, as in a segment.
+
+    Raises EnvError that begins with `where(i)`, i the place of the environment in the rows.
+    """
+    for leaf, values in zip(leaves, rows, strict=True):
+        bad = _first_bad(values, leaf)
+        if bad is not None:
+            raise EnvError(_bad_value(where(bad[0]), leaf.name, values[bad], leaf))
 
 
 def _check_rows(name: str, rows: Array, leaf: Leaf | None, first_env: int) -> None:
@@ -266,16 +277,17 @@ def _check_rows(name: str, rows: Array, leaf: Leaf | None, first_env: int) -> No
     if bad is not None:
         # Row t of the observations is what step t - 1 led to.
         step = bad[0] - (leaf is not None)
-        raise _bad_value(first_env + bad[1], step, name, rows[bad], leaf)
+        raise EnvError(_bad_value(_in_segment(first_env + bad[1], step), name, rows[bad], leaf))
 
 
-def _bad_value(env: int, step: int, name: str, value: Any, leaf: Leaf | None) -> EnvError:
-    where = (
-        f"environment {env}, step {step} of the segment" if step >= 0 else f"environment {env}, at the segment's start"
-    )
+def _in_segment(env: int, step: int) -> str:
+    return f"environment {env}, step {step} of the segment" if step >= 0 else f"environment {env}, at the segment's start"
+
+
+def _bad_value(where: str, name: str, value: Any, leaf: Leaf | None) -> str:
     if np.isfinite(value):
-        return EnvError(f"{where}: {name} = {value} is outside of its discrete space {_ranges(leaf)}")
-    return EnvError(f"{where}: {name} is {value}\n  the environment must return finite numbers")
+        return f"{where}: {name} = {value} is outside of its discrete space {_ranges(leaf)}"
+    return f"{where}: {name} is {value}\n  the environment must return finite numbers"
 
 
 def _ranges(leaf: Leaf | None) -> str:

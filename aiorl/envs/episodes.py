@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiorl.envs.checked import AsyncLimit, Batch, OneByOne, SideBySide, at_once
+from aiorl.envs.contract import check_shown
 from aiorl.envs.coroutines import AsCoroutines, run_apart
 from aiorl.envs.make import make_async_env, make_env, make_vector
 from aiorl.envs.spaces import Spaces
@@ -161,8 +162,13 @@ async def _run_single(
     async def begin(slots: list[int]) -> None:
         episodes = tally.episode.tolist()
         await batch.reset_all([(slot, seed_of(episodes[slot]), episodes[slot]) for slot in slots], rows)
+        check(slots)
         if on_frame is not None and 0 in slots:
             on_frame(batch.envs[0].env)
+
+    def check(slots: list[int]) -> None:
+        shown = rows if len(slots) == width else [leaf[slots] for leaf in rows]
+        check_shown(spaces.observation, shown, lambda place: batch.envs[slots[place]].where)
 
     width = len(batch.envs)
     obs, first, rewards = _zeros(spaces, width), np.ones(width, bool), np.zeros(width)
@@ -175,6 +181,7 @@ async def _run_single(
         rows, first = list(obs.values()), np.zeros(width, bool)
         slots = np.flatnonzero(tally.active).tolist()
         ended = [slot for slot, _, _ in await batch.step_all(slots, spaces.env_actions(actions), rows, rewards)]
+        check(slots)
         if on_frame is not None and 0 in slots:
             on_frame(batch.envs[0].env)
         for slot in slots:
@@ -192,12 +199,23 @@ def _run_vector(
     vector: CheckedVector, policy: Policy, spaces: Spaces, tally: _Tally,
     on_step: Callable[[int], None] | None, on_frame: Callable[[Any], None] | None,
 ) -> None:  # fmt: skip
-    n = vector.n
-    batch, first = _copied(spaces, vector.reset()), np.ones(n, bool)
-    t = 0
+    def check(rows: Sequence[Array], first_env: int = 0) -> None:
+        check_shown(
+            spaces.observation, rows,
+            lambda i: f"environment {first_env + i}, step {t} of the vector, in episode {tally.episode[first_env + i]}",
+        )  # fmt: skip
+
+    n, t = vector.n, 0
+    shown, first = vector.reset(), np.ones(n, bool)
+    check(shown)
+    batch = _copied(spaces, shown)
     while tally.active.any():
         actions, _ = policy.act(batch, first)
         step = vector.step(actions)
+        t += 1
+        check(step.obs)
+        for i, final in step.finals:
+            check([leaf[None] for leaf in final], i)
         batch = _copied(spaces, step.obs)
         ended = step.terminated | step.truncated
         first = ~step.valid
@@ -208,8 +226,7 @@ def _run_vector(
         if on_frame is not None:
             on_frame(vector.env)
         if on_step is not None:
-            on_step(t)
-        t += 1
+            on_step(t - 1)
     _check_finite(tally)
 
 
