@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aiorl.envs.contract import ObsReader
 from aiorl.envs.spaces import Leaf, Spaces, spaces_of
 from aiorl.errors import ConfigError
 from aiorl.segments import Column
@@ -106,6 +107,20 @@ def test_discrete_actions_count_from_the_start_of_their_space():
     assert spaces.env_action(np.array(0)) == -1
     assert spaces.env_actions(np.array([0, 2])).tolist() == [-1, 1]
     assert isinstance(spaces.env_action(np.array(0)), np.int64)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32])
+def test_discrete_spaces_of_other_dtypes(dtype: type[np.integer]):
+    """Actions are what the space contains; all is stored as int64, and observations may be numbers of either kind."""
+    space = gym.Discrete(3, start=1, dtype=dtype)
+    spaces = of(space, space)
+    taken = spaces.env_actions(np.array([0, 2]))
+    assert (taken.dtype, taken.tolist()) == (dtype, [1, 3])
+    assert all(space.contains(action) for action in taken)
+    assert space.contains(spaces.env_action(np.array(1)))
+    assert spaces.action_column == spaces.obs_columns["obs"] == Column((), "int64")
+    reader = ObsReader(spaces.observation)
+    assert [reader.read(shown)[0].dtype for shown in (2, np.int64(2), dtype(2))] == ["int64"] * 3
 
 
 def test_box_actions_are_clipped_and_cast():

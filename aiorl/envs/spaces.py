@@ -323,7 +323,7 @@ def _action_leaf(space: Any) -> Leaf:
 
     leaf = _discrete_leaf(space, "action", ())
     if leaf is not None:
-        return leaf
+        return msgspec.structs.replace(leaf, dtype=str(space.dtype))  # a space refuses integers of a wider one
     if isinstance(space, gym.MultiBinary):
         size = math.prod(space.shape)
         return Leaf(
