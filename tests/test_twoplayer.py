@@ -129,6 +129,24 @@ def test_actions_come_as_the_game_takes_them():
     assert [a.tolist() for a in taken[0]] == [[[0.5], [1.5]], [[-0.5], [0.25]]]
 
 
+def test_actions_of_float64_are_within_the_bounds_of_the_game():
+    """What the learner sees are those of float32, which are a little further apart here."""
+    taken: list[Any] = []
+
+    class Exact(games.Race):
+        action_space = spaces.Box(-0.3, 0.1, (1,), np.float64)
+
+        def step(self, first: Any, second: Any) -> Any:
+            taken.extend((first, second))
+            return super().step(first, second)
+
+    env: Any = SelfPlayEnv(Exact(), swap_seats=False)
+    assert env.action_space.high[0] > Exact.action_space.high[0]
+    play(env, [[env.action_space.low[0], env.action_space.high[0], SELF]])
+    assert [action.tolist() for action in taken] == [[-0.3], [0.1]]
+    assert all(Exact.action_space.contains(action) for action in taken)
+
+
 @pytest.mark.parametrize("space", [spaces.MultiBinary(2), spaces.Box(0, 255, (2,), np.uint8)])
 def test_other_actions_are_refused(space: Any):
     game = games.Race()

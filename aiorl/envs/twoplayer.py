@@ -186,7 +186,10 @@ class SelfPlayEnv(gymnasium.Env[Any, Any]):
         space = self.game.action_space
         if isinstance(space, spaces.Discrete):
             return int(flat[0]) + int(space.start)
-        return flat.reshape(space.shape).astype(space.dtype)
+        taken = flat.reshape(space.shape).astype(space.dtype)
+        if isinstance(space, spaces.Box) and space.dtype == np.float64:  # its bounds need not be among float32's numbers
+            np.clip(taken, space.low, space.high, out=taken)
+        return taken
 
     def _observed(self, outcome: int) -> dict[str, Any]:
         own, other = self._views if self._seat == 0 else self._views[::-1]
