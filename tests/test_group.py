@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 
+from aiorl.envs.episodes import run_episodes
 from aiorl.envs.group import Group, GroupCursor, advance, make_group
 from aiorl.envs.make import probe
 from aiorl.envs.spaces import Spaces
@@ -88,6 +90,38 @@ def test_environments_are_seeded_by_their_global_index():
     part = transitions(collect(*opened(Walk, n=2, first=2, seeded=True), steps=1))
     assert part[0][0][0] == whole[2][0][0]
     assert part[1][0][0] == whole[3][0][0]
+
+
+class Dial(Walk):
+    """Its action is a number in a box without axes."""
+
+    def __init__(self, seeded: bool = True) -> None:
+        super().__init__(seeded=seeded)
+        self.action_space = gymnasium.spaces.Box(0, 1, ())
+
+    def step(self, action: Any) -> Any:
+        assert isinstance(action, np.ndarray)
+        assert action.shape == ()
+        return super().step(action > 0.5)
+
+
+class Half(ByObs):
+    def act(self, obs: Any, first: Any) -> Any:
+        actions, extras = super().act(obs, first)
+        return actions[:, None].astype(np.float32), extras
+
+
+def test_actions_without_axes_are_arrays_also_where_an_episode_is_brought_back():
+    group, spaces = opened(Dial)
+    whole = [layout(spaces, 5, 3).allocate() for _ in range(2)]
+    for part in whole:
+        group.collect(Half(spaces), part, 5)
+    again, _ = opened(Dial, cursor=advance(None, whole[0]))
+    part = layout(spaces, 5, 3).allocate()
+    again.collect(Half(spaces), part, 5)
+    assert transitions([part]) == transitions([whole[1]])
+    returns, _ = run_episodes(found(Dial)[0], spaces, Half(spaces), 3, 0, 3)
+    assert len(returns) == 3
 
 
 def test_a_buffer_used_again_by_the_environment_does_no_harm():

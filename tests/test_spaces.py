@@ -147,6 +147,14 @@ def test_sampled_actions_are_in_the_space(action: gym.Space):
     assert action.contains(spaces.env_action(stored[0]))
 
 
+def test_a_box_without_axes_gets_arrays_and_a_discrete_space_numbers():
+    box, discrete = of(VECTOR, gym.Box(-1, 1, (), np.float64)), of(VECTOR, gym.Discrete(3))
+    taken = [box.env_action(np.array([0.5], np.float32)), *box.each_action(np.array([[0.5], [2.0]], np.float32))]
+    assert [(type(action), action.shape, action.dtype) for action in taken] == [(np.ndarray, (), np.float64)] * 3
+    assert [float(action) for action in taken] == [0.5, 0.5, 1.0]
+    assert [type(action) for action in discrete.each_action(np.array([0, 2]))] == [np.int64] * 2
+
+
 def test_env_actions_never_share_memory_with_what_is_stored():
     for action in (gym.Discrete(3), gym.MultiDiscrete([2, 3]), gym.Box(-np.inf, np.inf, (2,))):
         spaces = of(VECTOR, action)

@@ -180,7 +180,7 @@ async def _run_single(
         obs = {name: leaf.copy() for name, leaf in obs.items()}  # the policy may keep what it was shown
         rows, first = list(obs.values()), np.zeros(width, bool)
         slots = np.flatnonzero(tally.active).tolist()
-        ended = [slot for slot, _, _ in await batch.step_all(slots, spaces.env_actions(actions), rows, rewards)]
+        ended = [slot for slot, _, _ in await batch.step_all(slots, spaces.each_action(actions), rows, rewards)]
         check(slots)
         if on_frame is not None and 0 in slots:
             on_frame(batch.envs[0].env)

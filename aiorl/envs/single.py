@@ -143,7 +143,7 @@ class _Members:
     async def _replay(self, i: int, actions: Array, rows: Sequence[Array]) -> None:
         """Take the recorded actions of an open episode again."""
         env = self._batch.envs[i]
-        for action in self._spaces.env_actions(actions):
+        for action in self._spaces.each_action(actions):
             _, terminated, truncated = await self._batch.step(i, action, rows)
             if terminated or truncated:
                 raise _differs(env, f"its episode {env.episode} ended at step {env.steps} of {len(actions)}")
@@ -167,7 +167,7 @@ class _Members:
         for t in range(steps):
             chosen = policy.act({name: leaf[t] for name, leaf in leaves.items()}, first)
             actions, extras = await chosen if isinstance(chosen, CoroutineType) else chosen
-            taken = self._spaces.env_actions(choices.write(t, actions, extras))
+            taken = self._spaces.each_action(choices.write(t, actions, extras))
             first, rows = never, [leaf[t + 1] for leaf in leaves.values()]
             ends = await batch.step_all(self._places, taken, rows, rewards[t])
             if ends:

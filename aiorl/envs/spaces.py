@@ -178,6 +178,11 @@ class Spaces(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             batch += self._action_start
         return batch if len(leaf.shape) < 2 else batch.reshape(-1, *leaf.shape)
 
+    def each_action(self, actions: Array) -> Sequence[Any]:
+        """As `env_actions`, one to give to each of n environments: those of a box are arrays, also without axes."""
+        batch = self.env_actions(actions)
+        return [np.asarray(taken) for taken in batch] if self.action.kind == "box" and not self.action.shape else batch
+
     @cached_property
     def _action_start(self) -> Array | None:
         start = np.array(self.action.start, self.action.dtype)
@@ -185,7 +190,7 @@ class Spaces(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def env_action(self, action: Array) -> Any:
         """One stored action as `env.step` takes it (a NumPy integer for a discrete space)."""
-        return self.env_actions(np.asarray(action)[None])[0]
+        return self.each_action(np.asarray(action)[None])[0]
 
     def sample_actions(self, n: int, rng: np.random.Generator) -> Array:
         """Random stored actions [n, …]: uniform within the bounds, standard normal where there are none."""

@@ -201,13 +201,13 @@ class Look:
         env, rng = self._env, np.random.default_rng(0)
         env.reset(seed=0)
         for _ in range(STEPS):
-            result = env.step(self._spaces.env_actions(self._spaces.sample_actions(1, rng))[0])
+            result = env.step(self._spaces.env_action(self._spaces.sample_actions(1, rng)[0]))
             if result[2] or result[3]:
                 break
         else:
             return
         try:
-            env.step(self._spaces.env_actions(self._spaces.sample_actions(1, rng))[0])
+            env.step(self._spaces.env_action(self._spaces.sample_actions(1, rng)[0]))
         except CRASHES as refusal:
             yield info("step-after-done", f"a step after the end of an episode raises {type(refusal).__name__}: good")
             return
@@ -254,7 +254,7 @@ class RandomPolicy:
 def walk(env: Any, spaces: Spaces, steps: int) -> Walk:
     """Step `env` at random. Raises BrokenContract, or what the environment raises."""
     seen, rng, reader = Walk(), np.random.default_rng(0), ObsReader(spaces.observation)
-    actions = spaces.env_actions(spaces.sample_actions(steps, rng))
+    actions = spaces.each_action(spaces.sample_actions(steps, rng))
     kept: list[Array] = []
     copies: list[Array] = []
 

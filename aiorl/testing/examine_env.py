@@ -114,7 +114,7 @@ async def step_for_ever(fd: int, output: str, spec: EnvSpec) -> None:
     env.reset(seed=0)
     told = False
     while True:
-        result = env.step(found.spaces.env_actions(found.spaces.sample_actions(1, rng))[0])
+        result = env.step(found.spaces.env_action(found.spaces.sample_actions(1, rng)[0]))
         if result[2] or result[3]:
             env.reset(seed=0)
         if not told:

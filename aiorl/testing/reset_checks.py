@@ -68,7 +68,7 @@ def _play(env: Any, spaces: Spaces, seed: int, steps: int) -> list[dict[str, Arr
         return {name: np.array(leaf) for name, leaf in zip(names, reader.read(obs), strict=True)}
 
     seen = [copied(reset_obs(env.reset(seed=seed)))]
-    for action in spaces.env_actions(spaces.sample_actions(steps, np.random.default_rng(seed))):
+    for action in spaces.each_action(spaces.sample_actions(steps, np.random.default_rng(seed))):
         obs, reward, terminated, truncated, _ = step_parts(env.step(action))
         ends = {"terminated": flag(terminated, "terminated"), "truncated": flag(truncated, "truncated")}
         told = {"reward": real(reward), **ends}
