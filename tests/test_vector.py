@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aiorl.envs.episodes import run_episodes
 from aiorl.envs.group import GroupCursor, advance, make_group
 from aiorl.envs.make import make_vector, probe
 from aiorl.envs.single import SingleGroup
@@ -74,6 +75,25 @@ def test_a_plain_state_comes_back_exactly(mode: str, cut: int):
     rest, rest_firsts, _ = collect(WalkVector, 3, cut, 2, cursor=cursor, mode=mode)
     assert transitions(whole[1:]) == transitions(rest)
     assert [f.tolist() for f in firsts[cut:]] == [f.tolist() for f in rest_firsts]
+
+
+def paid_less(num_envs: int) -> Any:
+    return gymnasium.wrappers.vector.TransformReward(WalkVector(num_envs), lambda reward: reward - 1)
+
+
+def test_what_a_wrapper_pays_for_a_reset_is_dropped():
+    whole, _, cursor = collect(WalkVector, 3, 20, 2)
+    paid, _, paid_cursor = collect(paid_less, 3, 20, 2)
+    for part, plain in zip(paid, whole, strict=True):
+        valid = plain.columns["valid"]
+        assert not valid.all()
+        assert part.columns["valid"].tolist() == valid.tolist()
+        assert part.columns["reward"].tolist() == np.where(valid, plain.columns["reward"] - 1, 0).tolist()
+    assert (paid_cursor.obs["obs"] == cursor.obs["obs"]).all()
+    look = probe(resolve_env(paid_less, in_process=True), 3)
+    returns, lengths = run_episodes(look.spec, look.spaces, ByObs(look.spaces), 6, 1, 3)
+    expected, _ = run_episodes(WalkVector(3), look.spaces, ByObs(look.spaces), 6, 1, 3)
+    np.testing.assert_allclose(returns, expected - lengths)
 
 
 def test_cartpole_comes_back_exactly():

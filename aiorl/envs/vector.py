@@ -70,7 +70,7 @@ class CheckedVector:
         self, env: Any, spaces: Spaces, n: int, seed_of: Callable[[int, int], int], first_env: int = 0,
         limit: Limit | None = None,
     ) -> None:  # fmt: skip
-        self.env, self.n = env, n
+        self.env, self.n, self._wrapped = env, n, env.unwrapped is not env
         self._step, self._reset = within(limit, env.step), within(limit, env.reset)
         self.ended: Array | None = None  # [n]: the last step ended an episode, and the next one is spent on the reset
         self.episodes = np.zeros(n, np.int64)
@@ -136,10 +136,13 @@ class CheckedVector:
     ) -> VectorStep:
         if self._mode == NEXT_STEP:
             spent, self.ended = self.ended, ended
-            if spent is not None and (
-                np.count_nonzero(reward[spent]) or (ended is not None and np.count_nonzero(ended[spent]))
-            ):
-                raise BrokenContract("a step spent on a reset expected reward 0 and no end of an episode")
+            if spent is not None:
+                paid = bool(np.count_nonzero(reward[spent]))
+                # A reward may be what a wrapper makes of 0. Without one it tells that this is no NEXT_STEP environment.
+                if (paid and not self._wrapped) or (ended is not None and np.count_nonzero(ended[spent])):
+                    raise BrokenContract("a step spent on a reset expected reward 0 and no end of an episode")
+                if paid:
+                    reward = np.where(spent, 0, reward)
             return VectorStep(obs, reward, terminated, truncated, ended, spent, ())
         assert ended is not None
         where = np.flatnonzero(ended).tolist()
