@@ -135,8 +135,8 @@ def convolutions_of(spaces: Spaces, network: Network) -> Convolutions | None:
 def frame_of(leaf: Leaf) -> Frame | None:
     """How the image in a leaf lies, None if it is not one.
 
-    An image is an array of three axes, or one of two that holds bytes or bools. Its channels are on the shorter of the first
-    and last axis; a stack is channels, too.
+    An image is an array of three axes, or one of two that holds bytes or bools. Its channels are on the axis beside two
+    of the same length, else on the shorter of the first and last; a stack is channels, too.
     """
     if leaf.kind not in ("box", "multi_binary"):
         return None
@@ -145,4 +145,6 @@ def frame_of(leaf: Leaf) -> Frame | None:
         return Frame(stack, *shape, 1)
     if len(shape) != 3:
         return None
-    return Frame(stack * shape[0], *shape[1:], 1) if shape[0] < shape[2] else Frame(stack, *shape)
+    first, middle, last = shape
+    ahead = first < last if (first == middle) == (middle == last) else middle == last
+    return Frame(stack * first, middle, last, 1) if ahead else Frame(stack, *shape)

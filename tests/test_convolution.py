@@ -16,6 +16,9 @@ STACK = Leaf(name="obs.0", kind="box", dtype="uint8", shape=(4, 40, 44), low=(0.
 GRID = Leaf(name="obs.1", kind="box", dtype="bool", shape=(10, 9, 4), low=(0.0,), high=(1.0,))
 STACKED_GRID = Leaf(name="obs.2", kind="box", dtype="bool", shape=(2, 10, 9, 4), low=(0.0,), high=(1.0,), stack=2)
 COLOURS_FIRST = Leaf(name="obs.3", kind="box", dtype="uint8", shape=(3, 8, 9), low=(0.0,), high=(255.0,))
+DEEP = Leaf(name="obs.6", kind="box", dtype="float32", shape=(7, 7, 20))
+DEEP_FIRST = Leaf(name="obs.7", kind="box", dtype="float32", shape=(20, 7, 7))
+STACKED_DEEP = Leaf(name="obs.8", kind="box", dtype="float32", shape=(2, 7, 7, 20), stack=2)
 VECTOR = Leaf(name="obs.4", kind="box", dtype="float32", shape=(3,))
 CHOICE = Leaf(name="obs.5", kind="discrete", dtype="int64", nvec=(2,), start=(0,))
 SEEN = {
@@ -38,12 +41,16 @@ def image_of(leaf: Leaf, value: np.ndarray) -> np.ndarray:
     """[height, width, channels] of one value, by the plainest means."""
     if leaf is STACK:
         return np.stack([frame for frame in value], axis=-1)
-    if leaf is STACKED_GRID:
+    if leaf in (STACKED_GRID, STACKED_DEEP):
         return np.concatenate(list(value), axis=-1)
-    return np.moveaxis(value, 0, -1) if leaf is COLOURS_FIRST else value
+    return np.moveaxis(value, 0, -1) if leaf in (COLOURS_FIRST, DEEP_FIRST) else value
 
 
-@pytest.mark.parametrize("leaf", [STACK, GRID, STACKED_GRID, COLOURS_FIRST], ids=lambda leaf: leaf.name)
+@pytest.mark.parametrize(
+    "leaf",
+    [STACK, GRID, STACKED_GRID, COLOURS_FIRST, DEEP, DEEP_FIRST, STACKED_DEEP],
+    ids=lambda leaf: leaf.name,
+)
 def test_images_are_taken_out_of_an_encoded_observation(leaf: Leaf) -> None:
     rng = np.random.default_rng(0)
     spaces, plan = spaces_with(VECTOR, leaf, CHOICE), plan_of(VECTOR, leaf, CHOICE)
@@ -132,6 +139,9 @@ def test_acting_and_central_inference_compute_the_same(seen: str) -> None:
         (Leaf(name="obs", kind="box", dtype="uint8", shape=(4, 84, 84), stack=4), "auto", 3, (7, 7, 64)),
         (Leaf(name="obs", kind="box", dtype="uint8", shape=(210, 160, 3)), "nature", 3, (22, 16, 64)),
         (Leaf(name="obs", kind="multi_binary", dtype="int8", shape=(6, 6)), "auto", 1, (4, 4, 16)),
+        (DEEP, "auto", 1, (5, 5, 16)),
+        (Leaf(name="obs", kind="box", dtype="bool", shape=(6, 6, 6)), "auto", 1, (4, 4, 16)),
+        (Leaf(name="obs", kind="box", dtype="bool", shape=(7, 8, 20)), "auto", 1, (6, 18, 16)),
     ],
 )
 def test_what_is_chosen(leaf: Leaf, network: Network, layers: int, shape: tuple[int, int, int]) -> None:
