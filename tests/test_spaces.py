@@ -236,6 +236,8 @@ def test_flatten_obs_refuses_numbers_that_would_become_others(pixel: float):
         (VECTOR, gym.Box(0, 3, (1,), np.int32), "action space Box"),
         (gym.Dict({"a.b": VECTOR, "a": gym.Dict({"b": VECTOR})}), gym.Discrete(2), r"both called obs\.a\.b"),
         (gym.Dict({}), gym.Discrete(2), "is empty"),
+        (gym.Dict({"a": gym.Dict({}), "b": VECTOR}), gym.Discrete(2), r"obs\.a: Dict\(\) is empty\n  leave it out"),
+        (gym.Tuple((VECTOR, gym.Dict({"a": gym.Tuple(())}))), gym.Discrete(2), r"obs\.1\.a: Tuple\(\) is empty\n"),
         (gym.Dict({1: VECTOR}), gym.Discrete(2), "key 1"),
     ],
 )

@@ -296,6 +296,8 @@ def _obs_leaves(space: Any, path: tuple[str | int, ...]) -> list[Leaf]:
         children = enumerate(cast("Sequence[Any]", space.spaces))
     else:
         return [_obs_leaf(space, path)]
+    if path and not len(space.spaces):
+        raise ConfigError(f"observation space {_name(path)}: {_short(space)} is empty\n  leave it out of the space it is in")
     leaves: list[Leaf] = []
     for key, child in children:
         if isinstance(space, gym.Dict) and not isinstance(key, str):
