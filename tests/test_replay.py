@@ -185,6 +185,14 @@ def test_only_the_end_of_a_long_rollout_is_kept():
     assert sorted(set(replay.sample(np.random.default_rng(0), 200).obs["obs"][:, 0].tolist())) == [7, 8, 9]
 
 
+def test_a_rollout_of_more_environments_than_the_buffer_has_is_refused_by_name():
+    replay = Replay(spaces(), 2, 6)
+    with pytest.raises(ValueError, match=r"replay: a rollout of 3 environments, expected 2 at most\n  make it .* envs = 3"):
+        replay.add(Stream(spaces(), 3, 4).next())
+    replay.add(Stream(spaces(), 2, 4).next())
+    assert replay.env_steps == 8
+
+
 # -- state -------------------------------------------------------------------------------------------------------------
 
 

@@ -26,9 +26,14 @@ class Lanes:
 
     def of(self, envs: Array) -> tuple[Array, Array]:
         """(lanes, whether the newest row there is the environment's own), [N] both, of different environments. One without
-        a lane takes that of another one, with the fewest rows."""
+        a lane takes that of another one, with the fewest rows. Raises ValueError for more than there are lanes."""
         if len(envs) == self.envs and (known := envs == self._owner).all():
             return self._every, known
+        if len(envs) > self.envs:
+            raise ValueError(
+                f"replay: a rollout of {len(envs)} environments, expected {self.envs} at most\n"
+                f"  make it with room for them, envs = {len(envs)}"
+            )
         lane_of = {env: lane for lane, env in enumerate(self._owner.tolist())}
         wanted = envs.tolist()
         free = sorted(set(range(self.envs)) - {lane_of.get(env) for env in wanted}, key=lambda i: (self._written[i], i))
