@@ -85,6 +85,21 @@ def test_spaces():
         assert env.action_space(player) == gymnasium.spaces.Discrete(7)
 
 
+def test_each_game_draws_one_of_several_modes():
+    env, alone = HockeyParallelEnv(["NORMAL", "TRAIN_DEFENSE"]), HockeyParallelEnv(("NORMAL",))
+    drawn: list[str] = []
+    for seed in [*range(10), *range(10)]:
+        env.reset(seed)
+        drawn.append(env.game.mode)
+        np.testing.assert_array_equal(alone.reset(seed)[0][ONE], HockeyParallelEnv().reset(seed)[0][ONE])
+    assert drawn[:10] == drawn[10:]
+    assert set(drawn) == {"NORMAL", "TRAIN_DEFENSE"}
+    with pytest.raises(ConfigError, match="no mode 'EASY'"):
+        HockeyParallelEnv(["NORMAL", "EASY"])
+    with pytest.raises(ConfigError, match="mode is empty"):
+        HockeyParallelEnv([])
+
+
 def test_drawing():
     env = HockeyParallelEnv(render_mode="rgb_array")
     env.reset(seed=0)

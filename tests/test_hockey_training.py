@@ -17,6 +17,7 @@ from aiorl import cli
 from aiorl.envs.hockey.bots import BOTS
 from aiorl.envs.hockey.env import HockeyEnv
 from aiorl.envs.hockey.rules import MODES
+from aiorl.envs.hockey.selfplay import hockey
 from aiorl.envs.hockey.shaping import Shaping, potential
 from aiorl.errors import ConfigError
 from aiorl.testing import check_env
@@ -162,6 +163,9 @@ def test_aiorl_finds_nothing_wrong_with_all_of_it():
 def test_arguments_that_do_not_exist(kwargs: dict[str, Any], match: str):
     with pytest.raises(ConfigError, match=match):
         HockeyEnv(**kwargs)
+    if "opponent" not in kwargs:  # self-play has one alone, by name
+        with pytest.raises(ConfigError, match=match):
+            hockey(**kwargs)
 
 
 # -- how games end ------------------------------------------------------------------------------------------------------

@@ -54,14 +54,8 @@ class HockeyEnv(gymnasium.Env[Any, Any]):
         self._opponents = _names(opponent, "opponent")
         if unknown := [name for name in self._opponents if name not in BOTS]:
             raise ConfigError(f"hockey has no opponent {unknown[0]!r}\n  it has: {', '.join(BOTS)}")
-        if reward not in ("game", "outcome"):
-            raise ConfigError(f"hockey has no reward {reward!r}\n  it has: game, outcome")
-        if frame_skip < 1:
-            raise ConfigError(f"hockey: frame_skip = {frame_skip}: expected 1 or more")
-        if shaping < 0 or not 0 <= shaping_gamma <= 1:
-            seen = f"shaping = {shaping}, shaping_gamma = {shaping_gamma}"
-            raise ConfigError(f"hockey: {seen}\n  expected 0 or more, and a number from 0 to 1")
-        self._games = [Game(name, keep_mode) for name in _names(mode, "mode")]
+        check_settings(frame_skip, shaping, shaping_gamma, reward)
+        self._games = games_of(mode, keep_mode)
         self.game = self._games[0]
         self.observation_space = observation_space(self.game)
         self.action_space = action_space(self.game, discrete)
@@ -74,8 +68,8 @@ class HockeyEnv(gymnasium.Env[Any, Any]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
         super().reset(seed=seed)
-        self.game = _drawn(self._games, self.np_random)
-        opponent = _drawn(self._opponents, self.np_random)
+        self.game = drawn(self._games, self.np_random)
+        opponent = drawn(self._opponents, self.np_random)
         begin(self.game, self.np_random, seed, options)
         self._rival = BOTS[opponent](self.np_random)
         seen = self.game.observe(FIRST)
@@ -124,12 +118,28 @@ def _names(given: str | Sequence[str], what: str) -> list[str]:
     return names
 
 
-def _drawn(choices: list[T], rng: np.random.Generator) -> T:
+# --- what the environments for one and for two players share -----------------------------------------------------------
+
+
+def check_settings(frame_skip: int, shaping: float, shaping_gamma: float, reward: str) -> None:
+    """Those of training, see `HockeyEnv`. Raises ConfigError."""
+    if reward not in ("game", "outcome"):
+        raise ConfigError(f"hockey has no reward {reward!r}\n  it has: game, outcome")
+    if frame_skip < 1:
+        raise ConfigError(f"hockey: frame_skip = {frame_skip}: expected 1 or more")
+    if shaping < 0 or not 0 <= shaping_gamma <= 1:
+        seen = f"shaping = {shaping}, shaping_gamma = {shaping_gamma}"
+        raise ConfigError(f"hockey: {seen}\n  expected 0 or more, and a number from 0 to 1")
+
+
+def games_of(mode: str | Sequence[str], keep_mode: bool) -> list[Game]:
+    """One of each mode. Raises ConfigError."""
+    return [Game(name, keep_mode) for name in _names(mode, "mode")]
+
+
+def drawn(choices: list[T], rng: np.random.Generator) -> T:
     """One of them; a single one takes nothing from the generator."""
     return choices[int(rng.integers(len(choices)))] if len(choices) > 1 else choices[0]
-
-
-# --- what the environments for one and for two players share -----------------------------------------------------------
 
 
 def observation_space(game: Game) -> spaces.Box:

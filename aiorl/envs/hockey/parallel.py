@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,8 @@ from pettingzoo import ParallelEnv
 
 from aiorl.envs.hockey import rules
 from aiorl.envs.hockey.bots import BOTS, Act
-from aiorl.envs.hockey.env import action_space, begin, chosen, observation_space, observed
-from aiorl.envs.hockey.game import Game, reward
+from aiorl.envs.hockey.env import action_space, begin, chosen, drawn, games_of, observation_space, observed
+from aiorl.envs.hockey.game import reward
 from aiorl.envs.hockey.render import Painter, checked_mode
 
 PLAYERS = ("player_1", "player_2")
@@ -27,10 +27,12 @@ class HockeyParallelEnv(ParallelEnv[str, Array, Any]):
     metadata = {"render_modes": ["rgb_array", "human"], "render_fps": rules.FPS, "name": "aiorl_hockey_v0"}
 
     def __init__(
-        self, mode: str = "NORMAL", keep_mode: bool = True, discrete: bool = False, render_mode: str | None = None
-    ) -> None:
+        self, mode: str | Sequence[str] = "NORMAL", keep_mode: bool = True, discrete: bool = False,
+        render_mode: str | None = None,
+    ) -> None:  # fmt: skip
         self.render_mode = checked_mode(render_mode)
-        self.game = Game(mode, keep_mode)
+        self._games = games_of(mode, keep_mode)
+        self.game = self._games[0]
         self.possible_agents = list(PLAYERS)
         self.agents: list[str] = []
         self.observation_spaces = {player: observation_space(self.game) for player in PLAYERS}
@@ -59,6 +61,7 @@ class HockeyParallelEnv(ParallelEnv[str, Array, Any]):
     ) -> tuple[dict[str, Array], dict[str, dict[str, Any]]]:
         if seed is not None or self._rng is None:
             self._rng, _ = seeding.np_random(seed)
+        self.game = drawn(self._games, self._rng)
         begin(self.game, self._rng, seed, options)
         self.agents = list(PLAYERS)
         self._show()

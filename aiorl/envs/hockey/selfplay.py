@@ -8,14 +8,20 @@ from typing import Any, cast
 import numpy as np
 
 from aiorl.envs.hockey.bots import BOTS, Act
-from aiorl.envs.hockey.env import action_space, chosen, observation_space, outcome_reward
-from aiorl.envs.hockey.game import FIRST, SECOND, Game
+from aiorl.envs.hockey.env import (
+    action_space,
+    check_settings,
+    chosen,
+    games_of,
+    observation_space,
+    outcome_reward,
+)
+from aiorl.envs.hockey.game import FIRST, SECOND
 from aiorl.envs.hockey.game import reward as game_reward
 from aiorl.envs.hockey.render import Painter, checked_mode
 from aiorl.envs.hockey.rules import FPS
 from aiorl.envs.hockey.shaping import Shaping
 from aiorl.envs.twoplayer import Bot, Pair, SelfPlayEnv
-from aiorl.errors import ConfigError
 
 
 def hockey(
@@ -48,14 +54,9 @@ class HockeyGame:
         self, mode: str | Sequence[str], keep_mode: bool, discrete: bool, frame_skip: int, shaping: float,
         shaping_gamma: float, reward: str, render_mode: str | None,
     ) -> None:  # fmt: skip
-        if frame_skip < 1:
-            raise ConfigError(f"hockey: frame_skip = {frame_skip}: expected 1 or more")
-        if reward not in ("game", "outcome"):
-            raise ConfigError(f"hockey has no reward {reward!r}\n  it has: game, outcome")
+        check_settings(frame_skip, shaping, shaping_gamma, reward)
         self.render_mode = checked_mode(render_mode)
-        self._games = [Game(name, keep_mode) for name in ([mode] if isinstance(mode, str) else mode)]
-        if not self._games:
-            raise ConfigError("hockey: mode is empty\n  expected a name, or several of which each game draws one")
+        self._games = games_of(mode, keep_mode)
         self._game = self._games[0]
         self.observation_space, self.action_space = observation_space(self._game), action_space(self._game, discrete)
         self._discrete, self._frame_skip = discrete, frame_skip
