@@ -20,6 +20,7 @@ from aiorl.segments import Array
 LOG_2PI = math.log(2 * math.pi)
 TINY = np.float32(1e-30)  # so that no noise lifts a logit over one that is larger by more than exp can hold
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # of squashed Gaussians
+LEAST_REACH, MOST_REACH = 0.1, 10.0  # from the middle of a box to its bounds, in deviations
 
 
 def relu(x: Array, out: Array) -> Array:
@@ -182,6 +183,20 @@ class Gaussian:
         actions = outputs + self._std * noise
         z = (actions - outputs) / self._std  # not `noise`: the density of the action as rounded
         return actions, np.float32(-0.5) * (z * z).sum(1) - self._constant
+
+
+def beyond_reach(leaf: Leaf, std: float) -> list[str]:
+    """Why a `Gaussian` that begins around 0 with this deviation hardly explores an action space, in a line; or nothing."""
+    if leaf.kind != "box":
+        return []
+    low, high = (bound.reshape(-1).astype(np.float64) for bound in leaf.bounds)
+    reach = (high - low) / 2 / std  # infinite where a bound is
+    wrong = np.isfinite(reach) & (reach > 0) & ((low > 0) | (high < 0) | (reach < LEAST_REACH) | (reach > MOST_REACH))
+    return [
+        f"actions are drawn around 0 with a deviation of {std:g} at first, and dimension {i} of the actions is "
+        f"[{low[i]:g}, {high[i]:g}]: wrap it in gymnasium.wrappers.RescaleAction(env, -1, 1)"
+        for i in np.flatnonzero(wrong)[:1]
+    ]
 
 
 def distribution(leaf: Leaf) -> Categorical | Gaussian:

@@ -15,6 +15,7 @@ import numpy as np
 from aiorl.algos.base import (
     Algorithm,
     CentralAlgorithm,
+    Doubting,
     Filing,
     Forward,
     Ranked,
@@ -82,6 +83,7 @@ class Preflight:
         if self.probe.why_inexact:
             found.append(f"a resumed run may not be exact: {self.probe.why_inexact}")
         found += self.probe.warnings
+        found += self.doubts
         found += _idle_settings(self.config, _learning(self.algorithm, self.spaces))
         if self.idle_workers:
             found.append(
@@ -89,6 +91,12 @@ class Preflight:
                 "use more envs or a smaller group_size"
             )
         return found
+
+    @property
+    def doubts(self) -> list[str]:
+        """What the algorithm says of these spaces."""
+        learning = _learning(self.algorithm, self.spaces)
+        return list(learning.algorithm.doubts(learning.spaces)) if isinstance(learning.algorithm, Doubting) else []
 
     @property
     def lanes(self) -> int:

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import gymnasium
+import numpy as np
 import pytest
 from checking import make, refused
 from run_envs import Counting
@@ -16,6 +18,7 @@ import aiorl
 from aiorl import preflight
 from aiorl.preflight import Preflight, check
 from aiorl.segments import Column
+from aiorl.testing.examine_algorithm import check_fit
 
 
 @pytest.fixture(autouse=True)
@@ -194,6 +197,44 @@ def test_a_run_that_only_acts_at_random_says_so() -> None:
     for steps, told in ((1_000, True), (1_001, False)):
         warned = check(make(**fields, total_steps=steps, algo=aiorl.SAC(warmup=100)), write=False).warnings
         assert any("every action will be random: random_steps is 1,000" in text for text in warned) is told
+
+
+class Levers(Counting):
+    """Acts in a box from `low` to `high`."""
+
+    def __init__(self, low: Any, high: Any) -> None:
+        super().__init__(5)
+        low, high = np.float32(low), np.float32(high)
+        self.action_space = gymnasium.spaces.Box(low, high)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "told"),
+    [
+        ([100.0], [200.0], "dimension 0 of the actions is [100, 200]"),
+        ([-1.0, -30.0], [1.0, 30.0], "dimension 1 of the actions is [-30, 30]"),
+        ([-0.05], [0.05], "dimension 0 of the actions is [-0.05, 0.05]"),
+        ([-0.4, -10.0, 0.0], [0.4, 10.0, 1.0], ""),
+        ([5.0, -np.inf], [np.inf, np.inf], ""),  # which no wrapper could scale
+        ([1.0], [1.0], ""),  # there is nothing to explore
+    ],
+)
+def test_a_box_that_a_gaussian_around_0_does_not_explore(low: Any, high: Any, told: str) -> None:
+    def warned(algo: Any) -> list[str]:
+        checked = check(make(env=lambda: Levers(low, high), algo=algo, workers=0), write=False)
+        return [text for text in checked.warnings if "gymnasium.wrappers.RescaleAction(env, -1, 1)" in text]
+
+    assert [told in text for text in warned(aiorl.PPO())] == [True] * bool(told)
+    if told:  # these scale by themselves
+        assert warned(aiorl.SAC()) == warned(aiorl.TD3()) == []
+
+
+def test_what_a_box_is_measured_by_is_the_initial_deviation() -> None:
+    wide = {"env": lambda: Levers([-30.0], [30.0]), "workers": 0}
+    assert check(make(**wide, algo=aiorl.PPO(log_std=2.0)), write=False).warnings == []
+    doubts = [f for f in check_fit(aiorl.PPO(log_std=3.0), "Pendulum-v1", {}) if f.code == "doubtful"]
+    assert ["dimension 0 of the actions is [-2, 2]" in f.message for f in doubts] == [True]
+    assert check_fit(aiorl.PPO, "Pendulum-v1", {}) == []
 
 
 IDLE: list[tuple[dict[str, Any], str]] = [

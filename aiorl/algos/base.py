@@ -8,7 +8,7 @@ workers, one instance for each group of environments, and should need nothing he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "ACT", "AVERAGE", "ENV", "EVAL_ACT", "EVAL_ENV", "LEARNER", "Algorithm", "CentralAlgorithm", "Closing", "Filing",
-    "Forward", "Learner", "LearnerContext", "Policy", "Recurrent", "RecurrentPolicy", "Remembering", "SplitPolicy",
+    "ACT", "AVERAGE", "ENV", "EVAL_ACT", "EVAL_ENV", "LEARNER", "Algorithm", "CentralAlgorithm", "Closing", "Doubting",
+    "Filing", "Forward", "Learner", "LearnerContext", "Policy", "Recurrent", "RecurrentPolicy", "Remembering", "SplitPolicy",
     "StateTree", "Weights", "averages",
 ]  # fmt: skip
 
@@ -243,6 +243,15 @@ class Filing(Remembering, Protocol):
 
     def saved_bytes(self, spaces: Spaces, envs: int, transitions: int) -> int:
         """Room that so many of them take in a checkpoint."""
+        ...
+
+
+@runtime_checkable
+class Doubting(Protocol):
+    """What an `Algorithm` has besides if there are spaces in which it learns, but hardly as it is meant."""
+
+    def doubts(self, spaces: Spaces) -> Sequence[str]:
+        """A line for each reason, of which a run begins with a warning."""
         ...
 
 

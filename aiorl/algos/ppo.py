@@ -16,7 +16,7 @@ Otherwise `correction` says what happens, on one code path, so that at staleness
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from aiorl.acting import Gaussian, NoiseTape, distribution, make_network
+from aiorl.acting import Gaussian, NoiseTape, beyond_reach, distribution, make_network
 from aiorl.algos.base import Forward, LearnerContext, StateTree, Weights
 from aiorl.convolution import NETWORK, Network, convolutions_of
 from aiorl.envs.spaces import Spaces
@@ -96,6 +96,9 @@ class PPO(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             if size == 0:
                 raise ConfigError(f"ppo: the {what} space is empty (shape with a 0): there is nothing to learn")
         convolutions_of(spaces, self.network)
+
+    def doubts(self, spaces: Spaces) -> Sequence[str]:
+        return beyond_reach(spaces.action, math.exp(self.log_std))
 
     def columns(self, spaces: Spaces) -> dict[str, Column]:
         return {"log_prob": Column((), "float32")}

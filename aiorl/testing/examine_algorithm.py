@@ -27,7 +27,7 @@ from aiorl.learning import params_sha256
 from aiorl.run import Run, train
 from aiorl.testing import learner_checks, policy_checks, replay_checks, task_checks
 from aiorl.testing.bench import Bench, context, record
-from aiorl.testing.findings import Finding, error, errors, left_out, sort
+from aiorl.testing.findings import Finding, error, errors, left_out, sort, warning
 from aiorl.testing.plain_loop import plain_loop
 
 CHAIN = "aiorl.testing.chain:Chain"
@@ -81,14 +81,15 @@ def check_algorithm(
 
 
 def check_fit(algorithm: Algorithm | type[Algorithm], env: str, kwargs: Mapping[str, Any]) -> list[Finding]:
-    """Whether a run with the algorithm in this environment would be refused: action space, warm-up, buffer, memory."""
+    """Whether a run with the algorithm in this environment would be refused (action space, warm-up, buffer, memory), or
+    learn hardly as it is meant."""
     if inspect.isclass(algorithm):
         algorithm = cast("type[Any]", algorithm)()
     try:
-        preflight.check(Config(env=env, env_kwargs=dict(kwargs), algo=algorithm), write=False)
+        checked = preflight.check(Config(env=env, env_kwargs=dict(kwargs), algo=algorithm), write=False)
     except ConfigError as refusal:
         return [error("refused", *(line.strip() for line in str(refusal).splitlines()))]
-    return []
+    return [warning("doubtful", told) for told in checked.doubts]
 
 
 def _stages(
