@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -154,6 +155,20 @@ class Closing(Counting):
     def close(self) -> None:
         with self._file.open("a") as file:
             file.write("closed\n")
+
+
+class WithHelper(Counting):
+    """Has a simulator in a process of its own, which ends with the one that made it, however that ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        multiprocessing.Process(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
 
 
 class Deaf(Mortal):

@@ -149,6 +149,24 @@ def test_a_host_may_have_its_children_reaped() -> None:
     block.close()
 
 
+async def have_children(block: SharedBlock) -> None:
+    """In the child: start processes in each way, as environments with a simulator of their own do."""
+    for method in ("fork", "spawn", "forkserver"):
+        child = multiprocessing.get_context(method).Process(target=os.getpid)
+        child.start()
+        child.join()
+        block.buffer[0] += child.exitcode == 0
+
+
+def test_a_worker_may_have_children(launcher: Launcher) -> None:
+    block = SharedBlock(16)
+    process = start(launcher, have_children, block)
+    assert process.aio_process.daemon, "the host would wait for it at its exit"
+    assert wait(process) == 0
+    assert block.buffer[0] == 3
+    block.close()
+
+
 async def list_inheritable(block: SharedBlock) -> None:
     """In the child: what a program that is started here would get."""
     fds = [int(name) for name in os.listdir("/proc/self/fd")]

@@ -524,11 +524,11 @@ async def test_a_stuck_disk_does_not_hold_the_host(config: Make) -> None:
 
 PARENT = """
 import asyncio, os, sys
-sys.path[:0] = sys.argv[2:]
+sys.path[:0] = sys.argv[3:]
 import aiorl
 from toys import Toy
 async def main():
-    config = aiorl.Config(env="run_envs:Counting", algo=Toy(), total_steps=10**8, envs=8, group_size=2, workers=2,
+    config = aiorl.Config(env=sys.argv[2], algo=Toy(), total_steps=10**8, envs=8, group_size=2, workers=2,
                           eval_every=0, out=sys.argv[1])
     async with aiorl.Run(config) as run:
         print("PIDS", *run._session.parts.workers.pids, flush=True)
@@ -537,11 +537,12 @@ asyncio.run(main())
 """
 
 
-def test_workers_end_with_a_killed_parent_and_an_unguarded_program_works(tmp_path: Path) -> None:
+@pytest.mark.parametrize("env", ["run_envs:Counting", "run_envs:WithHelper"])
+def test_workers_end_with_a_killed_parent_and_an_unguarded_program_works(tmp_path: Path, env: str) -> None:
     """The program above has no `if __name__` guard: workers must not import it."""
     program = tmp_path / "program.py"
     program.write_text(PARENT)
-    command = [sys.executable, str(program), str(tmp_path / "run"), str(HERE), str(HERE.parent)]
+    command = [sys.executable, str(program), str(tmp_path / "run"), env, str(HERE), str(HERE.parent)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         words = parent.stdout.readline().split()

@@ -211,6 +211,11 @@ class _Process(BaseProcess):
         super().__init__(target=aiomultiprocess.Process.run_async, args=(unit,), name=name, daemon=True)
         self._launcher: Launcher | None = launcher
 
+    def run(self) -> None:
+        """In the child. The host does not wait for it at its exit, for it is a daemon; but it may have children."""
+        self._config = {**self._config, "daemon": False}  # type: ignore[attr-defined]
+        super().run()
+
     def _Popen(self, process_obj: BaseProcess) -> Any:  # type: ignore[override]
         launcher, self._launcher = self._launcher, None  # the child must not get it
         assert launcher is not None
