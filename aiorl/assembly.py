@@ -133,24 +133,23 @@ async def assemble(
     backends: Backends = REAL,
 ) -> Assembly:
     """Check, then build everything; workers are made but not started. On an error nothing is left behind."""
-    files_thread = backends.thread("aiorl-files")
-    learner_thread = backends.thread("aiorl-learner")
-    launcher: Launcher | None = None
-    lock: FileLock | None = None
-    trainer: Trainer | None = None
-    parts: loops.Parts | None = None
-    try:
-        checked = await files_thread.run(preflight.check, config, resume)
-        lock = await files_thread.run(hold, checked.directory)
+    async with contextlib.AsyncExitStack() as stack:  # from the last to the first
+        files_thread, on_files = backends.thread("aiorl-files"), contextlib.ExitStack()
+        stack.push_async_callback(_undo, files_thread, on_files, FILES_GRACE_S)
+        learner_thread, on_learner = backends.thread("aiorl-learner"), contextlib.ExitStack()
+        stack.push_async_callback(_undo, learner_thread, on_learner, LEARNER_GRACE_S)
+        checked = await files_thread.run(_check, on_files, config, resume)
+        lock = await files_thread.run(_hold, on_files, checked.directory)
+        launcher: Launcher | None = None
         if checked.config.workers:
             # It loads its modules while this process imports torch.
             launcher = backends.launcher(checked.needs_main, checked.modules)
-            await files_thread.run(launcher.warm_up)
-        trainer = await learner_thread.run(_make_trainer, checked, record, learner_thread.brake)
+            await files_thread.run(_warm_up, on_files, launcher)
+        trainer = await learner_thread.run(_make_trainer, on_learner, checked, record, learner_thread.brake)
         if checked.saved is not None:
             await learner_thread.run(_restore, trainer, checked.saved)
-        weights = await learner_thread.run(_make_weights, checked, trainer)
-        parts = _wire(checked, launcher, learner_thread, trainer, weights, record, backends)
+        weights = await learner_thread.run(_make_weights, on_learner, checked, trainer)
+        parts = _wire(stack, checked, launcher, learner_thread, trainer, weights, record, backends)
         files = await files_thread.run(_begin_directory, checked)
         dial = Dial(checked.config, parts.pacer, lanes=checked.lanes) if record is None else None
         if checked.saved is not None:
@@ -159,25 +158,40 @@ async def assemble(
             report.catch_up(*await files_thread.run(read_late, checked.directory, report.pending, suites))
         elif report.stop_return is None:
             report.stop_return = checked.probe.reward_threshold
-    except BaseException:
-        if lock is not None:
-            await files_thread.run(lock.release)
-            if config.out is None:  # chosen here, so nobody else's
-                await files_thread.run(discard_empty, lock.path.parent)
-        if parts is not None:
-            await _close(parts)
-        else:
-            if launcher is not None:
-                await files_thread.run(launcher.close)
-            if trainer is not None:
-                learner_thread.submit(trainer.close)  # not waited for: it may be reading a buffer of experience
-            await learner_thread.aclose(0.1)
-        await files_thread.aclose(0.1)
-        raise
+        stack.pop_all()
     return Assembly(checked, parts, files, files_thread, lock, dial)
 
 
-def _make_trainer(checked: Preflight, record: Record | None, brake: Brake) -> Trainer:
+async def _undo(thread: OffloadThread, made: contextlib.ExitStack, grace_s: float) -> None:
+    """Release what was made on a thread: there, so behind what it was making when its caller was cancelled. Not waited for
+    if that takes long."""
+    try:
+        with contextlib.suppress(Exception):  # why there is no run is what has to be told
+            async with asyncio.timeout(grace_s):
+                await thread.run(made.close)
+    finally:
+        await thread.aclose(0.1)
+
+
+def _check(made: contextlib.ExitStack, config: Config, resume: str | Path | None) -> Preflight:
+    checked = preflight.check(config, resume)
+    if config.out is None:  # chosen here, so nobody else's
+        made.callback(discard_empty, checked.directory)
+    return checked
+
+
+def _hold(made: contextlib.ExitStack, directory: Path) -> FileLock:
+    lock = hold(directory)
+    made.callback(lock.release)
+    return lock
+
+
+def _warm_up(made: contextlib.ExitStack, launcher: Launcher) -> None:
+    made.callback(launcher.close)
+    launcher.warm_up()
+
+
+def _make_trainer(made: contextlib.ExitStack, checked: Preflight, record: Record | None, brake: Brake) -> Trainer:
     config, record = checked.config, record or Record(())
     rollouts = {version: _rollouts(config, total) for version, total in record.totals.items()}
     context = LearnerContext(
@@ -192,10 +206,12 @@ def _make_trainer(checked: Preflight, record: Record | None, brake: Brake) -> Tr
     )
     ledger = Ledger(config.groups, cast(int, config.group_size))
     skips_max = config.nonfinite_max if config.on_nonfinite == "skip" else 0
-    return Trainer(
+    trainer = Trainer(
         checked.algorithm, checked.spaces, context, ledger, config.torch_threads, record.settings, skips_max,
         checked.probe.bounds, brake, rollouts,
     )  # fmt: skip
+    made.callback(trainer.close)
+    return trainer
 
 
 def _rollouts(config: Config, total_steps: int) -> int:
@@ -225,10 +241,11 @@ def _buffers(config: Config) -> int:
     return config.degree_limit + 1 + being_written + config.eval_places + config.eval_top + under_way
 
 
-def _make_weights(checked: Preflight, trainer: Trainer) -> WeightStore:
+def _make_weights(made: contextlib.ExitStack, checked: Preflight, trainer: Trainer) -> WeightStore:
     """The store with the newest version in it, and after a resume the older ones that coming rollouts act with."""
     newest = trainer.learner.weights()
     store = WeightStore(WeightLayout.of(newest), _buffers(checked.config))
+    made.callback(store.close)
     versions = {0: newest}
     if checked.saved is not None:
         commits = checked.saved.manifest.version
@@ -251,6 +268,7 @@ def _make_weights(checked: Preflight, trainer: Trainer) -> WeightStore:
 
 
 def _wire(
+    stack: contextlib.AsyncExitStack,
     checked: Preflight,
     launcher: Launcher | None,
     learner_thread: OffloadThread,
@@ -259,6 +277,7 @@ def _wire(
     record: Record | None,
     backends: Backends,
 ) -> loops.Parts:
+    """What is made here is closed by `stack`."""
     config = checked.config
     group_size, groups = cast(int, config.group_size), config.groups
     saved_degree = checked.saved.degree if checked.saved is not None else {}
@@ -293,6 +312,7 @@ def _wire(
         mailbox=_mailbox(checked),
     )
     plan = plan_stations(common, groups, group_size, cast(int, config.workers), cursors)
+    stack.callback(plan.close)
     workers: Workers
     network, inference = _network(checked, weights), None
     if launcher is None:
@@ -306,6 +326,8 @@ def _wire(
         if network is not None:
             thread = backends.thread("aiorl-inference")
             inference = Inference(network, workers, thread, config.inference_wait_ms / 1e3)
+            stack.push_async_callback(inference.aclose, LEARNER_GRACE_S)
+    stack.push_async_callback(workers.aclose)
     gate = Gate()
     workers.on_stand = learner_thread.on_stand = gate.wake
     return loops.Parts(

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import functools
 import gc
+import importlib
 import itertools
 import json
 import math
@@ -22,7 +23,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from kills import kill
+from kills import kill, until
 from toys import Toy, ToyLearner
 
 import aiorl
@@ -33,8 +34,10 @@ from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import resolve_env
 from aiorl.events import Paused, Resumed
 from aiorl.learning import params_sha256
+from aiorl.record import Record, RecordLine
 from aiorl.session import Session
 from aiorl.workers.inline import InlineWorkers
+from aiorl.workers.memory import SharedBlock
 
 HERE = Path(__file__).parent
 
@@ -608,6 +611,82 @@ async def test_a_start_that_fails_late_leaves_nothing(
     for changes in ({}, {"workers": 0}, {"algo": aiorl.PPO(hidden=(8,)), "inference": "central"}):
         with pytest.raises(aiorl.TrainingError, match="no space left"):
             await aiorl.train(config(**changes))
+
+
+@pytest.mark.parametrize("why", ["its checkpoint lacks weights", "its record does not fit", "there is no memory"])
+async def test_a_start_that_is_refused_leaves_nothing(
+    config: Make, monkeypatch: pytest.MonkeyPatch, no_leaks: None, why: str
+) -> None:
+    if why == "its checkpoint lacks weights":
+        first = config(workers=0, total_steps=400, checkpoint_every=100)
+        await aiorl.train(first)
+        with pytest.raises(aiorl.CheckpointError, match="lacks the weights of versions"):
+            await aiorl.train(first.replace(off_policy_degree=2, total_steps=800), resume=first.out)
+    elif why == "its record does not fit":
+        record = Record((RecordLine(k=0, b_k=0, order=(0,)),))
+        with pytest.raises(aiorl.AiorlError, match="record"):
+            async with aiorl.Run(config(), record=record):
+                pass
+    else:
+        blocks = itertools.count()
+
+        def scarce(nbytes: int) -> SharedBlock:
+            if next(blocks) == 2:
+                raise aiorl.ConfigError("no memory")
+            return SharedBlock(nbytes)
+
+        monkeypatch.setattr("aiorl.workers.pool.SharedBlock", scarce)
+        with pytest.raises(aiorl.ConfigError, match="no memory"):
+            await aiorl.train(config())
+
+
+class Counted(Toy, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Writes a line into a file for each learner that is closed."""
+
+    name: ClassVar[str] = "counted"
+    file: str = ""
+
+    def learner(self, spaces: Spaces, context: LearnerContext) -> ToyLearner:
+        return CountedLearner(self, spaces, context)
+
+
+class CountedLearner(ToyLearner):
+    def close(self) -> None:
+        with open(self._config.file, "a") as file:  # type: ignore[attr-defined]
+            file.write("closed\n")
+
+
+@pytest.mark.parametrize(
+    "making",
+    ["aiorl.preflight.check", "aiorl.assembly.hold", "aiorl.assembly.Trainer", "aiorl.assembly.WeightStore"],
+)
+async def test_a_start_that_is_cancelled_leaves_nothing(
+    config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_leaks: None, making: str
+) -> None:
+    """Cancelled while a thread makes something that nobody will take over."""
+    monkeypatch.chdir(tmp_path)
+    module, _, name = making.rpartition(".")
+    real = getattr(importlib.import_module(module), name)
+    loop, begun, go_on = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        loop.call_soon_threadsafe(begun.set)
+        assert go_on.wait(20)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(making, slow)
+    closed = tmp_path / "closed"
+    training = asyncio.ensure_future(aiorl.train(config(out=None, algo=Counted(file=str(closed)), workers=0)))
+    await begun.wait()
+    training.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    await asyncio.wait([training])
+    assert training.cancelled()
+    await until(lambda: not [t for t in threading.enumerate() if t.name.startswith("aiorl")])
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} - {"closed"} == {"runs"}
+    made_learner = making in ("aiorl.assembly.Trainer", "aiorl.assembly.WeightStore")
+    assert closed.exists() == made_learner
 
 
 class Unmade(Toy, frozen=True):

@@ -143,8 +143,7 @@ class InlineWorkers:
         self._segments.clear()
         self._mailboxes.clear()
         del self._station, self._eval_station
-        for setup in (*self._plan.training, self._plan.evaluation):
-            setup.block.close()
+        self._plan.close()
 
     def views(self) -> list[WorkerView]:
         named = (("collecting here", self._station), ("evaluating here", self._eval_station))

@@ -115,6 +115,11 @@ class StationPlan(NamedTuple):
     training: list[StationSetup]
     evaluation: StationSetup
 
+    def close(self) -> None:
+        """Give the memory back. May be called twice."""
+        for setup in (*self.training, self.evaluation):
+            setup.block.close()
+
 
 def worker_of(group: int, groups: int, workers: int) -> int:
     """The worker that a group belongs to: neighbours are together."""
@@ -129,21 +134,30 @@ def plan_stations(
     `common` gives everything that is the same for all; its block and groups are ignored.
     """
     count = max(1, workers)
-    training: list[StationSetup] = []
-    for index in range(count):
-        mine = [g for g in range(groups) if worker_of(g, groups, count) == index]
-        setup = replace(
-            common,
-            index=index,
-            groups={g: range(g * group_size, (g + 1) * group_size) for g in mine},
-            cursors={g: cursors.get(g) for g in mine},
-            eval_width=0,
-        )
-        training.append(replace(setup, block=SharedBlock(setup.block_bytes)))
-        for segment in segments_of(training[-1]).values():
-            lay_guards(segment)
-    evaluation = replace(common, index=count, groups={}, cursors={}, eval_width=max(1, common.eval_width))
-    return StationPlan(training, replace(evaluation, block=SharedBlock(evaluation.block_bytes)))
+    with contextlib.ExitStack() as undo:  # where there is memory for some of them only
+
+        def with_memory(setup: StationSetup) -> StationSetup:
+            block = SharedBlock(setup.block_bytes)
+            undo.callback(block.close)
+            return replace(setup, block=block)
+
+        training: list[StationSetup] = []
+        for index in range(count):
+            mine = [g for g in range(groups) if worker_of(g, groups, count) == index]
+            setup = replace(
+                common,
+                index=index,
+                groups={g: range(g * group_size, (g + 1) * group_size) for g in mine},
+                cursors={g: cursors.get(g) for g in mine},
+                eval_width=0,
+            )
+            training.append(with_memory(setup))
+            for segment in segments_of(training[-1]).values():
+                lay_guards(segment)
+        evaluation = replace(common, index=count, groups={}, cursors={}, eval_width=max(1, common.eval_width))
+        plan = StationPlan(training, with_memory(evaluation))
+        undo.pop_all()
+    return plan
 
 
 class ProcessWorkers:
@@ -307,8 +321,7 @@ class ProcessWorkers:
         for keeper in self._keepers:
             keeper.release_memory()
         self._mailboxes.clear()
-        for setup in (*self._plan.training, self._plan.evaluation):
-            setup.block.close()
+        self._plan.close()
 
     def views(self) -> list[WorkerView]:
         return [keeper.view() for keeper in self._keepers if keeper.setups]
