@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from aiorl import checkpoint
-from aiorl.algos import algorithm_class
+from aiorl.algos import ALGORITHMS, algorithm_class, algorithm_name, leads_to, named_within
 from aiorl.algos.base import Algorithm, Weights
 from aiorl.checkpoint import Which, find
 from aiorl.envs.spaces import Spaces
@@ -91,8 +91,8 @@ def _check_shapes(leaves: Mapping[str, Array], shapes: Mapping[str, tuple[int, .
 def load(path: str | Path, *, which: Which | None = None, algo: type[Any] | None = None) -> LoadedPolicy:
     """Load a policy from a run directory (`which`: best, final or latest; by default the first there is) or a checkpoint.
 
-    Only algorithms that ship with aiorl are looked up by the name in the file; pass `algo`, the class, for your own: a file
-    must not decide what gets imported. Raises CheckpointError.
+    Only algorithms that ship with aiorl are looked up by the name in the file; pass `algo`, the class, for your own, also
+    for one within self-play: a file must not decide what gets imported. Raises CheckpointError.
     """
     path = find(Path(path), which)
     manifest, parts = checkpoint.load(path, ("policy",))
@@ -110,23 +110,37 @@ def load(path: str | Path, *, which: Which | None = None, algo: type[Any] | None
 
 def algorithm_of(manifest: checkpoint.Manifest, algo: type[Any] | None = None) -> Algorithm:
     """The configured algorithm that a manifest describes."""
-    name = str(manifest.config.get("algo", ""))
-    if algo is None:
+    if not (algo is None or (isinstance(algo, type) and issubclass(algo, msgspec.Struct))):
+        raise CheckpointError(f"algo must be a configuration class, got {algo!r}")
+    name, foreign, kind = str(manifest.config.get("algo", "")), foreign_algorithm(manifest.config), algo
+    if algo is None or (foreign not in ("", name) and leads_to(foreign, algo)):
         if ":" in name:
-            raise CheckpointError(
-                f"the policy was trained with {name}, which is not part of aiorl\n"
-                "  a file must not decide what is imported: pass algo=YourClass"
-            )
+            raise _foreign(name)
         try:
-            algo = algorithm_class(name)
+            kind = algorithm_class(name)
         except ConfigError as error:
             raise CheckpointError(f"checkpoint: {error}") from None
-    if not (isinstance(algo, type) and issubclass(algo, msgspec.Struct)):
-        raise CheckpointError(f"algo must be a configuration class, got {algo!r}")
-    own = str(getattr(algo, "name", ""))
+    own = str(getattr(kind, "name", ""))
     if own not in manifest.config:
-        raise CheckpointError(f"the policy was trained with {name}, not with {own or algo.__name__}")
+        raise CheckpointError(f"the policy was trained with {name}, not with {own or kind.__name__}")
+    if algorithm_name(kind) in ALGORITHMS:  # one from outside knows itself what it makes of its settings
+        for inner in named_within(manifest.config[own]):
+            if algo is None or not leads_to(inner, algo):
+                raise _foreign(inner)
     try:
-        return convert(manifest.config[own], algo, "checkpoint", f"{own}.")
+        return convert(manifest.config[own], kind, "checkpoint", f"{own}.")
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
+
+
+def foreign_algorithm(config: Mapping[str, Any]) -> str:
+    """The algorithm in a recorded configuration that is not part of aiorl, maybe within one that is; "" if there is none."""
+    name = str(config.get("algo", ""))
+    return name if ":" in name else next(named_within(config.get(name)), "")
+
+
+def _foreign(name: str) -> CheckpointError:
+    return CheckpointError(
+        f"the policy was trained with {name}, which is not part of aiorl\n"
+        "  a file must not decide what is imported: pass algo=YourClass"
+    )

@@ -10,6 +10,7 @@ from typing import Any, cast
 import msgspec
 
 from aiorl import checkpoint, policy
+from aiorl.algos import named_within
 from aiorl.algos.base import Wrapping
 from aiorl.config import Config
 from aiorl.degree import check_degree
@@ -87,6 +88,11 @@ def check_fits(saved: Saved, config: Config, spaces: Spaces) -> None:
 def settings(saved: Saved, algorithm: Any) -> dict[str, tuple[Any, Any]]:
     """Each setting of the algorithm, by its name in a file: as saved (if it was not, the default), and now."""
     table = saved.manifest.config.get(algorithm.name, {})
+    if foreign := set(named_within(table)) - set(named_within(msgspec.to_builtins(algorithm))):
+        raise CheckpointError(
+            f"{saved.path} was made with {min(foreign)}, which the configuration does not name\n"
+            "  a file must not decide what is imported: resume with the same value, or start a new run"
+        )
     before = convert(table, type(algorithm), str(saved.path), f"{algorithm.name}.")
     whole = (a.written_out() if isinstance(a, Wrapping) else a for a in (before, algorithm))
     old, new = (dict(_flat(msgspec.to_builtins(a), algorithm.name)) for a in whole)

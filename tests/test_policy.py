@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -18,8 +18,11 @@ import aiorl
 from aiorl import checkpoint
 from aiorl.algos.base import Algorithm, Weights
 from aiorl.checkpoint import Manifest
+from aiorl.cli import main
 from aiorl.config import Config
+from aiorl.envs.make import probe
 from aiorl.envs.spaces import Spaces
+from aiorl.envs.spec import resolve_env
 from aiorl.errors import CheckpointError
 from aiorl.policy import LoadedPolicy, find, load
 
@@ -195,6 +198,65 @@ def test_a_file_does_not_decide_what_is_imported(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="antigravity"):
         load(tmp_path)
     assert "antigravity" not in sys.modules
+
+
+class Mine(aiorl.TD3, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An algorithm of one's own."""
+
+    name: ClassVar[str] = "mine"
+
+
+def save_selfplay(path: Path, algo: Any) -> None:
+    save(path, aiorl.SelfPlay.of(algo), space=probe(resolve_env("games:race", in_process=True)).spaces)
+    edit_manifest(path, lambda m: m["config"].update(env="games:race"))
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        {"algo": "antigravity:Algo"},
+        {"algo": "aiorl.algos.selfplay:SelfPlay", "inner": {"algo": "antigravity:Algo"}},
+        {"algo": "td3", "inner": {"algo": "antigravity:Algo"}},
+        {"algo": ["antigravity:Algo"]},
+    ],
+)
+def test_nor_does_it_within_self_play(tmp_path: Path, inner: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    save_selfplay(tmp_path / "best", aiorl.TD3(hidden=(4,)))
+    assert load(tmp_path).algorithm.name == "selfplay"
+    edit_manifest(tmp_path / "best", lambda m: m["config"].update(selfplay=inner))
+    refused = r"trained with .*\n  .*pass algo=YourClass|trained with selfplay, not with"
+    for algo in (None, aiorl.SelfPlay, aiorl.TD3, Mine):
+        with pytest.raises(CheckpointError, match=refused):
+            load(tmp_path, algo=algo)
+    for words in (["eval"], ["play"], ["play", "--versus", "weak"]):
+        assert main([*words, str(tmp_path), "--env", "games:race"]) == 2
+        assert "a file must not decide what is imported: say so with --algo" in capsys.readouterr().err
+    assert "antigravity" not in sys.modules
+
+
+def test_one_of_your_own_within_self_play(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The class that learns is what has to be named."""
+    save_selfplay(tmp_path / "best", Mine(hidden=(4,)))
+    for algo in (None, aiorl.SelfPlay):
+        with pytest.raises(CheckpointError, match=r"trained with test_policy:Mine, .*\n.*pass algo=YourClass"):
+            load(tmp_path, algo=algo)
+    loaded: Any = load(tmp_path, algo=Mine).algorithm
+    assert isinstance(loaded, aiorl.SelfPlay)
+    assert loaded.algorithm == Mine(hidden=(4,))
+    words = ["eval", str(tmp_path), "--episodes", "1", "--env", "games:race"]
+    assert main(words) == 2
+    assert "say so with --algo test_policy:Mine" in capsys.readouterr().err
+    assert main([*words, "--algo", "test_policy:Mine"]) == 0
+
+
+@pytest.mark.parametrize("env", ["GymV26Environment-v0", "GymV21Environment-v0"])
+def test_an_environment_that_imports_what_its_arguments_name(
+    tmp_path: Path, env: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "best", aiorl.PPO(hidden=(4,)))
+    edit_manifest(tmp_path / "best", lambda m: m["config"].update(env=env, env_kwargs={"env_id": "antigravity:Env"}))
+    assert main(["eval", str(tmp_path)]) == 2
+    assert f"say so with --env {env}" in capsys.readouterr().err
 
 
 def test_another_algorithm_than_it_was_trained_with(tmp_path: Path) -> None:

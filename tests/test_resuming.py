@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,16 @@ def test_settings_of_an_algorithm_within_another(tmp_path: Path) -> None:
     assert pairs["selfplay.inner.average"] == (0.0, 0.0), "a setting that an older checkpoint does not have"
     pairs = resuming.settings(saved, aiorl.SelfPlay.of(aiorl.DQN(learning_rate=1e-3)))
     assert all(before == now for before, now in pairs.values()), "a default is one whether it is written out or not"
+
+
+def test_a_checkpoint_does_not_decide_what_is_imported(tmp_path: Path) -> None:
+    """The run's config.toml may name a module, and does: what the checkpoint names besides is not looked at."""
+    saved = Saved(tmp_path, manifest(config={"selfplay": {"algo": "antigravity:Algo"}}), {})
+    with pytest.raises(CheckpointError, match="made with antigravity:Algo, which the configuration does not name"):
+        resuming.settings(saved, aiorl.SelfPlay(algo="toys:Toy"))
+    assert "antigravity" not in sys.modules
+    saved = Saved(tmp_path, manifest(config={"selfplay": {"algo": "toys:Toy"}}), {})
+    assert resuming.settings(saved, aiorl.SelfPlay(algo="toys:Toy"))["selfplay.algo"] == ("toys:Toy", "toys:Toy")
 
 
 def test_a_new_total_is_told_with_what_goes_by_it(run: Path) -> None:

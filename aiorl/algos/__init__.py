@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from typing import Any
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 from aiorl.errors import ConfigError
 
@@ -53,3 +55,24 @@ def algorithm_name(algorithm: Any) -> str:
     kind = algorithm if isinstance(algorithm, type) else type(algorithm)
     where = f"{kind.__module__}:{kind.__qualname__}"
     return next((name for name, place in ALGORITHMS.items() if place == where), where)
+
+
+def leads_to(name: str, algorithm: type[Any]) -> bool:
+    """Whether `pkg.mod:Class` is this class. Nothing is imported to find out."""
+    module, _, attribute = name.partition(":")
+    found: Any = sys.modules.get(module)
+    for part in attribute.split("."):
+        found = getattr(found, part, None)
+    return found is algorithm
+
+
+def named_within(settings: Any) -> Iterator[str]:
+    """The algorithms from outside that an algorithm's settings, as plain data, name: making it would import them."""
+    tables = [settings]
+    while tables:
+        table = tables.pop()
+        if isinstance(table, Mapping):
+            table = cast("Mapping[str, Any]", table)
+            if ":" in (name := str(table.get("algo", ""))):
+                yield name
+            tables += table.values()

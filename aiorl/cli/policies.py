@@ -15,10 +15,12 @@ from aiorl.envs.games import TWINS
 from aiorl.envs.make import probe
 from aiorl.envs.spec import EnvSpec, resolve_env
 from aiorl.errors import CheckpointError, ConfigError
-from aiorl.policy import LoadedPolicy, find, load
+from aiorl.policy import LoadedPolicy, find, foreign_algorithm, load
 from aiorl.structs import convert
 
 WHICH = ("best", "final", "latest")
+BRIDGES = ("GymV21Environment-", "GymV26Environment-")
+"""How ids begin whose argument `env_id` may name a module to import."""
 
 
 def policy_parser(verb: str, description: str, usage: str) -> Parser:
@@ -68,9 +70,9 @@ def load_policy(run: str, given: Mapping[str, Any]) -> tuple[LoadedPolicy, Path]
     if which is not None and which not in WHICH:
         raise ConfigError(f"--which {which}: expected one of {', '.join(WHICH)}")
     path = find(Path(run), which)
-    recorded = str(load_manifest(path).config.get("algo", ""))
-    if ":" in recorded and "algo" not in given:
-        raise _untrusted(f"the policy was trained with {recorded}, which is not part of aiorl", f"--algo {recorded}")
+    foreign = foreign_algorithm(load_manifest(path).config)
+    if foreign and "algo" not in given:
+        raise _untrusted(f"the policy was trained with {foreign}, which is not part of aiorl", f"--algo {foreign}")
     return load(path, algo=algorithm_class(given["algo"]) if "algo" in given else None), path
 
 
@@ -78,6 +80,8 @@ def without_import(env: Any, what: str) -> str:
     """A recorded environment, if using it imports nothing but what is known here. Raises CheckpointError."""
     if not isinstance(env, str) or (":" in env and env not in TWINS):
         raise _untrusted(f"{what} {env}, which is not an id of gymnasium's", f"--env {env}")
+    if env.startswith(BRIDGES):
+        raise _untrusted(f"{what} {env}, which imports what its env_kwargs name", f"--env {env}")
     return env
 
 
