@@ -30,7 +30,7 @@ from aiorl.pacing import Pacer
 from aiorl.preflight import EVAL_WIDTH, Preflight
 from aiorl.record import Record
 from aiorl.report import Report, Result
-from aiorl.resuming import Saved, read_late
+from aiorl.resuming import Saved, judged_alike, read_late
 from aiorl.workers.inline import InlineWorkers
 from aiorl.workers.launch import Launcher
 from aiorl.workers.pool import ProcessWorkers, Workers, plan_stations
@@ -154,8 +154,8 @@ async def assemble(
         dial = Dial(checked.config, parts.pacer, lanes=checked.lanes) if record is None else None
         if checked.saved is not None:
             _restore_counters(checked, parts, report, dial)
-            suites = [suite.name for suite in checked.suites]
-            report.catch_up(*await files_thread.run(read_late, checked.directory, report.pending, suites))
+            late = await files_thread.run(read_late, checked.directory, report.pending, checked.config)
+            report.catch_up(*late, comparable=judged_alike(checked.saved.manifest.config, checked.config))
         elif report.stop_return is None:
             report.stop_return = checked.probe.reward_threshold
         stack.pop_all()

@@ -57,6 +57,7 @@ class ReportState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     evaluations: list[EvaluationRecord]
     skipped_updates: dict[str, int]
     pending: list[tuple[int, int]] = []
+    comparable_from: int = 0
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,6 +139,7 @@ class Report:
         self.episodes = 0
         self.staleness = StalenessBooks.empty()
         self.evaluations: list[EvaluationRecord] = []
+        self.comparable_from = 0  # of `evaluations`: those before were of a run with another primary suite
         self.pending: list[tuple[int, int]] = []  # (version, env steps) of evaluations that are due and not done
         self.best_of_before: EvaluationRecord | None = None  # in a resumed run: that of `best/`
         self.reevaluations: list[EvaluationRecord] = []
@@ -203,7 +205,7 @@ class Report:
 
     @property
     def primary_evaluations(self) -> list[EvaluationRecord]:
-        return [record for record in self.evaluations if record.suite == self._primary_suite]
+        return [record for record in self.evaluations[self.comparable_from :] if record.suite == self._primary_suite]
 
     @property
     def best(self) -> EvaluationRecord | None:
@@ -324,6 +326,7 @@ class Report:
             evaluations=self.evaluations,
             skipped_updates=self.skipped_updates,
             pending=self.pending,
+            comparable_from=self.comparable_from,
         )
         return msgspec.to_builtins(state, str_keys=True)
 
@@ -333,15 +336,21 @@ class Report:
         self._earlier_s, self.gradient_steps, self.episodes = saved.seconds, saved.gradient_steps, saved.episodes
         self.staleness, self.evaluations = saved.staleness, list(saved.evaluations)
         self.skipped_updates, self.pending = dict(saved.skipped_updates), list(saved.pending)
+        self.comparable_from = saved.comparable_from
         self.stored = stored
 
-    def catch_up(self, results: Mapping[int, Sequence[Evaluated]], best: Evaluated | None) -> None:
+    def catch_up(
+        self, results: Mapping[int, Sequence[Evaluated]], best: Evaluated | None, *, comparable: bool = True
+    ) -> None:
         """Take in what became known only after the checkpoint was captured: results of pending evaluations, by version
-        (empty: it is known that there will be none), and what `best/` holds."""
+        (empty: it is known that there will be none), and what `best/` holds. Not `comparable`: none of the evaluations so
+        far says what would be the best from here on."""
         for version, events in results.items():
             self.pending = [entry for entry in self.pending if entry[0] != version]
             self.evaluations += [EvaluationRecord.of(event, event.suite) for event in events]
         self.evaluations.sort(key=lambda record: record.version)
+        if not comparable:
+            self.comparable_from = len(self.evaluations)
         if best is not None:
             self.best_of_before = EvaluationRecord.of(best, self._primary_suite)
 

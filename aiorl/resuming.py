@@ -12,7 +12,7 @@ import msgspec
 from aiorl import checkpoint, policy
 from aiorl.algos import named_within
 from aiorl.algos.base import Wrapping
-from aiorl.config import Config
+from aiorl.config import Config, EvalSuite, env_name
 from aiorl.degree import check_degree
 from aiorl.envs.spaces import Spaces
 from aiorl.errors import CheckpointError
@@ -127,7 +127,7 @@ def check_state(saved: Saved, config: Config, segment: SegmentLayout) -> None:
 
 
 def read_late(
-    directory: Path, pending: Sequence[tuple[int, int]], suites: Sequence[str]
+    directory: Path, pending: Sequence[tuple[int, int]], config: Config
 ) -> tuple[dict[int, list[Evaluated]], Evaluated | None]:
     """What a run directory knows of evaluations that were due when its checkpoint was captured, by version, and of `best/`.
 
@@ -142,7 +142,22 @@ def read_late(
         else:
             found[event.version] = (found.get(event.version) or {}) | {event.suite: event}
     results = {v: list((events or {}).values()) for v, events in found.items() if v in wanted}
-    return {v: events for v, events in results.items() if not events or len(events) == len(suites)}, _best(directory)
+    suites, best = max(1, len(config.eval_suites)), _best(directory, config)
+    return {v: events for v, events in results.items() if not events or len(events) == suites}, best
+
+
+def judged_alike(made: Mapping[str, Any], config: Config) -> bool:
+    """Whether a recorded configuration of this run has the same primary suite: only then are results comparable."""
+    try:
+        recorded = msgspec.convert(made.get("eval_suites", {}), dict[str, EvalSuite])
+    except msgspec.ValidationError:
+        return True  # as far as can be told
+    name = config.primary_suite
+    if not name or next(iter(recorded), "") != name:
+        return not (name or recorded)
+    suites = recorded[name], config.eval_suites[name]
+    before, now = (suite.environment(env_name(config.env), config.env_kwargs) for suite in suites)
+    return before == now
 
 
 def _evaluated(path: Path) -> Iterator[Evaluated | EvaluationSkipped]:
@@ -156,10 +171,11 @@ def _evaluated(path: Path) -> Iterator[Evaluated | EvaluationSkipped]:
         return
 
 
-def _best(directory: Path) -> Evaluated | None:
-    """The evaluation by which `best/` became the best; None if there is none that can be read."""
+def _best(directory: Path, config: Config) -> Evaluated | None:
+    """The evaluation by which `best/` became the best; None if none can be read, or it was of another suite."""
     try:
-        notes = checkpoint.load_manifest(directory / "best").notes
-        return msgspec.convert(notes["evaluation"], Evaluated)
+        manifest = checkpoint.load_manifest(directory / "best")
+        found = msgspec.convert(manifest.notes["evaluation"], Evaluated)
     except (CheckpointError, KeyError, msgspec.ValidationError):
         return None
+    return found if found.suite == config.primary_suite and judged_alike(manifest.config, config) else None

@@ -569,6 +569,37 @@ async def test_a_resumed_run_keeps_a_best_that_is_newer_than_its_checkpoint(conf
     assert again.best.mean_return < 1e6, "of one that says nothing nothing is known"
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"short": 3}),
+        ({"long": 11}, {"short": 3, "long": 11}),
+        ({"long": 11, "short": 3}, {"short": 3, "long": 11}),
+        ({"one": 11}, {"one": 3}),
+    ],
+)
+async def test_what_was_best_in_another_suite_is_not_the_best_of_this_one(
+    config: Make, before: dict[str, int], after: dict[str, int]
+) -> None:
+    """It may be of another name, or another task under the same name: `best/` begins anew, with what is evaluated now."""
+    suites = [{name: {"env_kwargs": {"length": n}} for name, n in one.items()} for one in (before, after)]
+    settings = config(env="run_envs:Counting", eval_busy="wait", checkpoint_every=5 * STEPS, keep=10, eval_suites=suites[0])
+    run, _ = await carry_out(settings)
+    best, primary = run.directory / "best", next(iter(after))
+    edit_manifest(best, lambda manifest: manifest["notes"]["evaluation"].update(version=39, mean_return=1e6))
+    changed = run.config.replace(eval_suites=suites[1])
+    result = await aiorl.train(changed, resume=run.directory / "checkpoints" / "00000010")
+    assert result.best is not None
+    assert result.best.version >= 15
+    saved = checkpoint.load_manifest(best)
+    assert saved.notes["evaluation"]["suite"] == result.best.suite == primary
+    assert (saved.version, saved.notes["evaluation"]["mean_return"]) == (result.best.version, result.best.mean_return)
+    again = await aiorl.train(changed, resume=run.directory / "checkpoints" / "00000030")
+    assert again.best is not None
+    assert (again.best.version, again.best.suite) == (result.best.version, primary), "now it is of this suite"
+    assert len(again.evaluations) == len(result.evaluations) >= 8
+
+
 # -- stopping early ----------------------------------------------------------------------------------------------------
 
 
