@@ -112,6 +112,15 @@ def test_making_it_writable(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
+def test_the_summary_of_the_session_before_goes_with_the_first_lines_of_the_next() -> None:
+    Path("summary.json").write_text("{}")
+    files = RunFiles(Path())
+    write(files)
+    assert Path("summary.json").exists(), "nothing has happened yet"
+    write(files, important(1))
+    assert not Path("summary.json").exists()
+
+
 def test_events_and_schedule_are_appended_in_order() -> None:
     files = RunFiles(Path())
     write(files)

@@ -36,6 +36,8 @@ from aiorl.events import Paused, Resumed
 from aiorl.learning import params_sha256
 from aiorl.record import Record, RecordLine
 from aiorl.session import Session
+from aiorl.testing import errors
+from aiorl.testing.examine_run import check_run
 from aiorl.workers.inline import InlineWorkers
 from aiorl.workers.memory import SharedBlock
 
@@ -130,6 +132,20 @@ async def test_stop_and_resume_equals_one_go(config: Make, changes: dict[str, An
     assert second.gradient_steps == whole.gradient_steps
     lines = [json.loads(line) for line in (run.directory / "schedule.jsonl").read_text().splitlines()]
     assert [line["k"] for line in lines] == list(range(whole.updates)), "the record of a resumed run has a gap"
+
+
+async def test_a_resumed_run_that_goes_on_is_not_judged_by_the_summary_of_the_session_before(config: Make) -> None:
+    settings = config(total_steps=640, workers=0)
+    summary = Path((await aiorl.train(settings)).directory) / "summary.json"
+    async with aiorl.Run(settings.replace(total_steps=2000), resume=summary.parent) as run:
+        async for event in run:
+            if isinstance(event, aiorl.Updated):
+                break
+        await run.checkpoint()  # its events are on disk by then
+        assert errors(check_run(summary.parent)) == []
+        assert not summary.exists()
+        await run.wait()
+    assert json.loads(summary.read_text())["env_steps"] == 2048
 
 
 # -- what a run tells --------------------------------------------------------------------------------------------------

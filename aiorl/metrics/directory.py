@@ -135,6 +135,8 @@ class RunFiles:
         for name, records in (("events.jsonl", events), ("schedule.jsonl", schedule)):
             self._lines[name] += b"".join(self._encoder.encode(record) + b"\n" for record in records)
         self._updates += [event for event in events if isinstance(event, Updated)]
+        if any(self._lines.values()):  # from here on the summary of the session before, if any, is not of these files
+            (self.path / "summary.json").unlink(missing_ok=True)
         for name, lines in self._lines.items():
             if lines:
                 append_whole(self.path / name, lines)
