@@ -13,6 +13,7 @@ import pytest
 from aiorl.cli import main
 from aiorl.cli.measure import EnvSpeed, Figures, Parts, RunSpeed, advice
 from aiorl.cli.session import run_async
+from aiorl.config import Config
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -29,7 +30,7 @@ def figures(*, cpu_share: float = 1.0, collect_us: float = 20.0, learn_us: float
         "lag_ms": 1.0, "workers": 2, "off_policy_degree": 1, **run,
     }  # fmt: skip
     return Figures(
-        env=EnvSpeed(step_us=15.0, cpu_share=cpu_share, native=False),
+        env=EnvSpeed(name="CartPole-v1", step_us=15.0, cpu_share=cpu_share, native=False),
         parts=Parts(collect_us=collect_us, learn_us=learn_us, gradient_step_ms=0.5),
         run=RunSpeed(**speed),
         cores=4,
@@ -76,6 +77,7 @@ def test_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert main(command) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["env"]["native"] is True
+    assert found["env"]["name"] == "CartPole-v1"
     assert found["parts"]["collect_us"] > 0
     assert found["env"]["step_us"] > 0
     assert found["run"]["env_steps_per_second"] > 0
@@ -83,6 +85,33 @@ def test_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert found["advice"]
     assert msgspec.convert({k: v for k, v in found.items() if k in Figures.__struct_fields__}, Figures)
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+
+
+@pytest.mark.parametrize(
+    ("words", "env"),
+    [
+        (["--workers", "1"], "CartPole-v1"),
+        (["--workers", "1", "Acrobot-v1"], "Acrobot-v1"),
+        (["--config", "file.toml"], "MountainCar-v0"),
+        (["--config", "file.toml", "Acrobot-v1"], "Acrobot-v1"),
+    ],
+)
+def test_the_environment_that_is_measured_is_the_one_that_is_named(
+    words: list[str], env: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    async def measured(config: Config, seconds: float) -> Figures:
+        return msgspec.structs.replace(figures(), env=EnvSpeed(name=config.env, step_us=1.0, cpu_share=1.0, native=False))
+
+    monkeypatch.chdir(tmp_path)
+    Path("file.toml").write_text('env = "MountainCar-v0"\n')
+    monkeypatch.setattr("aiorl.cli.measure.measure", measured)
+    assert main(["bench", *words]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split()[:2] == ["environment", f"{env}:"]
+
+
+def test_nothing_is_measured_in_a_dry_run(capsys: pytest.CaptureFixture[str]):
+    assert main(["bench", "--dry-run"]) == 2
+    assert "train CartPole-v1 --dry-run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--seconds", "0"], ["--seconds", "soon"], ["--sceonds", "3"], ["CartPole-v9"]])

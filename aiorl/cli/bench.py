@@ -11,6 +11,7 @@ import msgspec
 from aiorl.cli.flags import Parser
 from aiorl.cli.parse import Request, read_train
 from aiorl.cli.text import rate, share
+from aiorl.config import env_name
 from aiorl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,8 +34,11 @@ def main(argv: Sequence[str]) -> int:
     if given.get("help", False):
         print(parser.format_help(), end="")
         return 0
-    request = read_train(rest if rest and not rest[0].startswith("-") else [DEFAULT_ENV, *rest])
+    request = read_train(rest, DEFAULT_ENV)
     assert isinstance(request, Request)
+    if request.dry_run:
+        raise ConfigError("--dry-run: bench has to run to measure\n  to see the settings: "
+                          f"python -m aiorl train {env_name(request.config.env)} --dry-run")  # fmt: skip
     from aiorl.cli.measure import advice, measure
     from aiorl.cli.session import run_async
 
@@ -64,8 +68,9 @@ def lines(figures: Figures) -> list[str]:
     kind = "as native vectors" if env.native else "one by one"
     alone = f"{env.step_us:.1f} µs an env step {kind}, {share(env.cpu_share)} of it computing"
     reached = run.env_steps_per_second / figures.bound_per_second
+    alone = alone if env.step_us else "coroutines, which wait side by side: not measured by themselves"
     rows = [
-        ("environment", alone if env.step_us else "coroutines, which wait side by side: not measured by themselves"),
+        ("environment", f"{env.name}: {alone}"),
         ("collecting", f"{parts.collect_us:.1f} µs an env step with the policy: {rate(1e6 / parts.collect_us)}/s a core"),
         (
             "learning",

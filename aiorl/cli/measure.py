@@ -29,6 +29,7 @@ CROWDED = 0.8  # of the predicted speed
 class EnvSpeed(msgspec.Struct, frozen=True, kw_only=True):
     """The environment by itself with random actions: microseconds per env step, and the share of them it computes."""
 
+    name: str
     step_us: float
     cpu_share: float
     native: bool
@@ -117,7 +118,8 @@ def _env_speed(config: Config, seconds: float) -> EnvSpeed:
     )
     found = probe(spec, size)
     if found.spec.coroutines:
-        return EnvSpeed(step_us=0.0, cpu_share=0.0, native=False)  # it waits on purpose, side by side with others
+        # it waits on purpose, side by side with others
+        return EnvSpeed(name=spec.name, step_us=0.0, cpu_share=0.0, native=False)
     env: Any = make_vector(found.spec, size) if found.native else make_env(found.spec)
     width = size if found.native else 1
     try:
@@ -132,7 +134,8 @@ def _env_speed(config: Config, seconds: float) -> EnvSpeed:
         cpu_s = time.thread_time() - begun_cpu_s
     finally:
         env.close()
-    return EnvSpeed(step_us=1e6 * took_s / steps, cpu_share=min(1.0, cpu_s / took_s), native=found.native)
+    share = min(1.0, cpu_s / took_s)
+    return EnvSpeed(name=spec.name, step_us=1e6 * took_s / steps, cpu_share=share, native=found.native)
 
 
 async def _try_out(config: Config, seconds: float) -> tuple[list[Updated], Result]:

@@ -63,8 +63,11 @@ class Request:
     given: Mapping[str, Any]
 
 
-def read_train(argv: Sequence[str]) -> Request | str:
-    """The request, or the help text when that was asked for. Raises ConfigError for whatever cannot be understood."""
+def read_train(argv: Sequence[str], default_env: str | None = None) -> Request | str:
+    """The request, or the help text when that was asked for. Raises ConfigError for whatever cannot be understood.
+
+    `default_env` is the environment if neither the words nor a file name one.
+    """
     early, _ = _early_parser().parse_known_args(list(argv))
     file = read_toml(early.config) if "config" in early else {}
     name = getattr(early, "algo", file.get("algo", "ppo"))
@@ -72,7 +75,7 @@ def read_train(argv: Sequence[str]) -> Request | str:
         raise ConfigError(f'{early.config}: algo = {name!r}: expected a text, for example algo = "ppo"')
     algorithm = algorithm_class(name)
     given = _train_parser(algorithm, {}).read(argv)
-    env = given.get("env", file.get("env"))
+    env = given.get("env", file.get("env", default_env))
     found = preset(name, env) if given.get("preset", True) and isinstance(env, str) else {}
     own = file.get(algorithm.name)
     inner = own.get("algo") if isinstance(own, Mapping) else None
