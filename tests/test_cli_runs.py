@@ -15,8 +15,11 @@ from pathlib import Path
 import gymnasium
 import pytest
 from checkpoints import edit_manifest
+from cli_events import run_events, write_run
+from permissions import without
 
 from aiorl.cli import main
+from aiorl.cli.runs import TAIL_BYTES
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -164,6 +167,49 @@ def test_runs_lists_finished_and_unfinished_ones(finished: Path, tmp_path: Path,
     assert rows["cut"][5:8] == rows["run"][5:8], "steps, return and best evaluation come from the events"
     assert main(["runs", str(tmp_path), "--json"]) == 0
     assert {json.loads(line)["status"] for line in capsys.readouterr().out.splitlines()} == {"completed", "unfinished"}
+
+
+ODD: dict[str, tuple[str, str]] = {
+    "best": ("summary.json", '{"best": 3.5, "status": "completed"}'),
+    "mean": ("summary.json", '{"status": "completed", "env_steps": 9, "wall_seconds": 1, "train_return_mean_100": "x"}'),
+    "cut": ("summary.json", '{"status": "comp'),
+    "evaluated": ("events.jsonl", '{"event": "evaluated", "seconds": 1, "env_steps": 9}\n'),
+    "line": ("events.jsonl", '{"event": "upd\n{"event": "updated", "seconds": 1, "env_steps": 9}\n'),
+    "toml": ("config.toml", "env = "),
+    "seed": ("config.toml", 'seed = "many"'),
+    "bytes": ("config.toml", "env = '\udcff'"),
+}
+
+
+def test_an_odd_directory_is_shown_as_damaged_and_hides_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name, (file, text) in ODD.items():
+        run = write_run(tmp_path / name)
+        (run / file).write_text(text, errors="surrogateescape")
+    os.utime(write_run(tmp_path / os.fsdecode(b"n\xffme")) / "events.jsonl", (1, 1))
+    write_run(tmp_path / "closed")
+    with without(tmp_path / "closed"):
+        assert main(["runs", str(tmp_path)]) == 0
+        rows = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]}
+        assert rows == {**dict.fromkeys([*ODD, "closed"], "damaged"), "n\ufffdme": "unfinished"}
+        assert main(["runs", str(tmp_path), "--json"]) == 0
+        assert len([json.loads(line) for line in capsys.readouterr().out.splitlines()]) == len(rows)
+
+
+def test_runs_of_a_directory_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with without(tmp_path):
+        assert main(["runs", str(tmp_path)]) == 2
+    assert f"cannot read {tmp_path}: Permission denied" in capsys.readouterr().err
+
+
+def test_events_that_are_being_written_are_not_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = write_run(tmp_path / "run", run_events(updates=400))
+    with (run / "events.jsonl").open("ab") as file:
+        file.write(b'{"event": "upd')
+    os.utime(run / "events.jsonl", (1, 1))
+    assert (run / "events.jsonl").stat().st_size > TAIL_BYTES, "the first line that is read is cut, too"
+    assert main(["runs", str(tmp_path), "--json"]) == 0
+    (found,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (found["status"], found["env_steps"], found["best_evaluation"]) == ("unfinished", 400_000, 4000.0)
 
 
 def test_runs_of_an_empty_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

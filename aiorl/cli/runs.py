@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -49,55 +50,101 @@ def main(argv: Sequence[str]) -> int:
 
 def list_runs(directory: Path) -> list[dict[str, Any]]:
     """What is known of each run directory at or right below `directory`, in the order in which they were begun."""
-    paths = [directory, *directory.iterdir()]
-    runs = [describe(path) for path in paths if (path / "config.toml").is_file()]
-    return sorted(runs, key=lambda run: run["started"])
+    try:
+        paths = [directory, *directory.iterdir()]
+    except OSError as error:
+        raise ConfigError(f"cannot read {directory}: {error.strerror}") from None
+    return sorted((describe(path) for path in paths if _may_be_run(path)), key=lambda run: run["started"])
+
+
+def _may_be_run(path: Path) -> bool:
+    try:
+        return (path / "config.toml").is_file()
+    except OSError:
+        return path.is_dir()  # what is in it cannot be seen
+
+
+class _Config(msgspec.Struct):
+    """What is shown of config.toml; whatever else it holds is skipped, as in the others."""
+
+    env: str | None = None
+    algo: str | None = None
+    seed: int | None = None
+
+
+class _Best(msgspec.Struct):
+    mean_return: float | None
+
+
+class _Summary(msgspec.Struct):
+    status: str
+    env_steps: int
+    wall_seconds: float
+    total_seconds: float | None = None
+    train_return_mean_100: float | None = None
+    best: _Best | None = None
+
+
+class _Event(msgspec.Struct):
+    event: str
+    seconds: float
+    env_steps: int
+    train_return_mean_100: float | None = None
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """The main facts of a run: from its summary, or while it has none from its configuration and last events."""
-    config = _toml(path / "config.toml")
+    """The main facts of a run: from its summary, or while it has none from its configuration and last events.
+
+    One of which a file cannot be read or understood is damaged, and what was found until then is told.
+    """
     facts: dict[str, Any] = {
-        "run": str(path), "status": "unfinished", "env": config.get("env"), "algo": config.get("algo"),
-        "seed": config.get("seed"), "env_steps": None, "train_return_mean_100": None, "best_evaluation": None,
-        "wall_seconds": None, "started": (path / "config.toml").stat().st_mtime,
+        "run": os.fsencode(path).decode(errors="replace"), "status": "unfinished", "env": None, "algo": None, "seed": None,
+        "env_steps": None, "train_return_mean_100": None, "best_evaluation": None, "wall_seconds": None,
+        "started": path.stat().st_mtime,
     }  # fmt: skip
-    summary = _json(path / "summary.json")
+    try:
+        _tell(path, facts)
+    except (OSError, ValueError, msgspec.MsgspecError):
+        facts["status"] = "damaged"
+    return facts
+
+
+def _tell(path: Path, facts: dict[str, Any]) -> None:
+    facts["started"] = (path / "config.toml").stat().st_mtime
+    config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+    facts.update(msgspec.structs.asdict(msgspec.convert(config, _Config)))
     state = state_of(path / LOCK)
     if state != "free":
-        summary, facts["status"] = {}, {"held": "running", "left": "killed"}[state]
-    if summary:
-        facts.update({k: summary.get(k) for k in ("status", "env_steps", "train_return_mean_100", "wall_seconds")})
-        facts["best_evaluation"] = (summary.get("best") or {}).get("mean_return")
-        if summary.get("total_seconds") is not None:  # a resumed run's are those of all its sessions, like its steps
-            facts["wall_seconds"] = summary["total_seconds"]
-        return facts
+        facts["status"] = {"held": "running", "left": "killed"}[state]
+    elif (path / "summary.json").is_file():
+        summary = msgspec.json.decode((path / "summary.json").read_bytes(), type=_Summary)
+        total = summary.total_seconds  # a resumed run's are those of all its sessions, like its steps
+        facts.update(
+            status=summary.status, env_steps=summary.env_steps, train_return_mean_100=summary.train_return_mean_100,
+            wall_seconds=summary.wall_seconds if total is None else total,
+            best_evaluation=summary.best.mean_return if summary.best else None,
+        )  # fmt: skip
+        return
     events = path / "events.jsonl"
     if events.is_file():
         if state == "free" and time.time() - events.stat().st_mtime < RECENT_S:
             facts["status"] = "running"
-        for event in _last_events(events):
-            facts.update(env_steps=event.get("env_steps"), wall_seconds=event.get("seconds"))
-            if event.get("train_return_mean_100") is not None:
-                facts["train_return_mean_100"] = event["train_return_mean_100"]
-            if event.get("event") == "evaluated":
+        for line in _last_lines(events):
+            event = msgspec.json.decode(line, type=_Event)
+            facts.update(env_steps=event.env_steps, wall_seconds=event.seconds)
+            if event.train_return_mean_100 is not None:
+                facts["train_return_mean_100"] = event.train_return_mean_100
+            if event.event == "evaluated" and (mean := msgspec.json.decode(line, type=_Best).mean_return) is not None:
                 best = facts["best_evaluation"]
-                facts["best_evaluation"] = event["mean_return"] if best is None else max(best, event["mean_return"])
-    return facts
+                facts["best_evaluation"] = mean if best is None else max(best, mean)
 
 
-def _last_events(path: Path) -> list[dict[str, Any]]:
-    """The events within the last 64 KiB of a file that may be being written."""
+def _last_lines(path: Path) -> list[bytes]:
+    """The whole lines within the last 64 KiB of a file that may be being written."""
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-        lines = file.read().splitlines()
-    events: list[dict[str, Any]] = []
-    for line in lines:
-        try:
-            events.append(msgspec.json.decode(line, type=dict[str, Any]))
-        except msgspec.MsgspecError:
-            continue  # cut at either end
-    return events
+        skipped = max(0, path.stat().st_size - TAIL_BYTES)
+        file.seek(skipped)
+        return file.read().split(b"\n")[1 if skipped else 0 : -1]
 
 
 def _row(run: Mapping[str, Any]) -> list[str]:
@@ -115,16 +162,3 @@ def _row(run: Mapping[str, Any]) -> list[str]:
         datetime.fromtimestamp(run["started"]).strftime("%Y-%m-%d %H:%M"),
     ]
 
-
-def _toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
-        return {}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.MsgspecError):
-        return {}
