@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 from faulty_learner import Small
+from permissions import without
 
 import aiorl
 from aiorl import checkpoint
@@ -154,6 +155,13 @@ PLANTED: dict[str, tuple[Callable[[Planted], None], str, str]] = {
     ),
     "gap": (lambda r: r.lines("schedule.jsonl", lambda x: x.update(k=x["k"] + 1)), "damaged", "rollout 1 follows -1"),
     "torn": (lambda r: r.cut("events.jsonl", 9), "damaged", "events.jsonl, line 9"),
+    "an update of nothing": (lambda r: r.event(event="updated", version=None), "damaged", "events.jsonl, line"),
+    "a start of nothing": (lambda r: r.event(event="started", resumed_from="x"), "damaged", "events.jsonl, line"),
+    "a rollout of nothing": (lambda r: r.lines("schedule.jsonl", lambda x: x.pop("k")), "damaged", "schedule.jsonl, line 1"),
+    "no text": (
+        lambda r: (r.path / "schedule.jsonl").write_bytes(b'{"k": "\xff"}\n{"k": 1}\n'), "damaged", "schedule.jsonl, line 1",
+    ),
+    "half a summary": (lambda r: r.cut("summary.json", 1), "damaged", "summary.json"),
     "without metrics": (lambda r: r.updates(lambda u: u.pop("metrics")), "damaged", "metrics"),
 }  # fmt: skip
 
@@ -250,6 +258,15 @@ def test_what_was_not_finite_is_left_out(run: Planted) -> None:
     assert "q_mean" in progress.message
     run.updates(lambda u: u["metrics"].update(dict.fromkeys(u["metrics"], None)))
     assert set(run.found) == {"loss-only"}
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "schedule.jsonl", "summary.json"])
+def test_what_cannot_be_read_is_not_taken_for_what_is_not_there(
+    name: str, run: Planted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with without(run.path / name):
+        assert main(["doctor", str(run.path)]) == 2
+    assert f"cannot read {run.path / name}: Permission denied" in capsys.readouterr().err
 
 
 def test_a_check_that_fails_is_no_damage(run: Planted) -> None:

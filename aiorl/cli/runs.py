@@ -104,7 +104,7 @@ def describe(path: Path) -> dict[str, Any]:
     }  # fmt: skip
     try:
         _tell(path, facts)
-    except (OSError, ValueError, msgspec.MsgspecError):
+    except (OSError, ValueError, RecursionError, msgspec.MsgspecError):
         facts["status"] = "damaged"
     return facts
 

@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import itertools
 import math
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
-from aiorl.algos import ALGORITHMS, algorithm_class
 from aiorl.algos.dqn import epsilon_at
 from aiorl.buffers.replay import gradient_steps_owed
-from aiorl.errors import ConfigError
 from aiorl.filelock import state_of
 from aiorl.metrics.directory import LOCK
-from aiorl.structs import as_in_a_file, without_none
 from aiorl.testing.findings import Finding, error, info, sort, warning
+from aiorl.testing.story import Story, read
 
 STILL = 10  # updates in a row that change nothing
 LATE = 0.5  # share of a run after which the first gradient step is late
@@ -33,47 +28,10 @@ SMALL_BATCH, LONG_GRADIENT, ONE_SIDED, FAR, EXPLORING = 8, 10.0, 0.2, 1.0, 0.5
 HARDLY, ENOUGH = 1e-4, 100  # share of the parameters' length; gradient steps that move them further at any usual rate
 
 
-@dataclass
-class Story:
-    """What is known of a run. `updates` are those that count: what a resumed run did again is there once. Each has the
-    `total_steps` that was in force at it.
-
-    A run that went on from a copied checkpoint has its beginning elsewhere: `before` updates, `stored_before` env steps.
-    """
-
-    path: Path
-    config: dict[str, Any]
-    settings: dict[str, Any]  # of the algorithm that learns
-    summary: dict[str, Any]
-    before: int = 0
-    stored_before: int = 0
-    updates: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    told: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # all other events
-    marks: list[int] = field(default_factory=list[int])  # of the weights after each update
-    damaged: str = ""
-
-    def metric(self, name: str) -> list[float]:
-        """What the updates report under a name, where they do: what was not finite was written as null."""
-        return [value for u in self.updates if (value := u["metrics"].get(name)) is not None]
-
-    @property
-    def returns(self) -> list[float]:
-        """The mean of each update in which episodes ended."""
-        return [u["return_mean"] for u in self.updates if u["episodes"] and u["return_mean"] is not None]
-
-    def spoilt(self, how: str) -> None:
-        """Only the first of what is damaged is told."""
-        self.damaged = self.damaged or how
-
-    @property
-    def warmup(self) -> int:
-        return int(self.config.get("warmup", self.settings.get("warmup", 0)))
-
-
 def check_run(directory: str | Path) -> list[Finding]:
     """Look for signs that the run in `directory` did not do what it should, or cannot have learned.
 
-    Raises ConfigError if there is no run.
+    Raises ConfigError if there is no run, or one that cannot be read.
     """
     story = read(Path(directory))
     found: dict[str, Finding] = {}  # the first of each kind
@@ -93,70 +51,6 @@ def check_run(directory: str | Path) -> list[Finding]:
             "damaged", f"what the run wrote is damaged: {story.damaged}", "is the disk full, or failing?"
         )
     return sort(found.values())
-
-
-# -- reading -----------------------------------------------------------------------------------------------------------
-
-
-def read(path: Path) -> Story:
-    """Raises ConfigError if `path` is not a run directory."""
-    try:
-        config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as failure:
-        raise ConfigError(f"{path} is not a run directory: {failure}") from None
-    story = Story(path, config, _settings(config), _summary(path))
-    total = config.get("total_steps", 0)
-    for number, event in _lines(story, "events.jsonl"):
-        kind = event.get("event")
-        if kind == "updated":
-            del story.updates[max(0, int(event["version"]) - 1 - story.before) :]
-            if (known := story.before + len(story.updates)) != int(event["version"]) - 1:
-                story.spoilt(f"events.jsonl, line {number}: update {event['version']} follows {known}")
-            story.updates.append(event | {"total_steps": total})
-            continue
-        if kind == "started":
-            total = event.get("total_steps", total)
-            if not any(e.get("event") == kind for e in story.told):
-                story.before, story.stored_before = int(event.get("resumed_from") or 0), int(event.get("env_steps", 0))
-        story.told.append(event)
-    for number, line in _lines(story, "schedule.jsonl"):
-        del story.marks[max(0, int(line["k"]) - story.before) :]
-        if (known := story.before + len(story.marks)) != int(line["k"]):
-            story.spoilt(f"schedule.jsonl, line {number}: rollout {line['k']} follows {known - 1}")
-        story.marks.append(int(line.get("crc", 0)))
-    return story
-
-
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the algorithm, or of the one within it: those that were given, over aiorl's own defaults."""
-    others = ("env_kwargs", "eval_suites")
-    table: dict[str, Any] = next((v for k, v in config.items() if isinstance(v, dict) and k not in others), {})
-    inner, name = table.get("inner"), str(table.get("algo"))
-    if not isinstance(inner, dict):
-        return table
-    defaults = without_none(as_in_a_file(algorithm_class(name)())) if name in ALGORITHMS else {}
-    return defaults | inner
-
-
-def _lines(story: Story, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The records of a file, but for a last line that was being written."""
-    try:
-        lines = (story.path / name).read_bytes().splitlines()
-    except OSError:
-        return
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield number, msgspec.json.decode(line, type=dict[str, Any])
-        except msgspec.MsgspecError as failure:
-            if number < len(lines):
-                story.spoilt(f"{name}, line {number}: {failure}")
-
-
-def _summary(path: Path) -> dict[str, Any]:
-    try:
-        return msgspec.json.decode((path / "summary.json").read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.MsgspecError):
-        return {}
 
 
 # -- how it went -------------------------------------------------------------------------------------------------------
