@@ -110,7 +110,14 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def find(path: Path, which: Which | None = None) -> Path:
-    """The checkpoint meant by a run directory or by a checkpoint directory itself."""
+    """The checkpoint meant by a run directory or by a checkpoint directory itself. Raises CheckpointError."""
+    try:
+        return _find(path, which)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from None
+
+
+def _find(path: Path, which: Which | None) -> Path:
     if (path / MANIFEST).is_file():
         return path
     if not path.is_dir():

@@ -360,6 +360,33 @@ def test_refused_before_anything_starts(
         assert part.format(**names) in text
 
 
+@pytest.mark.parametrize(
+    ("words", "closed", "told"),
+    [
+        ("plot {run}", "", "cannot read {run}/events.jsonl"),
+        ("plot {run}", "events.jsonl", "cannot read {run}/events.jsonl"),
+        ("plot {run} --standings", "standings.json", "cannot read {run}/standings.json"),
+        ("eval {run}", "", "cannot read {run}/manifest.json"),
+        ("eval {run} --which latest", "checkpoints", "cannot read {run}/checkpoints"),
+        ("play {run}", "best", "cannot read {run}/best/manifest.json"),
+        ("resume {run} --steps 5k", "", "cannot read {run}/manifest.json"),
+        ("resume {run} --steps 5k", "events.jsonl", "cannot add to {run}/events.jsonl"),
+        ("resume {run} --steps 5k", "worker-0.log", "cannot add to {run}/worker-0.log"),
+    ],
+)
+def test_what_may_not_be_read_or_written_is_named(
+    words: str, closed: str, told: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = copy(finished, tmp_path)
+    for name in ("standings.json", "worker-0.log"):
+        (run / name).touch()
+    with without(run / closed):
+        assert main(words.format(run=run).split()) == 2
+    text = capsys.readouterr().err
+    assert f"{told.format(run=run)}: Permission denied" in text
+    assert len(text.strip().splitlines()) <= 3
+
+
 def test_checkpoint_of_a_later_aiorl(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = copy(finished, tmp_path)
     edit_manifest(run / "best", lambda m: m.update(schema=99))

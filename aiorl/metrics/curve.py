@@ -255,10 +255,14 @@ def _told(row: _Row, metric: str) -> float | None:
 
 def _read_rows(directory: Path) -> Iterator[_Row]:
     path = directory / "events.jsonl"
-    if not path.is_file():
-        raise ConfigError(f"{directory} is not a run directory: it has no events.jsonl")
+    try:
+        if not path.is_file():
+            raise ConfigError(f"{directory} is not a run directory: it has no events.jsonl")
+        lines = path.open("rb")
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     decode = msgspec.json.Decoder(_Row).decode
-    with path.open("rb") as lines:
+    with lines:
         for line in lines:
             try:
                 yield decode(line)

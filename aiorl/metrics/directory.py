@@ -23,6 +23,9 @@ CSV_COLUMNS = (
     "return_mean", "length_mean", "train_return_mean_100",
 )  # fmt: skip
 
+APPENDED = ("events.jsonl", "schedule.jsonl", "metrics.csv")
+"""Files that a resumed run adds to."""
+
 
 def choose_directory(config: Config, env: str, algo: str, *, create: bool = False) -> Path:
     """Where a run goes: `config.out`, refused if it holds another run, or a new directory under runs/.
@@ -56,7 +59,7 @@ def _make_new(path: Path) -> bool:
 
 
 def make_writable(path: Path) -> None:
-    """Create the directory and see that files can be written in it."""
+    """Create the directory and see that files can be written in it, also those that are there."""
     probe = path / f".write-test-{os.getpid()}"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -64,6 +67,15 @@ def make_writable(path: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise _not_writable(path, error) from None
+    for file in (*(path / name for name in APPENDED), *path.glob("worker-*.log")):
+        try:
+            file.open("r+b").close()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise ConfigError(
+                f"cannot add to {file}: {error.strerror}\n  a run adds to what is there: let it be read and written"
+            ) from None
 
 
 def discard_empty(path: Path) -> None:
@@ -108,7 +120,7 @@ class RunFiles:
         self._lines = {"events.jsonl": b"", "schedule.jsonl": b""}
         self._updates: list[Updated] = []
         _remove_leftovers(path)
-        for name in ("events.jsonl", "schedule.jsonl", "metrics.csv"):
+        for name in APPENDED:
             _drop_torn_line(path / name)
         self._metric_names = _metric_names(path / "metrics.csv")
 

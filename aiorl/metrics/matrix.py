@@ -90,12 +90,14 @@ class Table(msgspec.Struct, frozen=True):
 def write_standings(run: Path, path: Path, title: str) -> bool:
     """Draw the standings of a run directory. False, and no file, if it has none.
 
-    Raises ConfigError if they are damaged.
+    Raises ConfigError if they are damaged or cannot be read.
     """
     try:
         table = msgspec.json.decode((run / "standings.json").read_bytes(), type=Table)
     except FileNotFoundError:
         return False
+    except OSError as error:
+        raise ConfigError(f"cannot read {run / 'standings.json'}: {error.strerror}") from None
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise ConfigError(f"{run / 'standings.json'} is damaged: {error}") from None
     path.write_text(draw_standings(table, title), encoding="utf-8")
