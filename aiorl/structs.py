@@ -106,6 +106,8 @@ def check_plain(value: Any, name: str) -> None:
             check_plain(inner, f"{name}.{key}")
     elif isinstance(value, list | tuple):
         for index, inner in enumerate(cast("list[Any]", value)):
+            if inner is None:
+                raise ConfigError(f"{name}[{index}]: TOML cannot hold None\n  leave it out, or use a value of its type")
             check_plain(inner, f"{name}[{index}]")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name} = {value}: expected a finite number")

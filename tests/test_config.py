@@ -105,6 +105,7 @@ def test_what_is_not_set_in_a_table_within_a_table_is_left_out(tmp_path: Path) -
         ({"env_kwargs": {"x": object}}, "env_kwargs.x = <class 'object'>: values of type type cannot be written to TOML"),
         ({"env_kwargs": {"x": b"1"}}, "env_kwargs.x = b'1': values of type bytes cannot be written to TOML"),
         ({"env_kwargs": {"x": None}}, "env_kwargs: TOML cannot hold 'x' = None"),
+        ({"env_kwargs": {"x": [1, [2, None]]}}, "env_kwargs.x[1][1]: TOML cannot hold None\n  leave it out, or use a value"),
         ({"env_kwargs": {"x": {"y": [1.0, math.nan]}}}, "env_kwargs.x.y[1] = nan: expected a finite number"),
         ({"env_kwargs": {1: 2}}, "env_kwargs: TOML cannot hold 1 = 2"),
         ({"algo": 5}, "algo = 5: expected an algorithm's name, or one configured such as aiorl.PPO()"),
