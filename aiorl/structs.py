@@ -114,8 +114,19 @@ def check_plain(value: Any, name: str) -> None:
     elif isinstance(value, int) and not INT_MIN <= value <= INT_MAX:
         bound = f"at least {INT_MIN}" if value < 0 else f"at most {INT_MAX}"
         raise ConfigError(f"{name} = {value}: expected {bound}")
+    elif isinstance(value, str) and not _is_unicode(value):
+        raise ConfigError(f"{name} = {value!r}: expected a text that UTF-8 can hold")
     elif not (value is None or isinstance(value, str | int | float)):
         raise not_for_toml(name, value)
+
+
+def _is_unicode(text: str) -> bool:
+    """Not so of a file's name that is other bytes, as Python reads it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def not_for_toml(name: str, value: Any) -> ConfigError:

@@ -291,6 +291,16 @@ def test_a_signal_stops_a_real_run_and_leaves_a_checkpoint(number: int, code: in
     assert list((out / "checkpoints").iterdir())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are Unicode")
+def test_a_directory_that_config_toml_cannot_name_is_refused_and_not_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / os.fsdecode(b"bad\xffname")
+    assert main(["train", "CartPole-v1", *SMALL, "--out", str(out)]) == 2
+    assert "bad\\udcffname': expected a text that UTF-8 can hold" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_refused_in_a_process_of_its_own(tmp_path: Path):
     out = tmp_path / "run"
     with start("train", "tests.toys:nothing_like_this", "--out", str(out)) as process:

@@ -99,6 +99,7 @@ def test_what_is_not_set_in_a_table_within_a_table_is_left_out(tmp_path: Path) -
         ({"memory_gb": 0.0}, "memory_gb = 0.0: expected more than 0"),
         ({"native_vector": 1}, "native_vector = 1: expected bool, got int"),
         ({"out": ""}, "out is empty: expected a directory"),
+        ({"out": "bad\udcffname"}, r"out = 'bad\udcffname': expected a text that UTF-8 can hold"),
         ({"out": Path("runs")}, "cannot be written to TOML"),
         ({"env": 5}, 'env = 5: expected a gymnasium id, "module:callable" or a callable'),
         ({"env_kwargs": 5}, "env_kwargs = 5: expected table, got int"),
