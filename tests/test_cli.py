@@ -101,6 +101,7 @@ def test_the_command_sets_one_blas_thread_unless_told_otherwise():
         ("train CartPole-v1 --algo dqn --dqn.epsilon-end 0.5 --dqn.epsilon-start 0.1", ["epsilon_end = 0.5", "exchange"]),
         ("train CartPole-v1 --steps 2.5", ["--steps 2.5: expected a whole number"]),
         ("train CartPole-v1 --seed -1", ["--seed -1", ">= 0"]),
+        ("train CartPole-v1 --stop-at -1x", ["--stop-at -1x: expected a number"]),
         ("train CartPole-v1 --device gpu", ["expected one of auto, cpu, cuda", "did you mean `cpu`?"]),
         ("train CartPole-v1 --schedule orderd", ["did you mean `ordered`?"]),
         ("train CartPole-v1 --workers aut", ["did you mean `auto`?"]),
@@ -322,6 +323,14 @@ def test_flags_of_every_kind():
         {"a": 1, "b": "x"},
         0,
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("-100", -100.0), ("-1k", -1e3), ("-1e3", -1e3), ("-1_000", -1e3), ("-1.5M", -1.5e6)]
+)
+def test_negative_numbers_as_people_write_them(text: str, value: float):
+    assert request("Pendulum-v1", "--stop-at", text).config.stop_at == value
+    assert request("--stop-at", text, "Pendulum-v1").config.stop_at == value
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,8 @@ class Parser(argparse.ArgumentParser):
             add_help=False,
         )
         self.verb = verb
+        # What is taken for a value and not for a flag. argparse's own, until Python 3.14, knows -1 and -1.5, but not -1k.
+        self._negative_number_matcher = re.compile(r"-\.?\d")
         self.aliases: dict[str, str] = {}
         self.add_argument("-h", "--help", action="store_true", help="show this help and exit")
 
