@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import threading
@@ -17,8 +18,19 @@ def limit_threads() -> None:
         os.environ.setdefault(name, "1")
 
 
+def mend_streams() -> None:
+    """What is printed is never a reason to fail: a stream that was closed leads nowhere, and signs that the terminal's
+    encoding does not have are shown as `?`."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in this order each gets its own descriptor
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (for good)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def main() -> int:
     """Run the command that this process was started with; returns the exit code."""
+    mend_streams()
     limit_threads()
     # The event loop waits at most this long for the learner thread to let go of the interpreter (default: 5 ms).
     sys.setswitchinterval(0.0005)

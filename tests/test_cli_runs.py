@@ -414,6 +414,27 @@ def test_nobody_reads_the_output():
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX")
+@pytest.mark.parametrize(
+    ("closed", "words", "code"),
+    [(">&-", "algos ppo", 0), (">&-", "--help", 0), ("2>&-", "trian", 2), ("<&- >&- 2>&-", "algos ppo", 0)],
+)
+def test_standard_streams_that_are_closed(closed: str, words: str, code: int):
+    shell = f'exec "$0" -m aiorl {words} {closed}'
+    done = subprocess.run(["sh", "-c", shell, sys.executable], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
+def test_a_terminal_that_knows_ascii_only(finished: Path):
+    """A sign that it does not have is no reason to lose what was measured."""
+    env = {**os.environ, "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    for words in ([], ["eval", str(finished), "--episodes", "1"]):
+        command = [sys.executable, "-m", "aiorl", *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "?" in done.stdout
+
+
 def test_replay_repeats_a_run_and_sees_a_difference(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["replay", str(finished), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
