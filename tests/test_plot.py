@@ -94,6 +94,17 @@ def test_a_long_list_of_metrics_is_told_whole_or_says_that_it_is_not(tmp_path: P
         assert (names == metric_names(run), names[-1] == "…") == (not cut, cut)
 
 
+def test_the_name_of_a_metric_may_hold_what_xml_reserves(tmp_path: Path):
+    name = "p<0.5 & up"
+    run = told_run(tmp_path / "run", **{name: 1.0, "loss": 2.0})
+    for metrics in ([name], [name, "loss"]):
+        words = [word for metric in metrics for word in ("--metric", metric)]
+        assert main(["plot", str(run), *words, "--out", str(tmp_path / "x.svg")]) == 0
+        svg = (tmp_path / "x.svg").read_text(encoding="utf-8")
+        assert ", ".join(metrics) in texts(svg)
+        assert ET.fromstring(svg).findtext(f"{SVG}title", "").endswith(f"{', '.join(metrics)} over env steps")
+
+
 def test_several_metrics_share_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Of one run each line is named for its metric, of several for both; a run that does not tell one is named."""
     one, two = told_run(tmp_path / "one", q_mean=1.0, q_max=2.0), told_run(tmp_path / "two", q_mean=3.0)

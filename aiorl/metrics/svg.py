@@ -51,7 +51,7 @@ def draw(
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         f'role="img" font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif">',
-        f"<title>{escape(title)}: {what} over {'time' if x == 'time' else 'env steps'}</title>",
+        f"<title>{escape(title)}: {escape(what)} over {'time' if x == 'time' else 'env steps'}</title>",
         f"<style>{style()}</style>",
         f'<rect class="background frame" x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1}" rx="8"/>',
         f'<text class="ink" x="{LEFT}" y="32" font-size="17" font-weight="600">{escape(title)}</text>',
@@ -130,7 +130,7 @@ class _Plot:
         parts.append(label((LEFT + right) / 2, self.bottom + 37, along, anchor="middle"))
         parts.append(
             f'<text class="muted" font-size="12" text-anchor="middle" '
-            f'transform="translate(18 {(self.top + self.bottom) / 2:.1f}) rotate(-90)">{self.what}</text>'
+            f'transform="translate(18 {(self.top + self.bottom) / 2:.1f}) rotate(-90)">{escape(self.what)}</text>'
         )
         if self.show_time:
             parts += self._time_axis(self.curves[0])
