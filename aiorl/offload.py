@@ -25,7 +25,8 @@ BACKGROUND_NICENESS = 10
 class Brake:
     """Lets a thread stand still for a while, at places of its own choosing. `rest` is for that thread, all else for others.
 
-    `rested_s` is for how long it has stood, `asked` how often it has got to such a place. `tell` is called, on the thread, when it comes to a stand.
+    `rested_s` is for how long it has stood, `asked` how often it has got to such a place. `tell` is called, on the thread,
+    when it comes to a stand.
     """
 
     def __init__(self, tell: Callable[[], None] = lambda: None) -> None:

@@ -126,8 +126,8 @@ class Replay:
 
     def add(self, rollout: Rollout) -> None:
         """Store a rollout [T, B] over the oldest rows. Of one longer than the ring, the end is kept. Raises EnvError if
-        observations are no stacks of the frames before them (a few are looked at), ValueError after `close` and for a rollout
-        of more than `envs` environments."""
+        observations are no stacks of the frames before them (a few are looked at), ValueError after `close` or if it is of
+        more environments than the buffer."""
         with self._turn.of("add"):
             if self._closed:
                 raise ValueError("replay: nothing can be added: it is closed")
