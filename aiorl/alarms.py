@@ -9,7 +9,44 @@ import numpy as np
 
 from aiorl.envs.spaces import Bounds, Leaf, Spaces
 from aiorl.ledger import NOT_FINITE, Aborted
-from aiorl.segments import Rollout, Segment
+from aiorl.segments import Array, Rollout, Segment
+
+SPAN_STEPS = 1000  # env steps after which a number should have moved
+ROUNDING, SPAN = 2.0**-40, 2.0**-22  # of its size: what may be arithmetic's, and what float32 has but four numbers for
+
+
+class Spans:
+    """How far the observations of a run lie apart in boxes of more digits than float32, which is what networks see."""
+
+    def __init__(self, boxes: Sequence[Leaf]) -> None:
+        self._names = [leaf.name for leaf in boxes if not np.can_cast(leaf.dtype, np.float32)]
+        self._extremes: dict[str, tuple[Array, Array]] = {}
+        self._steps = 0
+
+    def take_in(self, segments: Sequence[Segment]) -> None:
+        for segment in segments:
+            self._steps += segment.steps * segment.envs
+            for name in self._names:
+                rows = segment.obs[name]
+                low, high = rows.min((0, 1)), rows.max((0, 1))
+                lowest, highest = self._extremes.get(name, (low, high))
+                self._extremes[name] = np.minimum(lowest, low), np.maximum(highest, high)
+
+    def lost(self) -> str:
+        """What is said of a number that is another one each time, and to networks the same; "" if there is none."""
+        if self._steps < SPAN_STEPS:
+            return ""
+        for name, (low, high) in self._extremes.items():
+            with np.errstate(all="ignore"):
+                span, size = (high - low).astype(np.float64), np.maximum(abs(low), abs(high)).astype(np.float64)
+                found = np.argwhere((span > size * ROUNDING) & (span < size * SPAN))
+            if len(found):
+                at = tuple(found[0].tolist())
+                return (
+                    f"{name}{list(at) if at else ''} is between {low[at]} and {high[at]}, which float32, what networks see, "
+                    "hardly tells apart: subtract an offset in the environment"
+                )
+        return ""
 
 
 class Alarms:
@@ -18,6 +55,7 @@ class Alarms:
     def __init__(self, spaces: Spaces, bounds: Mapping[str, Bounds] | None = None) -> None:
         """`bounds` are those that the environment declares (see `aiorl.envs.spaces.bounds_of`)."""
         self._boxes = [leaf for leaf in spaces.observation if leaf.kind == "box" and leaf.size]
+        self._spans = Spans(self._boxes)
         self._on: set[str] = set()
         self._bounds = dict(bounds or {})
         self._outside: set[tuple[str, int]] = set()  # leaf and environment that have been told of
@@ -57,11 +95,13 @@ class Alarms:
         """
         steps, rate = int(metrics["gradient_steps"]), metrics.get("learning_rate")
         learned = steps > 0 and rate != 0
+        self._spans.take_in(segments)
         not_finite = [f"{name} = {value}" for name, value in metrics.items() if not math.isfinite(value)]
         at = "" if rate is None else f" at learning rate {rate:.4g}"
         wrong = {
             "skipped": skipped and f"update {rollout} was skipped, its weights are those of before: {_one_line(skipped)}",
             "zeros": all_zero(self._boxes, segments) and f"every observation of rollout {rollout} is 0",
+            "span": self._spans.lost(),
             "values": explodes(rollout, metrics),
             "not finite": not_finite and f"update {rollout} reports {', '.join(not_finite)}",
             "no gradient": learned

@@ -74,6 +74,43 @@ def test_spaces_in_which_zero_is_a_sight_like_any_other() -> None:
     assert alarms.update(0, (segment,), FINE, changed=True, skipped=None) == []
 
 
+def span_alarms(dtype: str, shown: Any, updates: int) -> list[list[str]]:
+    """What updates of 16 steps say in which `shown(k)` is what is observed, [9, 2, 3]."""
+    space = spaces(observation=gymnasium.spaces.Box(-(2.0**60), 2.0**60, (3,), np.dtype(dtype).type))
+    alarms, segment = Alarms(space), Stream(space, 2, 8).next().segments[0]
+    said: list[list[str]] = []
+    for k in range(updates):
+        segment.obs["obs"][...] = shown(k)
+        said.append(alarms.update(k, (segment,), FINE, changed=True, skipped=None))
+    return said
+
+
+def clock(k: int) -> Any:
+    """A constant, the time, and what differs by little, but not from itself."""
+    rows = np.full((9, 2, 3), 5.0)
+    rows[..., 1] = 1.7e9 + 50 + np.arange(9)[:, None]
+    rows[..., 2] = 1e6 * (k + 1)
+    rows[0, 0, 1] -= 50
+    return rows
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int64"])
+def test_a_number_of_which_networks_see_one_value_is_said_once(dtype: str) -> None:
+    said = span_alarms(dtype, clock, 80)
+    assert [k for k, messages in enumerate(said) if messages] == [62], "said before or after 1,000 steps, or again"
+    (message,) = said[62]
+    assert message.startswith("obs[1] is between 1700000000")
+    assert "and 1700000058" in message
+    assert "subtract an offset" in message
+
+
+def test_numbers_that_float32_tells_apart_are_not_said() -> None:
+    assert not any(span_alarms("float32", clock, 80)), "the environment's own digits"
+    assert not any(span_alarms("float64", lambda k: 1e3 + np.arange(3) + k / 1e9 * (k < 70) + k * (k > 40), 80))
+    assert not any(span_alarms("float64", lambda k: np.array([np.nan, np.inf, -np.inf]), 80))
+    assert not any(span_alarms("float64", lambda k: 1 / 3 + np.arange(3) * k * 2.0**-52, 80)), "a constant, but for rounding"
+
+
 def test_the_last_row_counts_as_well() -> None:
     alarms, (segment,) = Alarms(SPACES), segments(zero=True)
     segment.obs["obs"][-1, -1, -1] = 1e-30

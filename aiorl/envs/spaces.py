@@ -178,7 +178,7 @@ class Spaces(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             batch += self._action_start
         return batch if len(leaf.shape) < 2 else batch.reshape(-1, *leaf.shape)
 
-    def each_action(self, actions: Array) -> Sequence[Any]:
+    def each_action(self, actions: Array) -> list[Any] | Array:
         """As `env_actions`, one to give to each of n environments: those of a box are arrays, also without axes."""
         batch = self.env_actions(actions)
         return [np.asarray(taken) for taken in batch] if self.action.kind == "box" and not self.action.shape else batch
