@@ -17,7 +17,6 @@ async def train_one(learning_rate: float, total_steps: int) -> aiorl.Result:
         total_steps=total_steps,
         envs=8,
         workers=1,
-        out=f"runs/two-runs-{learning_rate:g}",
     )
     return await aiorl.train(config)  # a Run from start to end; cancelling this task ends its processes
 
@@ -25,9 +24,10 @@ async def train_one(learning_rate: float, total_steps: int) -> aiorl.Result:
 async def main(total_steps: int = 50_000, learning_rates: tuple[float, ...] = (1e-3, 1e-4)) -> list[aiorl.Result]:
     async with asyncio.TaskGroup() as group:  # one failing run ends the other, as with any two tasks
         tasks = [group.create_task(train_one(rate, total_steps)) for rate in learning_rates]
-    for rate, task in zip(learning_rates, tasks, strict=True):
-        print(f"learning rate {rate:g}: {task.result().final_evaluation}")
-    return [task.result() for task in tasks]
+    results = [task.result() for task in tasks]
+    for rate, result in zip(learning_rates, results, strict=True):
+        print(f"learning rate {rate:g}, in {result.directory}: {result.final_evaluation}")
+    return results
 
 
 if __name__ == "__main__":

@@ -81,9 +81,10 @@ async def test_pause_and_tune(capsys: pytest.CaptureFixture[str]):
 
 
 async def test_two_runs():
-    results = await two_runs.main(total_steps=3_000)
-    assert [r.status for r in results] == ["completed"] * 2
-    assert results[0].params_sha256 != results[1].params_sha256
+    results = [result for _ in range(2) for result in await two_runs.main(total_steps=3_000)]
+    assert [r.status for r in results] == ["completed"] * 4
+    assert len({r.directory for r in results}) == 4, "the second time it is in the way of nothing"
+    assert results[0].params_sha256 == results[2].params_sha256 != results[1].params_sha256
 
 
 async def test_log_to_tensorboard():
