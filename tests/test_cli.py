@@ -311,6 +311,18 @@ def test_the_algorithm_decides_which_flags_there_are(tmp_path: Path):
     assert (config.algo.name, config.algo.gamma, config.env) == ("dqn", 0.5, "CartPole-v1")
 
 
+@pytest.mark.parametrize("out", ["runs/x", "../{home}/runs/x", "{whole}/runs/x"])
+def test_where_a_run_lies_is_no_setting_of_the_next_one(out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The config.toml of a run names its own directory."""
+    monkeypatch.chdir(tmp_path)
+    file = Path("runs/x/config.toml")
+    file.parent.mkdir(parents=True)
+    file.write_text(f'env = "CartPole-v1"\nout = "{out.format(home=tmp_path.name, whole=tmp_path)}"\n')
+    assert request("--config", str(file)).config.out is None
+    assert request("--config", str(file), "--out", "runs/x").config.out == "runs/x"
+    assert request("--config", str(file.rename("runs/x/mine.toml"))).config.out is not None
+
+
 def test_flags_of_every_kind():
     config = request(
         "--steps", "1.5k", "CartPole-v1", "--workers", "auto", "--stop-at", "-100", "--no-native-vector", "--out", "7",

@@ -6,6 +6,7 @@ import argparse
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast, get_args
 
@@ -69,7 +70,7 @@ def read_train(argv: Sequence[str], default_env: str | None = None) -> Request |
     `default_env` is the environment if neither the words nor a file name one.
     """
     early, _ = _early_parser().parse_known_args(list(argv))
-    file = read_toml(early.config) if "config" in early else {}
+    file = _read_file(Path(early.config)) if "config" in early else {}
     name = getattr(early, "algo", file.get("algo", "ppo"))
     if not isinstance(name, str):
         raise ConfigError(f'{early.config}: algo = {name!r}: expected a text, for example algo = "ppo"')
@@ -93,6 +94,14 @@ def read_train(argv: Sequence[str], default_env: str | None = None) -> Request |
     flags = _typed({k: v for k, v in given.items() if k not in ("config", "preset")}, algorithm)
     config = Config.from_dict({**merge(base, flags), "algo": name, "env": found.get("env", env)}, "configuration")
     return Request(config, bool(found), progress, dry_run, flags)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """A configuration file. That of a run names the directory that it lies in, which is not for the next run."""
+    file = read_toml(path)
+    if isinstance(file.get("out"), str) and Path(file["out"], "config.toml").resolve() == path.resolve():
+        del file["out"]
+    return file
 
 
 def read_resume(argv: Sequence[str]) -> tuple[str, dict[str, Any], Mode] | str:
