@@ -320,6 +320,14 @@ def test_numbers_as_people_read_them():
         "0.500 ± 0.250",
         "-12,346 ± 3",
     ]
+    assert [number(v) for v in (2e-4, -1e-4, 1.2345e-9, 0.001, 0.0, -0.0)] == [
+        "0.0002", "-0.0001", "1.23e-09", "0.001", "0.0", "0.0",
+    ]  # fmt: skip
+    assert [spread(2e-4, 1.5e-5), spread(-1e-4, 0.5), spread(0.0, 0.0)] == [
+        "0.0002 ± 1.5e-05", "0.000 ± 0.500", "0.000 ± 0.000",
+    ]  # fmt: skip
+    assert [count(v) for v in (999_499, 999_999, 999_994_999, 999_999_999, 1e12)] == ["999k", "1M", "999.99M", "1G", "1000G"]
+    assert [rate(v) for v in (999.4, 999.6, 999_940, 999_960, 2e9)] == ["999", "1.0k", "999.9k", "1.00M", "2000.00M"]
     assert fit(["ab", "", "cd", "ef"], 7) == "ab · cd"
     assert fit(["abcdef"], 4) == "abc…"
     assert table([("a", "n"), ("bb", "10")], frozenset({1})) == "a    n\nbb  10"

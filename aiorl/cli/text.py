@@ -7,32 +7,39 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 BARS = "▁▂▃▄▅▆▇█"
+TINY = 1e-3  # three decimals do not show what is smaller
 
 
 def number(value: float | None, digits: int = 1) -> str:
     """412.3; fewer digits for large values, more for small ones, a dash for none."""
     if value is None or not math.isfinite(value):
         return "–" if value is None else str(value)
+    if 0 < abs(value) < TINY:
+        return f"{value:.3g}"
     if abs(value) >= 10_000:
         digits = 0
     elif 0 < abs(value) < 1:
         digits = 3
-    return f"{value:,.{digits}f}"
+    return f"{value:z,.{digits}f}"
 
 
 def count(value: float) -> str:
     """12,345 up to 99,999, then 123k, 1.23M."""
     if abs(value) < 100_000:
         return f"{value:,.0f}"
-    size, unit = (1e9, "G") if abs(value) >= 1e9 else (1e6, "M") if abs(value) >= 1e6 else (1e3, "k")
-    return f"{value / size:.2f}".rstrip("0").rstrip(".") + unit if unit != "k" else f"{value / size:.0f}k"
+    digits, unit = _scaled(value, (1e3, "k", 0), (1e6, "M", 2), (1e9, "G", 2))
+    return (digits.rstrip("0").rstrip(".") if "." in digits else digits) + unit
 
 
 def rate(per_second: float) -> str:
     """Steps per second: 812, 9.7k, 33.0k, 1.20M."""
-    if per_second < 1000:
-        return f"{per_second:.0f}" if per_second >= 10 else f"{per_second:.1f}"
-    return f"{per_second / 1e3:.1f}k" if per_second < 1e6 else f"{per_second / 1e6:.2f}M"
+    return "".join(_scaled(per_second, (1.0, "", 0 if per_second >= 10 else 1), (1e3, "k", 1), (1e6, "M", 2)))
+
+
+def _scaled(value: float, *units: tuple[float, str, int]) -> tuple[str, str]:
+    """Digits and unit: the first of `units` (size, name, decimals) in which it is less than 1000 once it is rounded."""
+    shown = [(f"{value / size:.{decimals}f}", name) for size, name, decimals in units]
+    return next((text for text in shown if abs(float(text[0])) < 1000), shown[-1])
 
 
 def duration(seconds: float) -> str:
@@ -55,8 +62,10 @@ def plural(n: int, word: str) -> str:
 
 def spread(mean: float, std: float) -> str:
     """475.0 ± 12.3, both with as many digits as the mean is given."""
+    if 0 < max(abs(mean), std) < TINY:
+        return f"{mean:.3g} ± {std:.3g}"
     digits = 0 if abs(mean) >= 10_000 else 3 if max(abs(mean), std) < 1 else 1
-    return f"{mean:,.{digits}f} ± {std:,.{digits}f}"
+    return f"{mean:z,.{digits}f} ± {std:,.{digits}f}"
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
