@@ -351,6 +351,39 @@ def test_what_is_no_picture_is_refused(tmp_path: Path):
         pass
 
 
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from aiorl.cli.record import Recorder
+from aiorl.errors import ConfigError
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+try:
+    with Recorder(Path(sys.argv[1]), 30) as recorder:
+        for _ in range(int(sys.argv[2])):
+            recorder.add(noise)
+except ConfigError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit for the size of files")
+@pytest.mark.parametrize(("name", "frames"), [("x.gif", 5), ("x.mp4", 5), ("x.mp4", 10_000), ("x.png", 5)])
+def test_what_cannot_be_written_is_named_and_nothing_else_is_said(name: str, frames: int, tmp_path: Path):
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / name), str(frames)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parent.parent)
+    assert done.stdout.startswith(f"--record {tmp_path / name}: cannot write it: ")
+    assert (len(done.stdout.splitlines()), done.stderr, done.returncode) == (2, "", 0)
+
+
+def test_a_directory_is_no_file_to_record_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "x.gif").mkdir()
+    text = refused(capsys, "--versus", "weak", "strong", "--record", str(tmp_path / "x.gif"))
+    assert f"--record {tmp_path / 'x.gif'}: it is a directory" in text
+
+
 def test_a_caption_is_above_the_picture():
     frame = np.full((20, 200, 3), 200, np.uint8)
     picture = captioned(frame, "a", "0 : 0", "b")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ def check_recording(record: Path | None, captions: bool = False) -> None:
         raise ConfigError(f"--record {record}: expected a file that ends in .gif or .mp4, or in .png for a strip of frames")
     if not record.parent.is_dir():
         raise ConfigError(f"--record {record}: there is no directory {record.parent}")
+    if record.is_dir():
+        raise ConfigError(f"--record {record}: it is a directory, expected a file")
     needed = NEEDS[suffix] + (("PIL",) if captions and "PIL" not in NEEDS[suffix] else ())
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
@@ -40,13 +43,17 @@ def check_recording(record: Path | None, captions: bool = False) -> None:
 
 
 class Recorder:
-    """Writes frames, uint8 [height, width, 3], as they come: a long episode does not have to fit into memory.
+    """Writes frames, uint8 [height, width, 3], as they come: a long episode does not have to fit into memory, but
+    for a .gif.
 
-    Raises EnvError if there was nothing to write, or where a frame is not a picture.
+    Raises EnvError if there was nothing to write, or where a frame is not a picture, and ConfigError if the disk does not
+    take it.
     """
 
     def __init__(self, path: Path, fps: float, frames: int = STRIP_FRAMES) -> None:
         self._path, self._fps, self._count = path, fps, 0
+        self._is_gif = path.suffix.lower() == ".gif"
+        self._gif = io.BytesIO()  # in which it is made: its writer would try the disk again and again
         self._strip = Strip(frames) if path.suffix.lower() == ".png" else None
 
     def __enter__(self) -> Recorder:
@@ -56,11 +63,10 @@ class Recorder:
     def _open_video(self) -> Callable[[Array], None]:
         import imageio.v2 as imageio
 
-        gif = self._path.suffix.lower() == ".gif"
-        options: dict[str, Any] = (
-            {"duration": 1000 / self._fps, "loop": 0} if gif else {"fps": self._fps, "macro_block_size": 2}
-        )
-        self._writer = imageio.get_writer(str(self._path), **options)
+        if self._is_gif:
+            self._writer = imageio.get_writer(self._gif, format=".gif", duration=1000 / self._fps, loop=0)
+        else:
+            self._writer = imageio.get_writer(str(self._path), fps=self._fps, macro_block_size=2)
         return self._writer.append_data  # pyright: ignore[reportReturnType]
 
     @property
@@ -73,7 +79,10 @@ class Recorder:
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
             seen = f"{type(frame).__name__} {picture.dtype} {list(picture.shape)}"
             raise EnvError(f"render() returned {seen}, expected an array uint8 [height, width, 3]")
-        self._append(picture)
+        try:
+            self._append(picture)
+        except OSError as error:
+            raise self._not_written(error) from None
         self._count += 1
 
     def __call__(self, env: Any) -> None:
@@ -81,10 +90,26 @@ class Recorder:
         self.add(env.render())
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if self._strip is None:
-            self._writer.close()
-        elif kind is None:
-            self._strip.save(self._path)
+        try:
+            if self._strip is None:
+                self._close_video(whole=kind is None)
+            elif kind is None:
+                self._strip.save(self._path)
+        except OSError as error:
+            raise self._not_written(error) from None
+
+    def _close_video(self, whole: bool) -> None:
+        self._writer.close()
+        if not self._count:
+            return
+        if self._is_gif:
+            self._path.write_bytes(self._gif.getvalue())
+        elif whole and b"moov" not in self._path.read_bytes():  # what an mp4 ends with; ffmpeg does not say how it went
+            raise OSError("its end is missing")
+
+    def _not_written(self, error: OSError) -> ConfigError:
+        why = error.strerror or str(error).partition("\n")[0]
+        return ConfigError(f"--record {self._path}: cannot write it: {why}\n  make room, or choose another file")
 
 
 class Strip:
