@@ -109,6 +109,14 @@ def test_making_it_writable(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_directory(config(), "x/" + "n" * 300, "ppo", create=True)
 
 
+def test_a_link_to_nowhere_cannot_be_written_to() -> None:
+    """As where what `runs` leads to is not mounted."""
+    Path("runs").symlink_to("scratch/runs")
+    for asked, path in ((config(), "runs"), (config(out="runs/mine"), "runs/mine")):
+        with pytest.raises(ConfigError, match=f"cannot write to {path}: a file or a link to nowhere is in the way\n"):
+            make_writable(choose_directory(asked, "CartPole-v1", "ppo", create=True))
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 

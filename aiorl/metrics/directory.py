@@ -50,7 +50,11 @@ def choose_directory(config: Config, env: str, algo: str, *, create: bool = Fals
 def _make_new(path: Path) -> bool:
     """Create a directory; False if it exists by now."""
     try:
-        path.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(path.parent, error) from None
+    try:
+        path.mkdir()
     except FileExistsError:
         return False
     except OSError as error:
@@ -99,7 +103,9 @@ def hold(path: Path) -> FileLock:
 
 
 def _not_writable(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"cannot write to {path}: {error.strerror}\n  choose another out directory")
+    in_the_way = isinstance(error, FileExistsError)
+    why = "a file or a link to nowhere is in the way" if in_the_way else error.strerror
+    return ConfigError(f"cannot write to {path}: {why}\n  choose another out directory")
 
 
 class RunFiles:
