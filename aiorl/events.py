@@ -29,7 +29,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):
 
 
 class Started(Event, frozen=True, kw_only=True, tag="started"):
-    """All workers are ready. `start_seconds` is what that took."""
+    """All workers are ready. `start_seconds` is what that took, `unix_seconds` the time of day, since 1970."""
 
     env: str
     algo: str
@@ -43,6 +43,7 @@ class Started(Event, frozen=True, kw_only=True, tag="started"):
     out: str
     start_seconds: float
     resumed_from: int | None = None
+    unix_seconds: float | None = None
 
 
 class Updated(Event, frozen=True, kw_only=True, tag="updated"):

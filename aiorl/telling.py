@@ -82,6 +82,7 @@ class Teller:
                 out=str(made.checked.directory),
                 start_seconds=time.perf_counter() - self._report.begun_s,
                 resumed_from=saved.manifest.version if saved else None,
+                unix_seconds=time.time(),
             )
         )
 

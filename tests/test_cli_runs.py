@@ -13,13 +13,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import gymnasium
+import msgspec
 import pytest
 from checkpoints import edit_manifest
-from cli_events import run_events, write_run
+from cli_events import run_events, started, write_run
 from permissions import without
 
 from aiorl.cli import main
 from aiorl.cli.runs import TAIL_BYTES
+from aiorl.events import Warned
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -169,11 +171,32 @@ def test_runs_lists_finished_and_unfinished_ones(finished: Path, tmp_path: Path,
     assert {json.loads(line)["status"] for line in capsys.readouterr().out.splitlines()} == {"completed", "unfinished"}
 
 
+def test_runs_are_in_the_order_in_which_they_were_begun_also_those_gone_on_with(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = copy(finished, tmp_path)
+    begun = json.loads((run / "events.jsonl").read_text().splitlines()[0])["unix_seconds"]
+    assert main(["resume", str(run), "--steps", "1200", "--progress", "none"]) == 0
+    later = msgspec.structs.replace(started(), unix_seconds=begun + 1e6)
+    warning = Warned(seconds=0.1, version=0, env_steps=0, message="this comes before the workers are ready")
+    write_run(tmp_path / "later", iter([warning, later]))
+    os.utime(tmp_path / "later" / "config.toml", (1, 1))  # by the times of files they come the other way round
+    capsys.readouterr()
+    assert main(["runs", str(tmp_path), "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(f["run"], f["started"]) for f in found] == [(str(run), begun), (str(tmp_path / "later"), begun + 1e6)]
+    old = write_run(tmp_path / "old" / "run")
+    os.utime(old / "config.toml", (5, 5))
+    assert main(["runs", str(old), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["started"] == 5, "its events do not say it yet"
+
+
 ODD: dict[str, tuple[str, str]] = {
     "best": ("summary.json", '{"best": 3.5, "status": "completed"}'),
     "mean": ("summary.json", '{"status": "completed", "env_steps": 9, "wall_seconds": 1, "train_return_mean_100": "x"}'),
     "cut": ("summary.json", '{"status": "comp'),
     "evaluated": ("events.jsonl", '{"event": "evaluated", "seconds": 1, "env_steps": 9}\n'),
+    "when": ("events.jsonl", '{"event":"started", "seconds": 1, "env_steps": 9, "unix_seconds": 1e300}\n'),
     "line": ("events.jsonl", '{"event": "upd\n{"event": "updated", "seconds": 1, "env_steps": 9}\n'),
     "toml": ("config.toml", "env = "),
     "seed": ("config.toml", 'seed = "many"'),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -24,6 +25,7 @@ RECENT_S = 30.0
 """A run without a summary or a lock whose events grew this recently is taken to be running."""
 
 TAIL_BYTES = 1 << 16
+FIRST_LINES = 100  # warnings may come before the workers are ready
 
 
 def main(argv: Sequence[str]) -> int:
@@ -92,6 +94,10 @@ class _Event(msgspec.Struct):
     train_return_mean_100: float | None = None
 
 
+class _Started(msgspec.Struct):
+    unix_seconds: Annotated[float, msgspec.Meta(ge=0, le=1e11)] | None = None  # what a calendar holds
+
+
 def describe(path: Path) -> dict[str, Any]:
     """The main facts of a run: from its summary, or while it has none from its configuration and last events.
 
@@ -113,6 +119,9 @@ def _tell(path: Path, facts: dict[str, Any]) -> None:
     facts["started"] = (path / "config.toml").stat().st_mtime
     config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
     facts.update(msgspec.structs.asdict(msgspec.convert(config, _Config)))
+    events = path / "events.jsonl"
+    if events.is_file():
+        facts["started"] = _begun(events) or facts["started"]
     state = state_of(path / LOCK)
     if state != "free":
         facts["status"] = {"held": "running", "left": "killed"}[state]
@@ -125,7 +134,6 @@ def _tell(path: Path, facts: dict[str, Any]) -> None:
             best_evaluation=summary.best.mean_return if summary.best else None,
         )  # fmt: skip
         return
-    events = path / "events.jsonl"
     if events.is_file():
         if state == "free" and time.time() - events.stat().st_mtime < RECENT_S:
             facts["status"] = "running"
@@ -137,6 +145,15 @@ def _tell(path: Path, facts: dict[str, Any]) -> None:
             if event.event == "evaluated" and (mean := msgspec.json.decode(line, type=_Best).mean_return) is not None:
                 best = facts["best_evaluation"]
                 facts["best_evaluation"] = mean if best is None else max(best, mean)
+
+
+def _begun(events: Path) -> float | None:
+    """When the run was begun, if that is told. A resume replaces config.toml, and adds to the events."""
+    with events.open("rb") as file:
+        for line in itertools.islice(file, FIRST_LINES):
+            if b'"started"' in line[:30]:
+                return msgspec.json.decode(line, type=_Started).unix_seconds
+    return None
 
 
 def _last_lines(path: Path) -> list[bytes]:
