@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from aiorl.segments import SegmentLayout
 from aiorl.structs import convert
 from aiorl.trees import check_tree
 
+PARTS = ("policy", "learner", "run")
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -41,8 +44,20 @@ class Saved:
 def read_saved(path: Path) -> Saved:
     """The checkpoint to resume: a checkpoint directory, or the newest one of a run directory."""
     found = policy.find(path.absolute(), "latest")
-    manifest, parts = checkpoint.load(found, ("policy", "learner", "run"))
-    return Saved(found, manifest, parts)
+    try:
+        return Saved(found, *checkpoint.load(found, PARTS))
+    except CheckpointError as error:
+        raise with_older(error, found) from None
+
+
+def with_older(error: CheckpointError, found: Path) -> CheckpointError:
+    """What is wrong with a run's checkpoint, and the newest whole one before it, if there is one."""
+    others = checkpoint.complete_checkpoints(found.parent) if found.parent.name == "checkpoints" else []
+    for older in reversed(others[: others.index(found)] if found in others else []):
+        with contextlib.suppress(CheckpointError):
+            checkpoint.load(older, PARTS)
+            return CheckpointError(f"{error}\n  one before it is whole: python -m aiorl resume {older}")
+    return error
 
 
 def resumed_config(path: str | Path, **changes: Any) -> Config:

@@ -104,6 +104,24 @@ def test_damaged_checkpoint_is_refused(finished: Path, tmp_path: Path, capsys: p
     assert weights.name in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("file", ["learner-*.safetensors", "run-*.json", "manifest.json"])
+def test_of_a_damaged_checkpoint_the_one_before_it_is_named(
+    file: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = copy(finished, tmp_path)
+    older, newest = sorted((run / "checkpoints").iterdir())
+    words = ["--steps", "1200", "--progress", "none"]
+    for damaged, told in ((newest, f"python -m aiorl resume {older}"), (older, "")):
+        (path,) = damaged.glob(file)
+        path.write_bytes(path.read_bytes()[:-8] + bytes(8))
+        assert main(["resume", str(run), *words]) == 2
+        text = capsys.readouterr().err
+        assert newest.name in text.splitlines()[0]
+        assert (told in text, "aiorl resume" in text) == (True, bool(told))
+        if told:
+            assert main(["resume", str(shutil.copytree(run, tmp_path / "copy") / "checkpoints" / older.name), *words]) == 0
+
+
 def test_policy_in_the_wrong_environment(finished: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["eval", str(finished), "--env", "Acrobot-v1", "--episodes", "1"]) == 2
     text = capsys.readouterr().err

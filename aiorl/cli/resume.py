@@ -28,10 +28,13 @@ def prepare(run: Path, changes: dict[str, Any]) -> tuple[Config, Path]:
     """The configuration to go on with and the checkpoint. Raises ConfigError when there is nothing left to do."""
     from aiorl.checkpoint import load_manifest
     from aiorl.policy import find
-    from aiorl.resuming import resumed_config
+    from aiorl.resuming import resumed_config, with_older
 
     checkpoint = find(run, "latest")
-    manifest = load_manifest(checkpoint)
+    try:
+        manifest = load_manifest(checkpoint)
+    except CheckpointError as error:
+        raise with_older(error, checkpoint) from None
     if "learner.json" not in manifest.files:
         raise CheckpointError(
             f"{checkpoint} holds a policy, but not what learning goes on from\n"
