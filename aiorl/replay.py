@@ -10,7 +10,7 @@ import msgspec
 
 from aiorl.config import Config
 from aiorl.errors import ConfigError
-from aiorl.record import read_record
+from aiorl.record import SCHEDULE, read_record
 from aiorl.run import Run
 
 
@@ -36,10 +36,15 @@ async def replay(directory: str | Path, *, workers: int | None = None) -> Replay
     """
     path = Path(directory)
     config = Config.from_toml(path / "config.toml")
-    recorded_sha256 = _recorded_sha256(path)
+    updates, recorded_sha256 = _recorded(path)
     record = read_record(path)
     if not record.lines:
         raise ConfigError(f"{path} has no rollouts to repeat")
+    if len(record.lines) < updates:
+        raise ConfigError(
+            f"{path / SCHEDULE} has {len(record.lines):,} of {updates:,} rollouts\n"
+            "  copy all of it; what a full disk did not take cannot be repeated: train anew from config.toml"
+        )
     with tempfile.TemporaryDirectory(prefix="aiorl-replay-") as out:
         changes = {} if workers is None else {"workers": workers}
         again = config.replace(
@@ -60,10 +65,11 @@ async def replay(directory: str | Path, *, workers: int | None = None) -> Replay
     )
 
 
-def _recorded_sha256(path: Path) -> str:
+def _recorded(path: Path) -> tuple[int, str]:
+    """The number of updates of a run, and the digest of the parameters that they made."""
     try:
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-        return str(summary["params_sha256"])
+        return int(summary["updates"]), str(summary["params_sha256"])
     except FileNotFoundError:
         raise ConfigError(f"{path} has no summary.json: only a finished run can be repeated") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

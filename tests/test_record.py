@@ -179,6 +179,15 @@ async def test_the_first_rollout_that_differs_is_named(tmp_path: Path) -> None:
     assert again.first_difference == 9
 
 
+async def test_a_record_that_ends_early_is_refused(tmp_path: Path) -> None:
+    """As when the disk was full, or only a part was copied: what is missing is no difference."""
+    await aiorl.train(config(tmp_path, workers=0, total_steps=640))
+    path = tmp_path / "schedule.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:5]))
+    with pytest.raises(aiorl.ConfigError, match=r"schedule\.jsonl has 5 of 10 rollouts\n  copy all of it"):
+        await replay(tmp_path)
+
+
 def write(path: Path, *lines: dict[str, Any] | str) -> Path:
     text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
     (path / "schedule.jsonl").write_text(text)
