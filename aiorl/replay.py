@@ -46,7 +46,7 @@ async def replay(directory: str | Path, *, workers: int | None = None) -> Replay
             "  copy all of it; what a full disk did not take cannot be repeated: train anew from config.toml"
         )
     with tempfile.TemporaryDirectory(prefix="aiorl-replay-") as out:
-        changes = {} if workers is None else {"workers": workers}
+        changes = {} if workers is None else {"workers": workers, "min_workers": None}
         again = config.replace(
             out=f"{out}/run", eval_every=0, eval_episodes=1, eval_suites={}, eval_top=0, checkpoint_every=0, stop_at=None,
             **changes,

@@ -188,6 +188,11 @@ async def test_a_record_that_ends_early_is_refused(tmp_path: Path) -> None:
         await replay(tmp_path)
 
 
+async def test_a_run_that_may_go_on_with_fewer_workers_is_repeated_with_fewer(tmp_path: Path) -> None:
+    await aiorl.train(config(tmp_path, total_steps=640, workers=2, min_workers=2))
+    assert (await replay(tmp_path, workers=1)).equal
+
+
 def write(path: Path, *lines: dict[str, Any] | str) -> Path:
     text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
     (path / "schedule.jsonl").write_text(text)
