@@ -190,10 +190,12 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 def prune(directory: Path, keep: int, newest: int) -> None:
     """Keep the last `keep` checkpoints up to version `newest`; delete all others and what interrupted writes left.
 
-    Later versions than the newest are of a future that was given up when the run was resumed from before it.
+    Later versions than the newest are of a future that was given up when the run was resumed from before it. What a link
+    leads to is not the run's own: it is left alone.
     """
-    kept = [path for path in complete_checkpoints(directory) if int(path.name) <= newest][-keep:]
-    for path in _numbered(directory):
+    own = [path for path in _numbered(directory) if not path.is_symlink()]
+    kept = [path for path in own if (path / MANIFEST).is_file() and int(path.name) <= newest][-keep:]
+    for path in own:
         if path in kept:
             remove_leftovers(path)
         else:
@@ -207,7 +209,8 @@ def prune(directory: Path, keep: int, newest: int) -> None:
 def clean(run: Path) -> None:
     """Delete what a killed program left unfinished in the run directory `run`: nothing that a manifest names."""
     for path in (*_numbered(run / "checkpoints"), run / "best", run / "final"):
-        remove_leftovers(path)
+        if not path.is_symlink():
+            remove_leftovers(path)
 
 
 def remove_leftovers(path: Path) -> None:

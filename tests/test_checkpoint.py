@@ -356,6 +356,23 @@ def test_prune_keeps_the_newest_and_removes_what_is_unfinished_or_of_a_given_up_
     assert [mark_of(p) for p in checkpoint.complete_checkpoints(tmp_path)] == [3, 4]
 
 
+def test_what_a_link_leads_to_is_not_touched(tmp_path: Path) -> None:
+    """A user may keep one elsewhere, and a link to it among the others: it is not the run's to delete or to count."""
+    elsewhere, directory = tmp_path / "elsewhere", tmp_path / "run" / "checkpoints"
+    for version in (1, 2):
+        checkpoint.save(directory / f"{version:08d}", manifest(version=version), part(version))
+    for name in ("00000000", "00000003", "best"):
+        checkpoint.save(elsewhere / name, manifest(), part(3))
+        (elsewhere / name / ".policy.json.tmp").write_text("being written")
+        link = directory / name if name != "best" else tmp_path / "run" / name
+        link.symlink_to(elsewhere / name)
+    before = sorted(elsewhere.rglob("*"))
+    checkpoint.prune(directory, keep=2, newest=3)
+    checkpoint.clean(tmp_path / "run")
+    assert sorted(elsewhere.rglob("*")) == before
+    assert [int(path.name) for path in checkpoint.complete_checkpoints(directory)] == [0, 1, 2, 3]
+
+
 def test_what_cannot_be_deleted_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A manifest that cannot be removed, for example for lack of permission, must not lose the files that it names."""
     for version in (1, 2):
