@@ -39,8 +39,15 @@ class FileLock:
             os.close(self._fd)
         else:
             raise Held(_pid_in(path))
-        os.truncate(self._fd, 0)
-        os.write(self._fd, f"{os.getpid()}\n".encode())
+        try:
+            os.truncate(self._fd, 0)
+            os.write(self._fd, f"{os.getpid()}\n".encode())
+        except OSError:  # a full disk: nobody holds it then, and what a killed process left still says so
+            if self.was_left:
+                os.close(self._fd)
+            else:
+                self.release()
+            raise
 
     def release(self) -> None:
         """Remove the file and let go. May be called twice."""

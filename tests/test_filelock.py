@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import threading
@@ -46,6 +48,23 @@ def test_a_kill_lets_go_of_it(tmp_path: Path) -> None:
     lock = FileLock(path)
     assert lock.was_left
     lock.release()
+
+
+@pytest.mark.parametrize("before", ["free", "left"])
+def test_who_cannot_write_into_it_does_not_hold_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str) -> None:
+    path = tmp_path / "lock"
+    if before == "left":
+        path.write_text("1\n")
+
+    def full(fd: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            FileLock(path)
+    assert state_of(path) == before
+    FileLock(path).release()
 
 
 def test_asking_does_not_keep_anybody_out(tmp_path: Path) -> None:
