@@ -30,7 +30,7 @@ from aiorl.pacing import Pacer
 from aiorl.preflight import EVAL_WIDTH, Preflight
 from aiorl.record import Record
 from aiorl.report import Report, Result
-from aiorl.resuming import Saved, judged_alike, read_late
+from aiorl.resuming import Saved, check_newest, judged_alike, read_late
 from aiorl.workers.inline import InlineWorkers
 from aiorl.workers.launch import Launcher
 from aiorl.workers.pool import ProcessWorkers, Workers, plan_stations
@@ -140,6 +140,8 @@ async def assemble(
         stack.push_async_callback(_undo, learner_thread, on_learner, LEARNER_GRACE_S)
         checked = await files_thread.run(_check, on_files, config, resume)
         lock = await files_thread.run(_hold, on_files, checked.directory)
+        if checked.saved is not None and resume is not None:
+            await files_thread.run(check_newest, checked.saved, resume)
         launcher: Launcher | None = None
         if checked.config.workers:
             # It loads its modules while this process imports torch.

@@ -60,6 +60,19 @@ def with_older(error: CheckpointError, found: Path) -> CheckpointError:
     return error
 
 
+def check_newest(saved: Saved, asked: str | Path) -> None:
+    """See that what was read is still what `asked` means: until a run is held, somebody else may go on with it.
+
+    Raises CheckpointError if not. What they have saved would be pruned, as of a future that was given up.
+    """
+    path = Path(asked).absolute()
+    if path != saved.path and (newest := policy.find(path, "latest")) != saved.path:
+        raise CheckpointError(
+            f"{asked} has gone on from {saved.path.name} to {newest.name} while this process made ready to resume it\n"
+            f"  run it again to go on from there, or name the checkpoint: {saved.path}"
+        )
+
+
 def resumed_config(path: str | Path, **changes: Any) -> Config:
     """The configuration that a checkpoint was made with, read from its run's config.toml, with `changes` on top."""
     found = policy.find(Path(path).absolute(), "latest")

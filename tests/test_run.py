@@ -29,11 +29,14 @@ from toys import Toy, ToyLearner
 import aiorl
 from aiorl import assembly
 from aiorl.algos.base import LearnerContext
+from aiorl.cli import main
 from aiorl.envs.episodes import run_episodes
 from aiorl.envs.spaces import Spaces
 from aiorl.envs.spec import resolve_env
 from aiorl.events import Paused, Resumed
+from aiorl.filelock import state_of
 from aiorl.learning import params_sha256
+from aiorl.metrics.directory import LOCK
 from aiorl.record import Record, RecordLine
 from aiorl.session import Session
 from aiorl.testing import errors
@@ -132,6 +135,36 @@ async def test_stop_and_resume_equals_one_go(config: Make, changes: dict[str, An
     assert second.gradient_steps == whole.gradient_steps
     lines = [json.loads(line) for line in (run.directory / "schedule.jsonl").read_text().splitlines()]
     assert [line["k"] for line in lines] == list(range(whole.updates)), "the record of a resumed run has a gap"
+
+
+@pytest.mark.parametrize("by", ["library", "command line"])
+def test_a_run_that_somebody_else_went_on_with_meanwhile_is_not_resumed(
+    config: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], by: str
+) -> None:
+    """Another process takes, resumes and leaves the run between our reading of its checkpoint and our taking it."""
+    settings = config(total_steps=640, workers=0)
+    directory = Path(asyncio.run(aiorl.train(settings)).directory)
+    words, hold = ["resume", str(directory), "--progress", "none", "--steps"], assembly.hold
+
+    def hold_later(path: Path) -> Any:
+        environ = {**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent}"}
+        subprocess.run([sys.executable, "-m", "aiorl", *words, "1280"], check=True, env=environ, capture_output=True)
+        return hold(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(assembly, "hold", hold_later)
+        if by == "library":
+            with pytest.raises(aiorl.CheckpointError, match="has gone on from 00000010 to 00000020") as caught:
+                asyncio.run(aiorl.train(settings.replace(total_steps=1280), resume=directory))
+            text = str(caught.value)
+        else:
+            assert main([*words, "1920"]) == 2
+            text = capsys.readouterr().err
+    assert "has gone on from 00000010 to 00000020" in text
+    assert "run it again" in text
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["00000010", "00000020"]
+    assert state_of(directory / LOCK) == "free"
+    assert main([*words, "1920"]) == 0
 
 
 async def test_a_resumed_run_that_goes_on_is_not_judged_by_the_summary_of_the_session_before(config: Make) -> None:

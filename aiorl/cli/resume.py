@@ -18,14 +18,14 @@ def main(argv: Sequence[str]) -> int:
         print(request, end="")
         return 0
     run, changes, progress = request
-    config, checkpoint = prepare(Path(run), changes)
+    config = prepare(Path(run), changes)
     from aiorl.cli.session import carry_out
 
-    return carry_out(config, progress, resume=checkpoint)
+    return carry_out(config, progress, resume=Path(run))
 
 
-def prepare(run: Path, changes: dict[str, Any]) -> tuple[Config, Path]:
-    """The configuration to go on with and the checkpoint. Raises ConfigError when there is nothing left to do."""
+def prepare(run: Path, changes: dict[str, Any]) -> Config:
+    """The configuration to go on with. Raises ConfigError when there is nothing left to do."""
     from aiorl.checkpoint import load_manifest
     from aiorl.policy import find
     from aiorl.resuming import resumed_config, with_older
@@ -52,7 +52,7 @@ def prepare(run: Path, changes: dict[str, Any]) -> tuple[Config, Path]:
             f"{run} is finished: its checkpoint has {done:,} env steps, {config.total_steps:,} were asked for\n"
             f"  to train longer, give a larger total: --steps {total}"
         )
-    return config, checkpoint
+    return config
 
 
 def _with_setting(config: Config, key: str, text: str, run: Path) -> Config:
