@@ -180,6 +180,27 @@ def test_a_resumed_run_goes_on_in_the_same_files() -> None:
     assert [(row["a"], row["b"], row["c"]) for row in rows] == [("2.0", "1.0", ""), ("3.0", "4.0", "5.0")]
 
 
+def test_updates_that_a_resumed_run_does_again_stand_in_the_table_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the future that was given up go when the first of the new one comes: all of them, and in one stroke."""
+    write(RunFiles(Path()), *(updated(n, loss=n / 8) for n in range(1, 6)), important(6))
+    before = Path("metrics.csv").read_bytes()
+    files = RunFiles(Path())
+    write(files, important(7))
+    assert Path("metrics.csv").read_bytes() == before, "nothing has been done again yet"
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="No space"):
+            write(files, updated(3, loss=0.0))
+    assert Path("metrics.csv").read_bytes() == before
+    write(files, updated(4, loss=0.0))
+    assert [(row["version"], float(row["loss"])) for row in table()] == [("1", 0.125), ("2", 0.25), ("3", 0.0), ("4", 0.0)]
+    assert [line["version"] for line in lines("events.jsonl") if line["event"] == "updated"] == [1, 2, 3, 4, 5, 3, 4]
+
+
 @pytest.mark.parametrize("name", ["events.jsonl", "schedule.jsonl", "metrics.csv"])
 @pytest.mark.parametrize("cut", [1, 5, 10_000])
 def test_a_line_that_a_kill_cut_off_does_not_spoil_the_next(name: str, cut: int) -> None:

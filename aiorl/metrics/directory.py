@@ -110,7 +110,7 @@ def _not_writable(path: Path, error: OSError) -> ConfigError:
 
 class RunFiles:
     """Appends to events.jsonl, metrics.csv and schedule.jsonl, also to those of a run that is resumed, and replaces
-    standings.json.
+    standings.json. What a resumed run does again is in metrics.csv once, in the others a second time.
 
     Make it and call `write` on the files' thread, the rest on the loop.
     """
@@ -129,6 +129,7 @@ class RunFiles:
         for name in APPENDED:
             _drop_torn_line(path / name)
         self._metric_names = _metric_names(path / "metrics.csv")
+        self._goes_on = (path / "metrics.csv").exists()
 
     def event(self, event: AnyEvent) -> None:
         if not isinstance(event, Progress):
@@ -168,6 +169,9 @@ class RunFiles:
 
     def _append_metrics(self) -> None:
         target, updates = self.path / "metrics.csv", self._updates
+        if self._goes_on and target.exists():
+            _drop_rows(target, updates[0].version)
+        self._goes_on = False
         new = {name for update in updates for name in update.metrics}.difference(self._metric_names)
         if new or not target.exists():
             # Some learners report losses only once warm-up is over: the rows so far get empty cells for them.
@@ -205,6 +209,18 @@ def _widen(path: Path, columns: list[str]) -> None:
             next(rows, None)
             writer.writerows(row + [""] * (len(columns) - len(row)) for row in rows)
     write_atomically(path, text.getvalue().encode())
+
+
+def _drop_rows(path: Path, first: int) -> None:
+    """Take the rows from version `first` on away: of a future that was given up when the run was resumed from before it."""
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    at = CSV_COLUMNS.index("version")
+    kept = [row for row in rows if not (len(row) > at and row[at].isdecimal() and int(row[at]) >= first)]
+    if len(kept) < len(rows):
+        text = io.StringIO()
+        csv.writer(text).writerows(kept)
+        write_atomically(path, text.getvalue().encode())
 
 
 def _metric_names(path: Path) -> list[str]:
