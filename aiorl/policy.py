@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -51,7 +51,15 @@ class LoadedPolicy:
         self._first[:] = True
 
     def _leaves(self, obs: Any) -> dict[str, Array]:
-        """Of one observation, stacked if it is a single one."""
+        """Of one observation, stacked if it is a single one. Raises ValueError if it does not fit."""
+        try:
+            return self._stacked(obs)
+        except (TypeError, OverflowError) as error:  # what NumPy says of things that are no numbers
+            raise ValueError(
+                f"a {type(obs).__name__} does not fit the observation space: {error}\n  expected {self.spaces.describe()}"
+            ) from error
+
+    def _stacked(self, obs: Any) -> dict[str, Array]:
         if not self._stacks:
             return self.spaces.flatten_obs(obs)
         leaves = self.spaces.single.flatten_obs(obs)
@@ -62,7 +70,7 @@ class LoadedPolicy:
         return {name: put(stack, leaves[name]) for name, stack in self._stacks.items()}
 
     def __call__(self, obs: Any) -> Any:
-        """The action for one observation, in the form `env.step` takes. Raises ValueError for any other shape."""
+        """The action for one observation, in the form `env.step` takes. Raises ValueError for anything else."""
         leaves = self._leaves(obs)
         _check_shapes(leaves, {leaf.name: leaf.shape for leaf in self.spaces.observation}, BATCH)
         leaves = {name: leaf[None] for name, leaf in leaves.items()}
@@ -71,10 +79,15 @@ class LoadedPolicy:
         return self.spaces.env_action(action[0])
 
     def act(self, obs: dict[str, Array]) -> Array:
-        """Actions [N, …], as stored, for a batch of observation leaves [N, …]. Raises ValueError for any other shape."""
-        n = len(next(iter(obs.values())))
-        shapes = {leaf.name: (n, *leaf.shape) for leaf in self.spaces.observation}
-        _check_shapes({name: np.asarray(obs[name]) for name in shapes}, shapes, "")
+        """Actions [N, …], as stored, for a batch of observation leaves [N, …]. Raises ValueError for anything else."""
+        names = [leaf.name for leaf in self.spaces.observation]
+        if not isinstance(cast(Any, obs), Mapping):
+            raise ValueError(f"expected a dict of batches ({', '.join(names)}), got a {type(obs).__name__}{BATCH}")
+        if missing := [name for name in names if name not in obs]:
+            raise ValueError(f"{missing[0]} is missing: there are {', '.join(map(str, obs)) or 'no leaves'}{BATCH}")
+        leaves = {name: np.asarray(obs[name]) for name in names}
+        n = next((len(leaf) for leaf in leaves.values() if leaf.ndim), 1)
+        _check_shapes(leaves, {leaf.name: (n, *leaf.shape) for leaf in self.spaces.observation}, "")
         return self._policy.act(obs, np.zeros(n, np.bool_))[0]
 
 

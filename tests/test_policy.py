@@ -77,6 +77,34 @@ def test_a_batch_is_not_taken_for_one_observation(tmp_path: Path, shape: tuple[i
         policy.act({"obs": np.ones((5, 1, 3), np.float32)})
 
 
+@pytest.mark.parametrize("obs", [{"a": 1}, {}, None, "abc", [{}, {}, {}], [[1], [1, 2], 3], [2**2000] * 3, object()])
+def test_what_is_no_observation_is_a_value_error(tmp_path: Path, obs: Any) -> None:
+    save(tmp_path / "best", aiorl.DQN(hidden=(8,)))
+    policy = load(tmp_path)
+    with pytest.raises(ValueError):
+        policy(obs)
+    assert policy([0, 0, 0]) in (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        ([[0, 0, 0]], r"expected a dict of batches .*, got a list"),
+        (np.zeros((1, 3), np.float32), r"expected a dict of batches .*, got a ndarray"),
+        (None, "got a NoneType"),
+        ({}, "obs is missing"),
+        ({"observation": np.zeros((1, 3))}, "obs is missing"),
+        ({"obs": 3.0}, r"obs has shape \(\), expected \(1, 3\)"),
+        ({"obs": None}, r"obs has shape \(\), expected \(1, 3\)"),
+        ({"obs": np.zeros(3)}, r"obs has shape \(3,\), expected \(3, 3\)"),
+    ],
+)
+def test_what_is_no_batch_is_a_value_error(tmp_path: Path, batch: Any, words: str) -> None:
+    save(tmp_path / "best", aiorl.DQN(hidden=(8,)))
+    with pytest.raises(ValueError, match=words):
+        load(tmp_path).act(batch)
+
+
 def test_a_batch_is_not_taken_for_one_frame(tmp_path: Path) -> None:
     stacked = spaces(observation=gymnasium.spaces.Box(0, 255, (4, 6, 6), np.uint8)).with_stack(4)
     save(tmp_path / "best", aiorl.DQN(hidden=(8,)), space=stacked)
