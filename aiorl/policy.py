@@ -123,16 +123,9 @@ def load(path: str | Path, *, which: Which | None = None, algo: type[Any] | None
 
 def algorithm_of(manifest: checkpoint.Manifest, algo: type[Any] | None = None) -> Algorithm:
     """The configured algorithm that a manifest describes."""
-    if not (algo is None or (isinstance(algo, type) and issubclass(algo, msgspec.Struct))):
-        raise CheckpointError(f"algo must be a configuration class, got {algo!r}")
-    name, foreign, kind = str(manifest.config.get("algo", "")), foreign_algorithm(manifest.config), algo
-    if algo is None or (foreign not in ("", name) and leads_to(foreign, algo)):
-        if ":" in name:
-            raise _foreign(name)
-        try:
-            kind = algorithm_class(name)
-        except ConfigError as error:
-            raise CheckpointError(f"checkpoint: {error}") from None
+    name, kind = manifest.config.get("algo", ""), _class_of(manifest.config, algo)
+    if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
+        raise CheckpointError(f"algo must be a configuration class, got {kind!r}")
     own = str(getattr(kind, "name", ""))
     if own not in manifest.config:
         raise CheckpointError(f"the policy was trained with {name}, not with {own or kind.__name__}")
@@ -144,6 +137,19 @@ def algorithm_of(manifest: checkpoint.Manifest, algo: type[Any] | None = None) -
         return convert(manifest.config[own], kind, "checkpoint", f"{own}.")
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
+
+
+def _class_of(config: Mapping[str, Any], algo: Any) -> Any:
+    """`algo`, unless that is none or the one within: then the name decides, which must be of aiorl's own."""
+    name, foreign = str(config.get("algo", "")), foreign_algorithm(config)
+    if algo is not None and (foreign in ("", name) or not leads_to(foreign, algo)):
+        return algo
+    if ":" in name:
+        raise _foreign(name)
+    try:
+        return algorithm_class(name)
+    except ConfigError as error:
+        raise CheckpointError(f"checkpoint: {error}") from None
 
 
 def foreign_algorithm(config: Mapping[str, Any]) -> str:
