@@ -318,7 +318,8 @@ def _wire(
     workers: Workers
     network, inference = _network(checked, weights), None
     if launcher is None:
-        workers = InlineWorkers(plan, backends.thread, network.compute if network is not None else None)
+        compute = network.compute if network is not None else None
+        workers = InlineWorkers(plan, backends.thread, compute, config.torch_threads)
     else:
         directory = str(checked.directory.resolve())
         workers = ProcessWorkers(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from aiorl.algos.base import Forward
 from aiorl.errors import TrainingError
 from aiorl.lazy import LazyModule
-from aiorl.offload import OffloadThread
+from aiorl.offload import OffloadThread, set_torch_threads
 from aiorl.segments import Array
 from aiorl.workers.pool import ProcessWorkers
 from aiorl.workers.questions import Question, Questions
@@ -56,7 +56,7 @@ class Network:
     def _get_batch(self) -> torch.Tensor:
         if self._batch is None:
             if torch.get_num_threads() != self._threads:
-                torch.set_num_threads(self._threads)
+                set_torch_threads(self._threads)
             shape = self._groups * self._group_size, self._forward.features
             self._batch = torch.zeros(shape, pin_memory=self._device != "cpu")
         return self._batch

@@ -18,7 +18,7 @@ from aiorl.envs.cursor import GroupCursor, advance
 from aiorl.envs.spaces import Bounds, Spaces
 from aiorl.errors import InvariantError, NonFiniteError, TrainingError
 from aiorl.ledger import Aborted, Episode, Ledger
-from aiorl.offload import Brake
+from aiorl.offload import Brake, set_torch_threads
 from aiorl.pacing import RolloutPlan
 from aiorl.seals import check_seal
 from aiorl.segments import Array, Rollout, Segment, SegmentHeader
@@ -81,7 +81,7 @@ class Trainer:
         self._settings, self._rollouts = settings or {}, rollouts or {}
         self.set_now: dict[str, float] = {}  # settings that were changed after the last update
         self._threads = threads
-        self._restore_threads = _set_torch_threads(threads)
+        self._threads_before = _set_torch_threads(threads)
         self._abandoned = threading.Event()
         self._brake = brake or Brake()
         self._algorithm, self._spaces = algorithm, spaces
@@ -212,8 +212,10 @@ class Trainer:
 
     def close(self) -> None:
         """Only the books can be used afterwards."""
-        self._restore_threads()
-        self._close_learner()
+        try:
+            self._close_learner()
+        finally:
+            set_torch_threads(self._threads_before)
 
     def _close_learner(self) -> None:
         if isinstance(self.learner, Closing):
@@ -256,15 +258,11 @@ def params_sha256(weights: Mapping[str, Array]) -> str:
     return digest.hexdigest()
 
 
-def _set_torch_threads(threads: int) -> Any:
-    """Set the learner thread's torch threads; returns a function that undoes it.
-
-    torch keeps the number per thread, but also remembers it for threads that have not used torch yet, so it is put back.
-    """
+def _set_torch_threads(threads: int) -> int:
+    """Set the learner thread's torch threads; returns how many it had."""
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    before = set_torch_threads(threads)
     if torch.get_num_threads() != threads:
         raise TrainingError(f"torch uses {torch.get_num_threads()} threads on the learner thread, expected {threads}")
-    return lambda: torch.set_num_threads(before)
+    return before

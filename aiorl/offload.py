@@ -66,6 +66,33 @@ class Brake:
         self.rested_s += time.perf_counter() - begun_s
 
 
+_torch_default = threading.Lock()
+
+
+def set_torch_threads(threads: int) -> int:
+    """Let torch use so many threads for the calling one; returns how many it used before.
+
+    torch takes the number for all threads that have not used it yet, too. Those are the host's and other runs', so one of
+    them puts it back at once: at the end of a run it would be too late, for runs may overlap.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    with _torch_default:
+        (default,) = _in_a_new_thread(torch.get_num_threads)
+        torch.set_num_threads(threads)
+        _in_a_new_thread(torch.set_num_threads, default)
+    return before
+
+
+def _in_a_new_thread(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> list[R]:
+    found: list[R] = []
+    thread = threading.Thread(target=lambda: found.append(function(*args, **kwargs)), daemon=True)
+    thread.start()
+    thread.join()
+    return found
+
+
 class OffloadThread:
     """A daemon thread that runs one call after the other. Make and use it in one event loop.
 

@@ -17,6 +17,7 @@ import torch
 from kills import kill, until, workers_of
 from sims import SHAPES, Folder
 from stamped import Broken, Stamped, Stuck
+from torch_threads import in_a_new_thread, threads_of_a_new_thread
 from toys import Toy
 
 import aiorl
@@ -315,6 +316,16 @@ def test_outputs_do_not_depend_on_who_asks_at_the_same_time() -> None:
     assert loaded == [0, 1, 2], "not the oldest version has made room"
     close = np.tanh(features[3].astype(np.float64) @ buffers[1]["w"])
     np.testing.assert_allclose(np.frombuffer(apart[3], np.float32).reshape(SIZE, WIDTH), close, atol=1e-5)
+
+
+def test_the_threads_of_others_stay_as_they_are() -> None:
+    default = threads_of_a_new_thread()
+    forward = Forward(WIDTH, WIDTH, lambda weights, x: x * torch.get_num_threads())
+    network = Network(forward, 1, SIZE, lambda buffer: {}, keep=1, device="cpu", threads=default + 1)
+    asked = Question(Record(Kind.ASK, 0, 1, 0, 0, 0), np.ones((SIZE, WIDTH), np.float32), 0.0)
+    (outputs,) = in_a_new_thread(network.compute, [asked])
+    assert (outputs == default + 1).all()
+    assert threads_of_a_new_thread() == default
 
 
 async def test_an_answer_to_the_process_before_is_none() -> None:

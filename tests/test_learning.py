@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from experience import Stream, context, digest, spaces
+from torch_threads import threads_of_a_new_thread
 from toys import Toy, ToyLearner
 
 from aiorl.errors import InvariantError, TrainingError
@@ -171,15 +172,17 @@ def test_changed_settings_count_from_the_next_update_also_after_a_resume(make: M
     assert params_sha256(train(plain, 0, 4)[-1].weights) != params_sha256(resumed.learner.weights())
 
 
-def test_torch_threads_are_put_back() -> None:
+def test_torch_threads_are_those_of_the_learner_thread_alone() -> None:
     import torch
 
-    before = torch.get_num_threads()
+    before, default = torch.get_num_threads(), threads_of_a_new_thread()
     trainer = Trainer(Toy(), SPACES, context(), Ledger(GROUPS, N), before + 1)
     assert isinstance(trainer.learner, ToyLearner)
     assert torch.get_num_threads() == before + 1
+    assert threads_of_a_new_thread() == default
     trainer.close()
     assert torch.get_num_threads() == before
+    assert threads_of_a_new_thread() == default
 
 
 # -- hashes ------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from kills import kill, until
+from torch_threads import threads_of_a_new_thread
 from toys import Toy, ToyLearner
 
 import aiorl
@@ -43,6 +44,7 @@ from aiorl.testing import errors
 from aiorl.testing.examine_run import check_run
 from aiorl.workers.inline import InlineWorkers
 from aiorl.workers.memory import SharedBlock
+from aiorl.workers.station import Station
 
 HERE = Path(__file__).parent
 
@@ -786,6 +788,31 @@ async def test_the_host_is_left_as_it_was(config: Make) -> None:
     assert dict(os.environ) == environment
     assert torch.get_num_threads() == threads
     assert states == (random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes())
+
+
+async def test_runs_that_overlap_have_torch_threads_of_their_own(
+    config: Make, monkeypatch: pytest.MonkeyPatch, no_leaks: None
+) -> None:
+    """The host's stay as they are, in whichever order the runs end. What acts with torch here acts as the run is set."""
+    import torch
+
+    opened: list[int] = []
+    real = Station.open
+
+    def opening(station: Station) -> None:
+        opened.append(torch.get_num_threads())
+        real(station)
+
+    monkeypatch.setattr(Station, "open", opening)
+    host = torch.get_num_threads(), threads_of_a_new_thread()
+    runs = [aiorl.Run(config(workers=0, total_steps=10**7, torch_threads=host[1] + more)) for more in (1, 2)]
+    for run in runs:
+        await run.__aenter__()
+        assert (torch.get_num_threads(), threads_of_a_new_thread()) == host
+    for run in runs:
+        await run.__aexit__(None, None, None)
+        assert (torch.get_num_threads(), threads_of_a_new_thread()) == host
+    assert opened == [host[1] + 1, host[1] + 2]
 
 
 ENDLESS_UPDATES = {

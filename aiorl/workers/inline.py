@@ -10,7 +10,7 @@ from typing import Any
 from aiorl.channel import Channel
 from aiorl.envs.checked import at_once
 from aiorl.errors import WorkerError
-from aiorl.offload import OffloadThread
+from aiorl.offload import OffloadThread, set_torch_threads
 from aiorl.pacing import Grant
 from aiorl.segments import Segment
 from aiorl.workers.control import Control, Counter, Phase, where
@@ -25,12 +25,17 @@ class InlineWorkers:
     """The backend of `workers = 0`: the same stations in this process, one segment after the other on one thread.
 
     Environments that are coroutines wait on an event loop of that thread. With central inference `compute` answers there.
+    `torch_threads` is for algorithms that act with torch.
     """
 
     def __init__(
-        self, plan: StationPlan, thread: Callable[[str], OffloadThread] = OffloadThread, compute: Compute | None = None
+        self,
+        plan: StationPlan,
+        thread: Callable[[str], OffloadThread] = OffloadThread,
+        compute: Compute | None = None,
+        torch_threads: int | None = None,
     ) -> None:
-        self._plan = plan
+        self._plan, self._torch_threads = plan, torch_threads
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop) if plan.training[0].env.coroutines else None
         self._waiting: asyncio.Task[Any] | None = None
         self._mailboxes, self._compute = mailboxes_of(plan.training[0]), compute
@@ -65,9 +70,14 @@ class InlineWorkers:
     async def start(self) -> None:
         assert self._thread is not None
         try:
-            await self._thread.run(self._station.open)
+            await self._thread.run(self._open)
         except Exception as error:
             raise _failure(self._station, error) from error
+
+    def _open(self) -> None:
+        if self._torch_threads is not None:
+            set_torch_threads(self._torch_threads)
+        self._station.open()
 
     def collect(self, grant: Grant, buffer: int) -> None:
         credit = Record(Kind.COLLECT, grant.group, grant.slot, buffer, grant.ordinal, grant.version)

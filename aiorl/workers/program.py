@@ -61,7 +61,8 @@ def _keep_to_itself() -> None:
     they may outlive the run, and would keep it open. Descriptors that are sent arrive as inheritable ones."""
     from multiprocessing import forkserver, resource_tracker
 
-    server, tracker = forkserver._forkserver, resource_tracker._resource_tracker  # type: ignore[attr-defined]
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    tracker: Any = resource_tracker._resource_tracker  # type: ignore[attr-defined]
     for fd in (server._forkserver_alive_fd, tracker._fd, *(server._inherited_fds or ())):
         if fd is not None:
             os.set_inheritable(fd, False)
