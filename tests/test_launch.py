@@ -130,6 +130,18 @@ def test_whatever_a_worker_leaves_behind_is_not_waited_for() -> None:
     block.close()
 
 
+def test_nobody_else_is_killed_in_place_of_a_fork_server_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher, killed = Launcher(), list[int]()
+    launcher.warm_up()
+    pid: int = launcher._server._forkserver_pid  # type: ignore[attr-defined]
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)  # as a host does that reaps whatever has ended
+    monkeypatch.setattr(os, "kill", lambda number, _: killed.append(number))
+    launcher.give_up()
+    launcher.close()
+    assert killed == []
+
+
 def test_a_host_may_have_its_children_reaped() -> None:
     """As daemons do that want no zombies: then nobody can be waited for."""
     launcher, block = Launcher(), SharedBlock(16)

@@ -94,10 +94,12 @@ class Launcher:
             self._kill_server()
 
     def _kill_server(self) -> None:
+        """It alone: where it has died and the host has it reaped, its number may be somebody else's by now."""
         pid: int | None = self._server._forkserver_pid  # type: ignore[attr-defined]
         if pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError, ProcessLookupError):
+                if os.waitpid(pid, os.WNOHANG)[0] == 0:
+                    os.kill(pid, signal.SIGKILL)
 
     def _reap_server(self) -> None:
         server: Any = self._server
