@@ -66,13 +66,16 @@ def one_player(policy: LoadedPolicy) -> LoadedPolicy:
 
 
 class Trained:
-    """A policy, deterministic, that acts for all slots at once. `repeat`: an action is kept for so many steps.
+    """A policy, deterministic, that acts for all slots at once. `repeat`: an action is kept for so many steps. `taken` makes
+    of an action what the game takes, if that is something else.
 
     The batch always has a row for each slot, so that an action does not depend on which games are still going on.
     """
 
-    def __init__(self, policy: LoadedPolicy, repeat: int = 1) -> None:
-        self._loaded, self._spaces, self._repeat = policy, policy.spaces, repeat
+    def __init__(
+        self, policy: LoadedPolicy, repeat: int = 1, taken: Callable[[Array], Any] | None = None
+    ) -> None:
+        self._loaded, self._spaces, self._repeat, self._taken = policy, policy.spaces, repeat, taken
 
     def begin(self, slots: int) -> None:
         self._policy = self._loaded.algorithm.policy(self._spaces)
@@ -100,7 +103,7 @@ class Trained:
                 self._seen[name][slot] = leaf
         actions = self._spaces.env_actions(self._act(others))
         for slot in obs:
-            self._chosen[slot] = actions[slot]
+            self._chosen[slot] = self._taken(actions[slot]) if self._taken is not None else actions[slot]
             self._first[slot] = False
 
     def _act(self, others: list[int]) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from gymnasium import spaces
@@ -135,3 +135,27 @@ def race(opponent: str | None = None, swap_seats: bool = True) -> SelfPlayEnv:
 
 def parallel_race(opponent: str | None = None) -> SelfPlayEnv:
     return SelfPlayEnv(ParallelGame(ParallelRace()), {"stroller": _stroller}, opponent, swap_seats=False)
+
+
+class Strict(Matching):
+    """Takes what is in its action space, nothing else; whoever has chosen the greater numbers in sum has won."""
+
+    SPACES: ClassVar[dict[str, spaces.Space[Any]]] = {
+        "discrete": spaces.Discrete(3, start=2), "box": spaces.Box(-0.3, 0.1, (2, 1), np.float64),
+        "many": spaces.MultiDiscrete([[2, 3], [2, 2]], dtype=np.int32),
+    }  # fmt: skip
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(rounds=4)
+        self.action_space = self.SPACES[kind]
+
+    def step(self, first: Any, second: Any) -> tuple[Pair, tuple[float, float], bool, bool, Mapping[str, Any]]:
+        assert self.action_space.contains(first), f"{first!r} is not in {self.action_space}"
+        assert self.action_space.contains(second), f"{second!r} is not in {self.action_space}"
+        ahead = int(np.sign(np.sum(first) - np.sum(second)))
+        obs, _, *end = super().step(0, 0)
+        return obs, (float(ahead), float(-ahead)), end[0], end[1], {"winner": ahead}
+
+
+def strict(kind: str) -> SelfPlayEnv:
+    return SelfPlayEnv(Strict(kind))

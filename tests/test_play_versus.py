@@ -71,6 +71,20 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return text
 
 
+@pytest.mark.parametrize("kind", ["discrete", "box", "many"])
+def test_a_game_gets_actions_of_its_own_space(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str):
+    """Where self-play has them flat, counting from 0 and in single precision."""
+    config = tmp_path / "config.toml"
+    config.write_text(
+        f'env = "games:strict"\nenv_kwargs = {{kind = "{kind}"}}\nalgo = "selfplay"\n[selfplay]\nalgo = "ppo"\n'
+        "inner = {hidden = [8], epochs = 1, minibatches = 1}\n"
+    )
+    run = str(tmp_path / "run")
+    assert main(["train", "--config", str(config), *TINY, "--out", run]) == 0
+    result = played(capsys, run, f"{run}/final", "--env", "games:strict", "--env-kwargs", f"kind={kind}", "--games", "4")
+    assert result["matches"][0]["games"] == 4
+
+
 def test_bots_against_each_other(capsys: pytest.CaptureFixture[str]):
     result = played(capsys, "strong", "weak", "--games", "6", "--seed", "3")
     assert (result["env"], result["games"], result["seed"], result["players"]) == ("hockey", 6, 3, ["strong", "weak"])

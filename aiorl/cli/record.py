@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ STRIP_FRAMES = 6
 STRIP_WIDTH = 2400
 """Pixels that a strip may be wide; its frames are made smaller to fit."""
 
+_LOG = logging.getLogger("imageio_ffmpeg")
 _GAP = 4
 _CAPTION = 36
 
@@ -42,6 +44,11 @@ def check_recording(record: Path | None, captions: bool = False) -> None:
         raise ConfigError(f'--record {record} needs {" and ".join(missing)}, not installed\n  pip install "aiorl[video]"')
 
 
+def _not_of_the_end(record: logging.LogRecord) -> bool:
+    """It warns where ffmpeg has ended by itself, or not: what that means is said here."""
+    return "attempting stop" not in record.getMessage()
+
+
 class Recorder:
     """Writes frames, uint8 [height, width, 3], as they come: a long episode does not have to fit into memory, but
     for a .gif.
@@ -57,6 +64,7 @@ class Recorder:
         self._strip = Strip(frames) if path.suffix.lower() == ".png" else None
 
     def __enter__(self) -> Recorder:
+        _LOG.addFilter(_not_of_the_end)
         self._append = self._strip.add if self._strip else self._open_video()
         return self
 
@@ -97,6 +105,8 @@ class Recorder:
                 self._strip.save(self._path)
         except OSError as error:
             raise self._not_written(error) from None
+        finally:
+            _LOG.removeFilter(_not_of_the_end)
 
     def _close_video(self, whole: bool) -> None:
         self._writer.close()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 
+from aiorl.algos.selfplay import inner_spaces
 from aiorl.cli.envs import spaces_text
 from aiorl.cli.flags import field_value, show
 from aiorl.cli.policies import environment, load_policy, primary_suite, without_import
@@ -17,10 +19,12 @@ from aiorl.cli.record import Film, Recorder, check_recording
 from aiorl.cli.text import plural
 from aiorl.cli.text import table as aligned
 from aiorl.envs.games import Table, find_game
+from aiorl.envs.spaces import Spaces, spaces_of
 from aiorl.errors import CheckpointError, ConfigError
 from aiorl.matches import WIDTH, Player, Scripted, Trained, one_player, play_match
 from aiorl.metrics.matrix import draw, markdown, match_rows, matrix_rows
 from aiorl.policy import LoadedPolicy
+from aiorl.segments import Array
 from aiorl.tournament import Matrix, Played, distinct, pairs
 
 GAMES = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
@@ -156,13 +160,26 @@ def _player(word: str, policy: LoadedPolicy | None, game: Table) -> Player:
             return Scripted(game.bots[word])
         known = ", ".join(game.bots) or "none"
         raise ConfigError(f"--versus {word}: there is no such run, and no such bot\n  bots of {game.name}: {known}")
-    if policy.spaces != game.spaces:
+    take = None if policy.spaces == game.spaces else _from_self_play(policy.spaces, game)
+    if policy.spaces != game.spaces and take is None:
         raise CheckpointError(
             f"{word} was made for other spaces than {game.name} has\n"
             f"  saved: {spaces_text(policy.spaces)}\n  game:  {spaces_text(game.spaces)}"
         )
     _, measured_with = environment(policy.config, primary_suite(policy.config))
-    return Trained(policy, int(measured_with.get("frame_skip", 1)))
+    return Trained(policy, int(measured_with.get("frame_skip", 1)), take)
+
+
+def _from_self_play(spaces: Spaces, game: Table) -> Callable[[Array], Any] | None:
+    """What makes actions for this game of those that self-play has; None if these are not its spaces there."""
+    from aiorl.envs.twoplayer import SelfPlayEnv, taken
+
+    try:
+        env = SelfPlayEnv(game.game)
+    except ConfigError:
+        return None
+    known = inner_spaces(spaces_of(env.observation_space, env.action_space))
+    return partial(taken, game.game.action_space) if spaces == known else None
 
 
 def _name(word: str, policy: LoadedPolicy | None) -> str:

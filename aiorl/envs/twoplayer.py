@@ -155,8 +155,9 @@ class SelfPlayEnv(gymnasium.Env[Any, Any]):
         flat, n = np.asarray(action).reshape(-1), self._size
         if self._code == UNKNOWN:
             self._meet(int(flat[2 * n]))
-        own = self._taken(flat[:n])
-        other = self._taken(flat[n : 2 * n]) if self._bot is None else self._bot(self._views[1 - self._seat])
+        space = self.game.action_space
+        own = taken(space, flat[:n])
+        other = taken(space, flat[n : 2 * n]) if self._bot is None else self._bot(self._views[1 - self._seat])
         pair = (other, own) if self._seat else (own, other)
         self._views, rewards, terminated, truncated, info = self.game.step(*pair)
         outcome, told = 0, {**info, "opponent": self._names.get(self._code, f"snapshot {self._code}")}
@@ -181,19 +182,20 @@ class SelfPlayEnv(gymnasium.Env[Any, Any]):
         make = self._bots.get(code)
         self._bot = None if make is None else make(np.random.default_rng(self._bot_seed))
 
-    def _taken(self, flat: Array) -> Any:
-        """A flat action as the game takes it."""
-        space = self.game.action_space
-        if isinstance(space, spaces.Discrete):
-            return int(flat[0]) + int(space.start)
-        taken = flat.reshape(space.shape).astype(space.dtype)
-        if isinstance(space, spaces.Box) and space.dtype == np.float64:  # its bounds need not be among float32's numbers
-            np.clip(taken, space.low, space.high, out=taken)
-        return taken
-
     def _observed(self, outcome: int) -> dict[str, Any]:
         own, other = self._views if self._seat == 0 else self._views[::-1]
         return {"own": own, "other": other, "opponent": np.array(self._code), "outcome": np.array(outcome, np.int8)}
+
+
+def taken(space: spaces.Space[Any], action: Array) -> Any:
+    """A player's action as a game of that action space takes it. `action` is flat, a discrete one counts from 0."""
+    flat = action.reshape(-1)
+    if isinstance(space, spaces.Discrete):
+        return int(flat[0]) + int(space.start)
+    shaped = flat.reshape(space.shape).astype(space.dtype)
+    if isinstance(space, spaces.Box) and space.dtype == np.float64:  # its bounds need not be among float32's numbers
+        np.clip(shaped, space.low, space.high, out=shaped)
+    return shaped
 
 
 def _joint(space: spaces.Space[Any]) -> tuple[spaces.Space[Any], int]:
