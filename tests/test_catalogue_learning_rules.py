@@ -19,7 +19,7 @@ from faulty_learner import Small
 from test_static_guards import PACKAGE, uses_in
 
 import aiorl
-from aiorl import preflight
+from aiorl import offload, preflight
 from aiorl.alarms import Alarms
 from aiorl.algos.dqn import DQNPolicy, epsilon_at
 from aiorl.buffers.replay import Replay
@@ -79,7 +79,18 @@ def test_no_lock_is_shared_by_all_learners() -> None:
     """No module and no class holds one: two runs have nothing to wait for each other with."""
     assert shared_locks("class Learner:\n    training = threading.Lock()") == ["threading.Lock()"]
     found = {path.name: shared_locks(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
-    assert {name: locks for name, locks in found.items() if locks} == {}
+    held = {name: locks for name, locks in found.items() if locks}
+    assert held == {"offload.py": ["threading.Lock()"]}, "that of torch's number of threads, which is one for all"
+
+
+def test_the_lock_of_torch_s_number_of_threads_is_held_for_a_moment_only() -> None:
+    """Not while anything is computed: it is let go of before whoever asked for threads goes on."""
+    import torch
+
+    offload.set_torch_threads(torch.get_num_threads())
+    assert not offload._torch_default.locked()
+    uses = [path.name for path in PACKAGE.rglob("*.py") if "_torch_default" in path.read_text(encoding="utf-8")]
+    assert uses == ["offload.py"]
 
 
 @pytest.mark.parametrize("algorithm", [aiorl.DQN(), aiorl.SAC(), aiorl.TD3(), aiorl.PPO()])
