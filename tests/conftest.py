@@ -12,7 +12,7 @@ from aiorl.testing.plugin import aiorl_no_leaks
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "hide")  # as gymnasium sets it, whenever that is imported
 
 
 no_leaks = aiorl_no_leaks  # the public fixture, under a shorter name
