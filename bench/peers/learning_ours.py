@@ -55,6 +55,8 @@ async def train(task: Task, seed: int, way: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as out:
         async with aiorl.Run(configuration(task, seed, way, out)) as run:
             async for event in run:
+                if isinstance(event, aiorl.EvaluationSkipped):  # the machine had no time for them; means would not compare
+                    raise RuntimeError(f"the evaluation after {event.env_steps:,} env steps was left out: {event.reason}")
                 if isinstance(event, aiorl.Evaluated):
                     learning.told(f"aiorl {way} {task.env}", seed, event.env_steps, event.seconds, event.mean_return)
             result = await run.wait()
